@@ -1,0 +1,246 @@
+"""Causal self-attention by hand: the forward pass, the backward pass, and what attention buys over counting pairs.
+
+You learn here: the bigram model, which sees one character back; attention, which lets each position choose what to
+look at; its gradient, derived line by line, without autograd; and that both agree with PyTorch's own.
+
+    python 05_transformer/from_scratch.py
+
+You should see (Tiny Shakespeare, 2 cores of an AMD EPYC, torch 2.15, seed 0): bigram @BIGRAM@ nats per character on the
+validation part, one attention layer trained with the gradients below @ATTN@ after @SECS@ s; errors against
+scaled_dot_product_attention and autograd below 1e-12 (float64).
+Writes: outputs/from_scratch.png. Left out on purpose: the MLP, norms, rotary positions and depth; they are train.py's.
+"""
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import bigram_log_probs, bigram_loss, decode, get_batch, load_data  # noqa: E402
+
+# Shapes: B batch, T time, C channels (width of the model), H heads, D channels per head (C = H * D), V vocabulary
+
+
+# ---------------------------------------------------------------------------------------------- one head
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal scaled dot-product attention: q, k, v (..., T, D) -> y (..., T, D) and the weights p (..., T, T).
+
+    ## Each position asks a question (its query), offers a label (its key) and carries content (its value). The score
+    ## of a pair is the dot product of question and label; softmax turns a row of scores into shares; the answer is
+    ## the mix of the values in those shares.
+    ##     S = Q K^T / sqrt(D)     P = softmax(S)     Y = P V          (Vaswani et al. 2017, equation 1)
+    ## Why sqrt(D): the dot product of two random vectors of D unit-variance numbers has variance D. Undivided scores
+    ## of that size would push softmax onto one key, where its gradient vanishes.
+    """
+    T, D = q.shape[-2:]
+    s = q @ k.mT / math.sqrt(D)  # (..., T, T): row = who looks, column = what at
+    ## The causal mask: position t may not look at t+1 and later, for those are what it has to predict. exp(-inf) is
+    ## exactly 0, so the future gets no weight at all and sends back no gradient.
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    s = s.masked_fill(future, -math.inf)
+    ## softmax(s) = softmax(s - m) for any m; with m the row's maximum no exp can overflow.
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    p = e / e.sum(-1, keepdim=True)  # (..., T, T), each row sums to 1
+    return p @ v, p
+
+
+def attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a loss with respect to q, k, v, all (..., T, D), from dy = dLoss/dy (..., T, D) and the weights p.
+
+    ## Walk the forward pass backwards. For a product A B with gradient G the rule is dA = G B^T and dB = A^T G.
+    """
+    dv = p.mT @ dy  # Y = P V                      (..., T, D)
+    dp = dy @ v.mT  #                              (..., T, T)
+    ## Softmax: dP_i/dS_j = P_i (1[i=j] - P_j) within a row. Multiply by dP_i and sum over i:
+    ##     dS_j = P_j (dP_j - sum_i dP_i P_i)
+    ## A masked weight has P_j = 0, so its score gets gradient 0: the mask needs no line of its own here.
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True))  # (..., T, T)
+    ds = ds / math.sqrt(q.shape[-1])
+    return ds @ k, ds.mT @ q, dv  # S = Q K^T
+
+
+# ---------------------------------------------------------------------------------------------- many heads
+def multi_head(x: Tensor, w_qkv: Tensor, w_out: Tensor, n_head: int) -> tuple[Tensor, tuple]:
+    """Multi-head causal attention: x (B, T, C), w_qkv (C, 3C), w_out (C, C) -> y (B, T, C) and what backward needs.
+
+    ## One head computes one set of weights: it can follow the previous character or the start of the word, not both.
+    ## H heads of D = C / H channels cost the same arithmetic and can follow H things (Vaswani et al. 2017, 3.2.2).
+    """
+    B, T, C = x.shape
+    qkv = x @ w_qkv  # (B, T, 3C)
+    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    heads, p = attention(q, k, v)  # (B, H, T, D), (B, H, T, T)
+    joined = heads.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+    return joined @ w_out, (x, q, k, v, p, joined, w_qkv, w_out)
+
+
+def multi_head_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (B, T, C) -> dx (B, T, C), dw_qkv (C, 3C), dw_out (C, C)."""
+    x, q, k, v, p, joined, w_qkv, w_out = cache
+    B, T, C = x.shape
+    H, D = q.shape[1], q.shape[3]
+    ## A weight is used at every position of every sequence, so its gradient is summed over B and T: flatten both.
+    dw_out = joined.reshape(-1, C).mT @ dy.reshape(-1, C)  # (C, C)
+    dheads = (dy @ w_out.mT).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+    dqkv = torch.stack(attention_backward(dheads, q, k, v, p))  # (3, B, H, T, D)
+    dqkv = dqkv.permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C)  # undo the permute of the forward pass
+    return dqkv @ w_qkv.mT, x.reshape(-1, C).mT @ dqkv.reshape(-1, 3 * C), dw_out
+
+
+# ---------------------------------------------------------------------------------------------- a whole small model
+def init_model(n_vocab: int, block_size: int, n_embd: int) -> dict[str, Tensor]:
+    """Random weights: character and position embeddings, attention, and a head that predicts the next character."""
+    C = n_embd
+    return {"characters": torch.randn(n_vocab, C) * 0.5, "positions": torch.randn(block_size, C) * 0.5,
+            "w_qkv": torch.randn(C, 3 * C) * C**-0.5, "w_out": torch.randn(C, C) * C**-0.5, "head": torch.zeros(C, n_vocab)}
+
+
+def forward(w: dict[str, Tensor], ids: Tensor, targets: Tensor, n_head: int) -> tuple[float, tuple]:
+    """ids and targets (B, T) -> mean loss in nats, and what backward needs."""
+    B, T = ids.shape
+    x = w["characters"][ids] + w["positions"][:T]  # (B, T, C): attention itself has no sense of order
+    y, cache = multi_head(x, w["w_qkv"], w["w_out"], n_head)
+    h = x + y  # the residual path: the character itself stays visible beside what was looked up
+    log_p = (h @ w["head"]).log_softmax(-1)  # (B, T, V)
+    loss = -log_p.gather(2, targets[..., None]).mean()
+    return loss.item(), (ids, targets, h, log_p, cache)
+
+
+def backward(w: dict[str, Tensor], saved: tuple) -> dict[str, Tensor]:
+    """Gradients of the mean loss with respect to every weight in w, same names and shapes."""
+    ids, targets, h, log_p, cache = saved
+    B, T, V = log_p.shape
+    ## Cross-entropy through softmax has the plainest gradient there is: probability minus one-hot target.
+    dlogits = (log_p.exp() - F.one_hot(targets, V)) / (B * T)  # (B, T, V); / (B T) because the loss is a mean
+    dh = dlogits @ w["head"].mT  # (B, T, C)
+    dx, dw_qkv, dw_out = multi_head_backward(dh, cache)
+    dx = dx + dh  # h = x + y: the gradient flows both ways
+    ## An embedding is a row picked by id. Its gradient is the sum over all places where that id stood.
+    dcharacters = torch.zeros_like(w["characters"]).index_add_(0, ids.flatten(), dx.flatten(0, 1))
+    dpositions = torch.zeros_like(w["positions"])
+    dpositions[:T] = dx.sum(0)
+    return {"characters": dcharacters, "positions": dpositions, "w_qkv": dw_qkv, "w_out": dw_out,
+            "head": h.flatten(0, 1).mT @ dlogits.flatten(0, 1)}
+
+
+# ---------------------------------------------------------------------------------------------- checks
+def check_against_pytorch() -> dict[str, float]:
+    """Largest absolute differences to scaled_dot_product_attention and to autograd, in float64."""
+    torch.manual_seed(0)
+    q, k, v, dy = (torch.randn(2, 3, 16, 8, dtype=torch.float64) for _ in range(4))  # (B, H, T, D)
+    y, p = attention(q, k, v)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*leaves, is_causal=True)
+    expected.backward(dy)
+    errors = {"attention, forward": (y - expected).abs().max().item()}
+    for name, mine, leaf in zip("qkv", attention_backward(dy, q, k, v, p), leaves):
+        errors[f"attention, d{name}"] = (mine - leaf.grad).abs().max().item()
+
+    w = {name: t.double() for name, t in init_model(11, 16, 24).items()}
+    w["head"] = torch.randn_like(w["head"])  # a zero head would send no gradient back, and nothing would be checked
+    ids, targets = torch.randint(11, (2, 4, 12))  # each (B, T)
+    mine = backward(w, forward(w, ids, targets, 4)[1])
+    leaves = {name: t.clone().requires_grad_() for name, t in w.items()}
+    x = F.embedding(ids, leaves["characters"]) + leaves["positions"][:12]
+    q, k, v = (x @ leaves["w_qkv"]).view(4, 12, 3, 4, 6).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(4, 12, 24) @ leaves["w_out"]
+    F.cross_entropy(((x + y) @ leaves["head"]).flatten(0, 1), targets.flatten()).backward()
+    for name in w:
+        errors[f"model, d{name}"] = (mine[name] - leaves[name].grad).abs().max().item()
+    return errors
+
+
+@torch.no_grad()
+def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) -> float:
+    """Mean loss over every character of ids but the first: consecutive windows, the last one as long as what is left."""
+    n = (len(ids) - 1) // block_size * block_size
+    total = 0.0
+    for x, y in zip(ids[:n].view(-1, block_size).split(128), ids[1 : n + 1].view(-1, block_size).split(128)):
+        total += forward(w, x, y, n_head)[0] * x.numel()
+    if n < len(ids) - 1:
+        total += forward(w, ids[None, n:-1], ids[None, n + 1 :], n_head)[0] * (len(ids) - 1 - n)
+    return total / (len(ids) - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Causal attention by hand, against counting pairs.")
+    parser.add_argument("--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1000, help="updates; more lower the loss a little further")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--block-size", type=int, default=64, help="characters that attention can look back on")
+    parser.add_argument("--n-embd", type=int, default=128, help="width C")
+    parser.add_argument("--n-head", type=int, default=4, help="heads; each has n_embd / n_head channels")
+    parser.add_argument("--lr", type=float, default=3e-3, help="Adam's step size; 10 times more diverges, 10 times less is slow")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs")
+    args = parser.parse_args()
+    if args.n_embd % args.n_head:
+        raise utils.InputError(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}; heads share the width evenly.")
+
+    print("against PyTorch, largest absolute difference in float64:")
+    for name, error in check_against_pytorch().items():
+        print(f"  {name:20} {error:.1e}")
+
+    data = load_data(args.data, args.block_size)
+    V = len(data.vocab)
+    ## The baseline that everything must beat looks one character back: a table of how often b follows a (load.py).
+    log_probs = bigram_log_probs(data.train, V)  # (V, V)
+    bigram = bigram_loss(data.train, data.val, V)
+    print(f"\nbigram model on {data.name}: {bigram:.4f} nats per character (uniform guessing: {math.log(V):.4f})")
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = [0]
+    for _ in range(150):  # a sample: draw from the row of the last character, again and again
+        ids.append(torch.multinomial(log_probs[ids[-1]].exp(), 1, generator=generator).item())
+    print(f"it writes: {decode(ids, data.vocab)!r}\n")
+
+    ## Now one layer of attention, trained with the gradients above. The optimizer is PyTorch's: Adam is chapter 04's
+    ## lesson. It only needs a tensor and its gradient, and does not care who computed the gradient.
+    utils.set_seed(args.seed)
+    w = init_model(V, args.block_size, args.n_embd)
+    optimizer = torch.optim.Adam(w.values(), lr=args.lr)
+    bar, history, start = utils.Progress(args.steps, "steps"), [], time.perf_counter()
+    for step in range(args.steps):
+        x, y = get_batch(data.train, args.block_size, args.batch_size, generator)
+        loss, saved = forward(w, x, y, args.n_head)
+        for name, gradient in backward(w, saved).items():
+            w[name].grad = gradient
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        optimizer.step()
+        history.append({"step": step, "attention": loss, "bigram": bigram})
+        bar.update(step + 1, f"loss {loss:.3f}")
+    bar.clear()
+    seconds = time.perf_counter() - start
+    final = evaluate(w, data.val, args.block_size, args.n_head)
+    print(f"one attention layer, {sum(t.numel() for t in w.values()):,} weights: {final:.4f} nats per character after "
+          f"{seconds:.0f} s of training; bigram {bigram:.4f}")
+
+    ## A picture of the weights p says what the position attends to. Row t is a probability distribution over 0 ... t.
+    x = data.val[None, :32]
+    p = multi_head(w["characters"][x] + w["positions"][:32], w["w_qkv"], w["w_out"], args.n_head)[1][4][0]  # (H, T, T)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    axes[0].plot([row["step"] for row in history], [row["attention"] for row in history], lw=0.8, label="one attention layer (train batches)")
+    axes[0].axhline(bigram, color="#D55E00", ls="--", label="bigram (validation)")
+    axes[0].axhline(final, color="#009E73", ls="-.", label="one attention layer (validation)")
+    axes[0].set(title=f"Nats per character ({data.name}{', stand-in' if data.stand_in else ''})", xlabel="step", ylabel="loss")
+    axes[0].legend()
+    axes[1].imshow(p[0].numpy(), cmap="viridis", vmin=0)
+    labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in decode(x[0], data.vocab)]
+    axes[1].set_xticks(range(32), labels, fontsize=6)
+    axes[1].set_yticks(range(32), labels, fontsize=6)
+    axes[1].set(title="Head 0: who (row) looks at what (column)")
+    axes[1].grid(False)
+    utils.save_figure(figure, args.out / "from_scratch.png")
+    print(f"wrote {args.out / 'from_scratch.png'}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,190 @@
+"""Text as numbers: what a character-level language model reads, and what it has to predict.
+
+You learn here: how a text becomes a tensor of integers and back, why the targets are the inputs shifted by one, how
+a text is split without leaking, and how well one can guess the next character with no model at all.
+
+    python 05_transformer/load.py                        Tiny Shakespeare (downloaded once, 1.1 MB)
+    python 05_transformer/load.py --data pydocs          the stand-in: the Python manual inside your Python
+    python 05_transformer/load.py --data my_novel.txt    any UTF-8 text
+
+You should see (Tiny Shakespeare): 1,115,394 characters, 65 distinct, split 1,003,854 / 111,540; 4.174 nats for
+guessing uniformly, 3.347 by frequency and 2.482 by the character before, on the validation part. It takes two seconds.
+Writes: outputs/characters.png. Left out on purpose: words and subwords; byte-pair encoding is chapter 06's.
+"""
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+
+# Shapes: B batch, T time (characters in a window), V vocabulary, N characters in a text
+
+URLS = ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"]
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+UNKNOWN = "\ufffd"  # stands for every character that the training part never shows
+
+
+class Data(NamedTuple):
+    train: Tensor  # (N_train,) int64 character ids
+    val: Tensor  # (N_val,)
+    vocab: list[str]  # id -> character
+    name: str  # "tinyshakespeare", "pydocs" or the file's name
+    stand_in: bool  # True where the real set was asked for and could not be had, or pydocs was named
+
+
+def read_text(data: str | None = None) -> tuple[str, str, bool]:
+    """Return (text, name, stand_in) for `tinyshakespeare`, `pydocs`, a path, or None.
+
+    None means Tiny Shakespeare, and the stand-in where that can't be reached. Raises utils.InputError for a path that
+    is missing, a folder, empty or not UTF-8, and for a Tiny Shakespeare file that is not the real one.
+    """
+    if data in (None, "tinyshakespeare"):
+        try:
+            path = utils.download(URLS, utils.DATA_DIR / "tinyshakespeare.txt", SHA256)
+            return path.read_text(encoding="utf-8"), "tinyshakespeare", False
+        except ConnectionError as error:
+            if data:  # asked for by name: never replaced by something else
+                raise utils.InputError(f"{error} Use --data pydocs to work without a network.") from error
+            utils.notice(f"STAND-IN: {error}"[:110], "This run uses `pydocs`, the Python manual that ships with Python.",
+                         "Its figures are not Tiny Shakespeare's and can't be compared with them.")
+    if data in (None, "pydocs"):
+        from pydoc_data.topics import topics  # help("if") and the like: 465,126 characters in Python 3.11
+
+        return "\n\n".join(topics[name] for name in sorted(topics)), "pydocs", True
+    path = Path(data)
+    if path.is_dir():
+        raise utils.InputError(f"--data {data} is a folder; give one text file.")
+    if not path.is_file():
+        raise utils.InputError(f"--data {data}: no such file; give a UTF-8 text file, tinyshakespeare or pydocs.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise utils.InputError(f"--data {data} is not UTF-8 (byte {error.start}); convert it, for example with iconv.") from error
+    if not text:
+        raise utils.InputError(f"--data {data} is empty; give a text of some thousand characters at least.")
+    return text, path.name, False
+
+
+def encode(text: str, vocab: list[str]) -> Tensor:
+    """Characters to ids: str of length N -> (N,) int64. Raises utils.InputError naming characters not in vocab."""
+    index = {character: i for i, character in enumerate(vocab)}
+    strangers = sorted(set(text) - index.keys())
+    if strangers:
+        raise utils.InputError(f"the model never saw {', '.join(map(repr, strangers[:10]))} in training; leave "
+                               f"{'it' if len(strangers) == 1 else 'them'} out.")
+    return torch.tensor([index[character] for character in text], dtype=torch.int64)
+
+
+def decode(ids: Tensor | list[int], vocab: list[str]) -> str:
+    """Ids to characters: (N,) -> str of length N. The inverse of encode."""
+    return "".join(vocab[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids))
+
+
+def load_data(data: str | None = None, block_size: int = 1) -> Data:
+    """Read, split and encode. Raises utils.InputError where a part is shorter than one window of block_size + 1."""
+    text, name, stand_in = read_text(data)
+    ## The split keeps the order: the first 90 % train, the last 10 % validate. A random split of windows would put
+    ## neighbouring, overlapping pieces of one scene on both sides, and the validation loss would reward memory.
+    n = int(0.9 * len(text))
+    train_text, val_text = text[:n], text[n:]
+    if min(len(train_text), len(val_text)) < block_size + 1:
+        raise utils.InputError(f"{name} has {len(text):,} characters, too few for a context of {block_size}: its last "
+                               f"tenth must hold {block_size + 1}; use a longer text or a smaller --block-size.")
+    ## The vocabulary comes from the training part alone, like everything else that is fitted. Where the validation
+    ## part has other characters, one extra id stands for all of them, and the model pays full price for each.
+    vocab = sorted(set(train_text))
+    unseen = set(val_text) - set(vocab)
+    if unseen:
+        vocab = [c for c in vocab if c != UNKNOWN] + [UNKNOWN]
+        val_text = "".join(UNKNOWN if c in unseen else c for c in val_text)
+    return Data(encode(train_text, vocab), encode(val_text, vocab), vocab, name, stand_in)
+
+
+def get_batch(ids: Tensor, block_size: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cut batch_size windows at random places: (N,) -> inputs (B, T), targets (B, T), both int64.
+
+    ## The target at each position is the next character, so the targets are the inputs moved by one:
+    ##     inputs   F i r s t _ C
+    ##     targets  i r s t _ C i
+    ## One window of T characters is therefore T exercises at once: predict from 1 character, from 2, ... from T.
+    """
+    starts = torch.randint(len(ids) - block_size, (batch_size, 1), generator=generator)  # (B, 1), on the CPU
+    windows = ids[(starts + torch.arange(block_size + 1)).to(ids.device)]  # (B, T+1): one gather, no DataLoader
+    return windows[:, :-1], windows[:, 1:]
+
+
+def frequency_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
+    """Nats per character on val when each character is predicted by its share of train (one is added to each count)."""
+    counts = torch.bincount(train, minlength=n_vocab).double() + 1  # (V,)
+    return -(counts / counts.sum()).log()[val].mean().item()
+
+
+def bigram_log_probs(train: Tensor, n_vocab: int) -> Tensor:
+    """Count pairs: (N,) -> (V, V); row a holds log p(next = b | current = a), with one added to each count.
+
+    ## The added one (Laplace smoothing) matters: a pair that training never showed would get probability 0, and the
+    ## first time validation shows it the loss would be infinite.
+    """
+    pairs = train[:-1] * n_vocab + train[1:]  # (N-1,) one number per pair
+    counts = torch.bincount(pairs, minlength=n_vocab**2).view(n_vocab, n_vocab).double() + 1
+    return (counts / counts.sum(1, keepdim=True)).log()
+
+
+def bigram_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
+    """Nats per character on val when each character is predicted from the one before it alone."""
+    return -bigram_log_probs(train, n_vocab)[val[:-1], val[1:]].mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look at the text that the GPT will learn.")
+    parser.add_argument("--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)")
+    parser.add_argument("--block-size", type=int, default=32, help="characters in one window")
+    parser.add_argument("--seed", type=int, default=0, help="which windows the example batch shows")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
+    args = parser.parse_args()
+    if args.block_size < 1:
+        raise utils.InputError(f"--block-size {args.block_size}: a window has at least one character.")
+
+    data = load_data(args.data, args.block_size)
+    vocab, total = data.vocab, len(data.train) + len(data.val)
+    print(f"{data.name}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
+          f"last 10 % validation {len(data.val):,}")
+    print(f"vocabulary: {decode(range(len(vocab)), vocab)!r}\n")
+    print(decode(data.train[:200], vocab), "\n")
+
+    # a batch, as train.py sees it
+    inputs, targets = get_batch(data.train, args.block_size, 4, torch.Generator().manual_seed(args.seed))
+    print(f"one batch: inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)}, {inputs.dtype}")
+    for x, y in zip(inputs, targets):
+        print(f"  input   {decode(x, vocab)!r}\n  target  {decode(y, vocab)!r}")
+    print(f"  the first input as ids: {inputs[0, :12].tolist()} ...\n")
+
+    ## Three losses that need counting only. What a model has learned shows as the distance to the third.
+    print(f"guessing uniformly:     {math.log(len(vocab)):.3f} nats per character (ln {len(vocab)})")
+    print(f"guessing by frequency:  {frequency_loss(data.train, data.val, len(vocab)):.3f} nats per character")
+    print(f"by the one before:      {bigram_loss(data.train, data.val, len(vocab)):.3f} nats per character (bigram)")
+
+    counts = Counter(decode(data.train, vocab)).most_common(60)
+    figure, axes = plt.subplots(figsize=(10, 3))
+    axes.bar([{" ": "space", "\n": "newline"}.get(c, c) for c, _ in counts], [k / len(data.train) for _, k in counts])
+    axes.set(title=f"How often each character occurs ({data.name}{', stand-in' if data.stand_in else ''})", ylabel="share")
+    axes.tick_params(axis="x", labelsize=8)
+    for label in axes.get_xticklabels()[:2]:
+        label.set_rotation(90)
+    axes.grid(axis="x", visible=False)
+    utils.save_figure(figure, args.out / "characters.png")
+    print(f"\nwrote {args.out / 'characters.png'}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

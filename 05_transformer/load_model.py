@@ -1,0 +1,194 @@
+"""Use a trained character GPT: let it write, character by character, and look at what its attention heads look at.
+
+You learn here: how sampling turns probabilities into text (greedy, temperature, top-k, top-p); why a cache of keys and
+values makes it fast; how to read attention weights, and that the future gets none.
+
+    python 05_transformer/load_model.py --prompt "ROMEO:" --temperature 0.8      after: python 05_transformer/train.py
+
+You should see: text streaming at @TOKS@ characters per second (2 cores of an AMD EPYC, torch 2.15), @NOCACHE@ with
+--no-cache, and a table in which some heads give most of their attention to the previous character.
+Writes: outputs/attention.png. Left out on purpose: beam search and batches of prompts.
+"""
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import decode, encode  # noqa: E402
+from train import GPT, SCRIPT, Cache  # noqa: E402
+
+# Shapes: B batch (1 here), T time, H heads, V vocabulary
+
+
+def load_gpt(path: Path, device: torch.device) -> tuple[GPT, dict]:
+    """Rebuild the model that train.py saved; also return the checkpoint, for its vocab and data name."""
+    saved = utils.load_checkpoint(path, SCRIPT, device)
+    model = GPT(**saved["config"]).to(device)
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise utils.InputError(f"{path} holds other weights than its own config names; train again with: python {SCRIPT}") from error
+    return model.eval(), saved
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Set all but the k largest logits of each row to -inf, (..., V) -> (..., V) (Fan et al. 2018).
+
+    ## Most of the vocabulary is wrong at any place, each by a little. Sampled often enough, those little chances add up
+    ## to a typo per line; top-k cuts them off.
+    """
+    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of characters whose probabilities sum to at least p (Holtzman et al. 2020): (..., V) -> same.
+
+    ## A fixed k is too many where the model is sure (after "q") and too few where it is not (after a full stop). Top-p
+    ## keeps as many as the model itself finds plausible.
+    """
+    values, order = logits.sort(descending=True)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones sum to already; 0 for the first
+    values = values.masked_fill(before >= p, -math.inf)
+    return torch.empty_like(logits).scatter_(-1, order, values)
+
+
+@torch.inference_mode()
+def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top_k: int | None = None,
+             top_p: float | None = None, cache: bool = True, generator: torch.Generator | None = None) -> Iterator[int]:
+    """Yield `length` new ids that continue ids (1, T), one at a time. temperature 0 is greedy: always the likeliest.
+
+    ## Without a cache every new character costs a pass over the whole window, though the keys and values of the earlier
+    ## ones can't have changed: the mask keeps them from seeing anything later. With it, only the new one is computed.
+    """
+    window = ids[:, -model.block_size :]
+    caches = [Cache(model.block_size) for _ in model.blocks] if cache else None
+    new = window
+    for _ in range(length):
+        logits = model(new, caches=caches)[:, -1]  # (1, V)
+        if temperature == 0:
+            next_id = logits.argmax(-1, keepdim=True)  # (1, 1)
+        else:
+            logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
+            logits = keep_top_k(logits, top_k) if top_k else logits
+            logits = keep_top_p(logits, top_p) if top_p else logits
+            next_id = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        yield next_id.item()
+        window = torch.cat([window, next_id], 1)[:, -model.block_size :]
+        new = next_id if cache else window
+        if cache and caches[0].length == model.block_size:
+            ## Full: the model knows positions up to block_size only. Start over with the newer half, so that the price of
+            ## one pass is paid once per block_size / 2 characters and each still sees at least that many.
+            new = window[:, -(model.block_size + 1) // 2 :]
+            caches = [Cache(model.block_size) for _ in model.blocks]
+
+
+# ---------------------------------------------------------------------------------------------- attention
+@torch.inference_mode()
+def attention_weights(model: GPT, ids: Tensor) -> Tensor:
+    """Every head's weights for ids (1, T): (layers, H, T, T); row t is a distribution over what position t looks at."""
+    for block in model.blocks:
+        block.attention.keep_weights = True
+    model(ids)
+    for block in model.blocks:
+        block.attention.keep_weights = False
+    return torch.cat([block.attention.weights.float() for block in model.blocks])
+
+
+def where_heads_look(weights: Tensor, text: str) -> dict[str, Tensor]:
+    """Mean share of attention, (layers, H) each, that goes to the character itself, the one before, the line's start.
+
+    The line's start is the newline before the current line (the text's first character in the first line). The shares
+    are means over all positions; where two targets coincide, as at the start of a line, both count it.
+    """
+    T = len(text)
+    rows = torch.arange(T)
+    starts = torch.tensor([max(0, text.rfind("\n", 0, t + 1)) for t in range(T)])
+    share = {"itself": weights[..., rows, rows].mean(-1),
+             "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
+             "line start": weights[..., rows, starts].mean(-1)}
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return share | {"future": weights[..., future].sum(-1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Generate text with a trained GPT and draw its attention.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py saved")
+    parser.add_argument("--prompt", help="the text to continue; without it a newline, which asks for a new line")
+    parser.add_argument("--length", type=int, default=500, help="characters to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as the model believes; above: wilder")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest only")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest that sum to p only")
+    parser.add_argument("--no-cache", action="store_true", help="compute everything again for every character, to see the difference")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps; a small model writes fastest on the cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
+    args = parser.parse_args()
+    if args.length < 1 or args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
+        raise utils.InputError("--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and at most 1.")
+    device = utils.pick_device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # one character is too little work to share: handing it around costs more than it saves
+
+    model, saved = load_gpt(args.model, device)
+    vocab = saved["vocab"]
+    prompt = args.prompt if args.prompt else "\n" if "\n" in vocab else vocab[0]
+    ids = encode(prompt, vocab)[None].to(device)  # (1, T)
+    if saved["stand_in"]:
+        utils.notice(f"STAND-IN: this model was trained on {saved['data']}, not on Tiny Shakespeare.")
+    print(f"{utils.count_parameters(model):,} parameters, trained on {saved['data']}, validation loss {saved['metrics']['val_loss']:.4f}\n")
+
+    print(prompt, end="", flush=True)
+    written, start = [], time.perf_counter()
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for i in generate(model, ids, args.length, args.temperature, args.top_k, args.top_p, not args.no_cache, generator):
+        written.append(i)
+        print(vocab[i], end="", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"\n\n{len(written) / seconds:,.0f} characters per second\n")
+
+    ## The same text, read by the model in one pass, with all weights kept.
+    window = torch.cat([ids, torch.tensor([written], device=device)], 1)[:, -model.block_size :]
+    text = decode(window[0], vocab)
+    weights = attention_weights(model, window).cpu()
+    shares = where_heads_look(weights, text)
+    print("share of attention that goes to ...")
+    print(f"{'layer head':12}{'itself':>10}{'previous':>10}{'line start':>12}{'future':>10}")
+    for layer in range(weights.shape[0]):
+        for head in range(weights.shape[1]):
+            itself, previous, line, future = (shares[name][layer, head].item() for name in shares)
+            print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{line:12.1%}{future:10.4g}")
+    assert not shares["future"].any(), "the causal mask leaks"
+
+    T = min(len(text), 40)
+    labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in text[:T]]
+    layers, heads = weights.shape[:2]
+    figure, axes = plt.subplots(layers, heads, figsize=(4 * heads, 4 * layers), squeeze=False)
+    for layer in range(layers):
+        for head in range(heads):
+            a = axes[layer, head]
+            a.imshow(weights[layer, head, :T, :T], cmap="viridis", vmin=0, vmax=1)
+            a.set_xticks(range(T), labels, fontsize=5)
+            a.set_yticks(range(T), labels, fontsize=5)
+            a.set_title(f"layer {layer}, head {head}", fontsize=9)
+            a.grid(False)
+    stand_in = ", stand-in" * saved["stand_in"]
+    figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1 ({saved['data']}{stand_in})", y=0.995)
+    figure.tight_layout()
+    utils.save_figure(figure, args.out / "attention.png")
+    print(f"\nwrote {args.out / 'attention.png'}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,421 @@
+"""@HEADER@"""
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import bigram_loss, decode, get_batch, load_data  # noqa: E402
+
+# Shapes: B batch, T time (at most block_size), C channels (n_embd), H heads, D channels per head (C = H * D),
+#         V vocabulary, S time with what a cache remembers (S = T without one), N characters in a text
+
+SCRIPT = "05_transformer/train.py"
+
+
+# ---------------------------------------------------------------------------------------------- model
+def norm(x: Tensor) -> Tensor:
+    """Bring the last dimension to mean 0 and variance 1: any shape -> same shape (layer norm, Ba et al. 2016).
+
+    ## The usual learned gain and bias are left out: the matrix that reads the result can scale and shift by itself.
+    """
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def rotary_tables(block_size: int, D: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of every rotary angle, (T, 1, 1, D) each, laid out for `rotate`."""
+    frequency = 10000.0 ** -(torch.arange(0, D, 2) / D)  # (D/2,) radians per character: 1 down to nearly 1/10000
+    angle = torch.arange(block_size)[:, None] * frequency  # (T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1)[:, None, None], torch.cat([-sin, sin], -1)[:, None, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, section 3.2): x (B, T, 2, H, D) -> same shape.
+
+    ## Attention by itself sees a bag of characters. Here channels i and i + D/2 form a point in the plane, which is
+    ## turned by an angle proportional to its position:
+    ##     (a, b)  ->  (a cos - b sin,  b cos + a sin)
+    ## The dot product of two turned points depends on the difference of their angles alone. So a score knows how far
+    ## back a key lies, and a pattern learned at one place works at every other.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # roll swaps the halves; sin carries the signs
+
+
+class Cache:
+    """Keys and values that one attention layer has computed so far, so that generation need not compute them again."""
+
+    def __init__(self, block_size: int):
+        self.block_size, self.length, self.kv = block_size, 0, None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (B, H, T, D) of new characters -> k, v (B, H, S, D) of all characters."""
+        if self.kv is None:
+            self.kv = k.new_empty(2, *k.shape[:2], self.block_size, k.shape[3])  # (2, B, H, block_size, D), taken once
+        start, self.length = self.length, self.length + k.shape[2]
+        self.kv[0, :, :, start : self.length] = k
+        self.kv[1, :, :, start : self.length] = v
+        return self.kv[:, :, :, : self.length].unbind()
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention, (B, T, C) -> (B, T, C). from_scratch.py derives it step by step."""
+
+    def __init__(self, n_embd: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)  # queries, keys and values in one product
+        self.out = nn.Linear(n_embd, n_embd, bias=False)
+        self.keep_weights, self.weights = False, None  # load_model.py turns this on to draw them
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
+        B, T, C = x.shape
+        D = C // self.n_head
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, D)
+        ## QK-norm (Henry et al. 2020): queries and keys all get length sqrt(D), so no score exceeds sqrt(D) and softmax
+        ## can't saturate, however large the weights grow. It makes large learning rates safe.
+        qk = rotate(norm(qkv[:, :, :2]), cos, sin).to(qkv.dtype)  # (B, T, 2, H, D)
+        q, k = qk.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        v = qkv[:, :, 2].transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        if x.is_cuda and cache is None and not self.keep_weights:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D): one fused kernel
+        else:
+            ## The same, spelled out. On a CPU it also beats the fused kernel, whose backward pass is slow there.
+            S = k.shape[2]
+            future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # 0 for the past
+            p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, S)
+            self.weights = p.detach() if self.keep_weights else None
+            y = p.to(v.dtype) @ v  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Attention, which moves information between positions, then an MLP, which works on each position: (B, T, C) -> same.
+
+    ## Both are added to their input (the residual path, He et al. 2015), and norm comes before them, not after (Xiong
+    ## et al. 2020): the path from loss to embedding stays free of anything that could shrink a gradient.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(n_embd, n_head)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        ## The two matrices that write to the residual path start at zero (Goyal et al. 2017; Zhang et al. 2019): at first
+        ## each block is the identity, and it joins in as it finds something useful.
+        nn.init.zeros_(self.attention.out.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(norm(x), cos, sin, cache))
+        return x + self.dropout(self.down(F.gelu(self.up(norm(x)))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over characters (Radford et al. 2019, with the changes that experiment.py measures)."""
+
+    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float):
+        super().__init__()
+        if n_embd % n_head or n_embd // n_head % 2:
+            raise utils.InputError(f"--n-embd {n_embd} must be divisible by --n-head {n_head}, with an even quotient.")
+        self.block_size = block_size
+        self.dtype = torch.float32  # what activations are computed in; the weights are always float32
+        self.characters = nn.Embedding(vocab_size, n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        nn.init.zeros_(self.head.weight)  # all logits 0: before training every character is equally likely
+        for name, table in zip(("cos", "sin"), rotary_tables(block_size, n_embd // n_head)):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, caches: list[Cache] | None = None) -> Tensor:
+        """ids (B, T) -> logits (B, T, V) in float32; with targets (B, T) -> their mean cross-entropy, in nats.
+
+        caches: one per layer; ids then continue what the caches hold.
+        """
+        past = caches[0].length if caches else 0
+        cos, sin = (table[past : past + ids.shape[1]] for table in (self.cos, self.sin))
+        ## Mixed precision (Micikevicius et al. 2018): products and the residual path in `dtype`, where that is a faster
+        ## bfloat16; weights, their gradients, the optimizer and the loss in float32.
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            x = self.dropout(norm(self.characters(ids)).to(self.dtype))  # (B, T, C)
+            for i, block in enumerate(self.blocks):
+                x = block(x, cos, sin, caches[i] if caches else None)
+            logits = self.head(norm(x)).float()  # (B, T, V)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# ---------------------------------------------------------------------------------------------- small functions
+@torch.no_grad()
+def evaluate(model: GPT, ids: Tensor, block_size: int) -> float:
+    """Mean loss over all of ids, (N,) -> nats per character: consecutive windows, the last as long as what is left.
+
+    ## Each character but the first is predicted exactly once, from what stands before it in its window: the first of a
+    ## window from one character, the last from block_size. Nothing is sampled and nothing is dropped.
+    """
+    model.eval()
+    n = (len(ids) - 1) // block_size * block_size
+    inputs, targets = ids[:n].view(-1, block_size), ids[1 : n + 1].view(-1, block_size)  # (windows, T)
+    rows = max(1, 8192 // block_size)
+    total = sum(model(x, y).item() * x.numel() for x, y in zip(inputs.split(rows), targets.split(rows)))
+    if n < len(ids) - 1:
+        total += model(ids[None, n:-1], ids[None, n + 1 :]).item() * (len(ids) - 1 - n)
+    model.train()
+    return total / (len(ids) - 1)
+
+
+@torch.no_grad()
+def generate(model: GPT, ids: Tensor, length: int) -> Tensor:
+    """Continue ids (1, T) by `length` characters drawn from the model: (1, T + length). load_model.py does it fast."""
+    model.eval()
+    for _ in range(length):
+        logits = model(ids[:, -model.block_size :])[:, -1]  # (1, V): only the last position predicts something new
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], 1)
+    model.train()
+    return ids
+
+
+def make_optimizers(model: GPT, lr: float, muon_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embedding and head.
+
+    ## A matrix's gradient is dominated by a few directions. Muon (Jordan et al. 2024) averages gradients as momentum does,
+    ## then replaces the average U S V^T by (nearly) U V^T: every direction gets the same step. It takes a few matrix
+    ## products per step, a small share of the time, and needs about half as many steps as AdamW.
+    """
+    matrices = list(model.blocks.parameters())
+    others = [*model.characters.parameters(), *model.head.parameters()]
+    return [torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor on every learning rate: a linear rise, then a linear fall to 2 % at the last step."""
+    return min((step + 1) / warmup, 1 - 0.98 * step / steps)
+
+
+# ---------------------------------------------------------------------------------------------- options
+PRESETS = {
+    "small": dict(steps=4000, batch_size=12, block_size=128, n_layer=4, n_head=3, n_embd=192, dropout=0.1),
+    "large": dict(steps=3000, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3),
+}
+
+
+def parse_options() -> tuple[argparse.Namespace, dict]:
+    """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
+    parser = argparse.ArgumentParser(description="Train a character GPT. Defaults in brackets.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="small", help="small: two CPU cores, minutes; large: 10.6 M parameters, for a GPU, "
+        "about 50 times the arithmetic of small per step (hours on a CPU)")
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it tinyshakespeare, or pydocs where that is out of reach")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of activations; auto: what multiplies faster here")
+    add("--seed", type=int, default=0, help="decides weights, batches and dropout")
+    add("--steps", type=int, help="updates; the learning rates fall to nearly zero at the last one, whatever their number")
+    add("--batch-size", type=int, help="windows per step, over all processes together; larger is steadier and learns less per character")
+    add("--block-size", type=int, help="context, in characters: how far back the model looks; attention costs its square")
+    add("--n-layer", type=int, help="number of blocks: how many times information can move between positions")
+    add("--n-head", type=int, help="attention heads per block, each n_embd / n_head channels wide")
+    add("--n-embd", type=int, help="width C; parameters and time grow with its square")
+    add("--dropout", type=float, help="share of channels zeroed in training; against overfitting, at the price of slower learning")
+    add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate, for embedding and head")
+    add("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate, for the matrices in the blocks")
+    add("--weight-decay", type=float, default=0.1, help="Muon's pull towards zero: muon_lr * weight_decay of each weight per step")
+    add("--warmup", type=int, default=20, help="steps over which the learning rates rise from zero")
+    add("--grad-clip", type=float, default=1.0, help="a longer gradient is scaled down to this length (Pascanu et al. 2013)")
+    add("--eval-every", type=int, default=250, help="steps between evaluations on the whole validation part; each one saves")
+    add("--patience", type=int, default=5, help="stop after so many evaluations in a row without a new best (early stopping)")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
+    add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
+    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
+    args = parser.parse_args()
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
+    for name in ("steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "lr", "muon_lr", "warmup", "grad_clip",
+                 "eval_every", "patience"):
+        if getattr(args, name) <= 0:
+            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    if not 0 <= args.dropout < 1:
+        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1.")
+    return args, {name: value for name, value in given.items() if value is not None}
+
+
+def adopt_options(args: argparse.Namespace, given: dict, saved: dict) -> None:
+    """For --resume: set args to the saved run's options. Raises utils.InputError where the user gave a different one."""
+    free = ("resume", "out", "device", "compile")  # these don't change what is learned
+    for name, value in saved["options"].items():
+        if name not in free:
+            if given.get(name, value) != value:
+                raise utils.InputError(f"--resume goes on with a run that had --{name.replace('_', '-')} {value}, not {given[name]}; "
+                                       "leave the option out, or start anew without --resume.")
+            setattr(args, name, value)
+
+
+def main() -> None:
+    utils.keep_memory()
+    args, given = parse_options()
+    checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
+    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
+    if saved:
+        adopt_options(args, given, saved)
+    utils.check_writable(args.out)  # better now than in five minutes
+    device = utils.pick_device(args.device)
+
+    ## Several processes: `torchrun --nproc_per_node=2 05_transformer/train.py` starts this script twice and tells each
+    ## its rank. Each holds the whole model, takes its share of every batch, and averages its gradients with the others',
+    ## so that all take the very step that one process would take with the whole batch.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if args.batch_size % world:
+            raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.dtype == "auto":
+        args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
+
+    # data
+    data = load_data(args.data, args.block_size)
+    train, val, vocab = data.train.to(device), data.val.to(device), data.vocab
+    label = data.name + ", stand-in" * data.stand_in
+    if saved and (saved["vocab"], saved["characters"]) != (vocab, len(train)):
+        raise utils.InputError(f"--resume: {data.name} is not the text it was when the run began; start anew without --resume.")
+
+    # model and optimizers
+    utils.set_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)  # draws the batches, the same on every rank
+    config = dict(vocab_size=len(vocab), block_size=args.block_size, n_layer=args.n_layer, n_head=args.n_head,
+                  n_embd=args.n_embd, dropout=args.dropout)
+    model = GPT(**config).to(device)
+    model.dtype = getattr(torch, args.dtype)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr, args.weight_decay)
+    first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_loss": math.inf}
+    torch.manual_seed(args.seed + rank)  # all ranks have the same weights by now, and need different dropout
+    if saved:
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
+        losses = list(saved["losses"])
+        generator.set_state(saved["random"]["batches"])
+        torch.set_rng_state(saved["random"]["cpu"])
+    step_model = torch.compile(model) if args.compile else model
+    step_model = DistributedDataParallel(step_model) if world > 1 else step_model
+
+    # sanity numbers before training
+    bigram = bigram_loss(data.train, data.val, len(vocab))
+    if rank == 0:
+        print(f"{label}: {len(train):,} characters to train on, {len(val):,} to validate on, {len(vocab)} distinct\n"
+              f"{utils.count_parameters(model):,} parameters; {args.dtype} on {device.type}; "
+              f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
+        x, y = get_batch(data.train, args.block_size, 1, torch.Generator().manual_seed(args.seed))
+        print(f"a window:         {decode(x[0, :50], vocab)!r}\nits targets:      {decode(y[0, :50], vocab)!r}")
+        if saved:
+            print(f"resumed after step {first_step} and {seconds:.0f} s of training")
+        else:
+            ## The first loss must be close to ln V. Far above it, the model starts out confidently wrong and spends its
+            ## first hundred steps unlearning that. Far below it, the targets have leaked into the inputs.
+            print(f"before training:  loss {evaluate(model, val, args.block_size):.4f}; guessing uniformly, ln {len(vocab)}: "
+                  f"{math.log(len(vocab)):.4f}; bigram: {bigram:.4f}")
+            print(f"it writes:        {decode(generate(model, val[None, :1], 60)[0], vocab)!r}\n")
+
+    def save() -> None:
+        """Write all that decides how the run goes on; and, where the newest weights are the best so far, the model."""
+        state = {"script": SCRIPT, "config": config, "vocab": vocab, "data": data.name, "stand_in": data.stand_in,
+                 "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
+        if best["step"] == done:
+            utils.save_checkpoint(model_path, state)
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        utils.save_checkpoint(checkpoint_path, state | {
+            "options": options, "characters": len(train), "step": done, "seconds": seconds, "history": history, "best": best,
+            "losses": losses, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "random": {"batches": generator.get_state(), "cpu": torch.get_rng_state()}})
+
+    ## Ctrl-C can come at any moment, also between the two optimizers' steps, when weights and states don't match. So the
+    ## signal only leaves a note, which the loop reads where everything fits together.
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: interrupted.append(number))
+
+    # ------------------------------------------------------------------------------------------ the loop
+    bar, begun = utils.Progress(args.steps, "characters", first_step), time.perf_counter()
+    for step in range(first_step, args.steps):
+        for optimizer, peak in zip(optimizers, (args.muon_lr, args.lr)):
+            optimizer.param_groups[0]["lr"] = peak * schedule(step, args.steps, args.warmup)
+
+        x, y = get_batch(train, args.block_size, args.batch_size, generator)  # (B, T) each
+        loss = step_model(x[rank::world], y[rank::world])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+
+        done = step + 1
+        due = done % args.eval_every == 0 or done == args.steps
+        if due or done % 10 == 0:  # reading the loss makes a GPU wait, so not at every step
+            if not math.isfinite(loss.item()):
+                raise utils.InputError(f"the loss became {loss.item()} at step {done}; {checkpoint_path.name} still has the last good "
+                                       "state, but start again, with a smaller --lr and --muon-lr.")
+            bar.update(done, f"loss {loss.item():.3f}", args.batch_size * args.block_size)
+        if due or interrupted:
+            seconds += time.perf_counter() - begun
+            if due:
+                train_loss = torch.stack(losses).mean()
+                if world > 1:
+                    dist.all_reduce(train_loss)  # the sum over ranks
+                row = {"step": done, "seconds": seconds, "characters": done * args.batch_size * args.block_size,
+                       "train_loss": train_loss.item() / world, "val_loss": evaluate(model, val, args.block_size)}
+                history.append(row)
+                losses = []
+                best = row if row["val_loss"] < best["val_loss"] else best
+            if rank == 0:
+                save()
+            if interrupted:
+                raise KeyboardInterrupt(f"The run is saved up to step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+            if rank == 0:
+                bar.clear()
+                print(f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation {row['val_loss']:.4f}", flush=True)
+            if done - best["step"] >= args.patience * args.eval_every:
+                break
+            begun = time.perf_counter()
+
+    # report
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return
+    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # the best, which need not be the last
+    loss = best["val_loss"]
+    metrics = {"val_loss": loss, "perplexity": math.exp(loss), "bits_per_character": loss / math.log(2), "best_step": best["step"],
+               "last_val_loss": history[-1]["val_loss"], "bigram_val_loss": bigram, "uniform_val_loss": math.log(len(vocab))}
+    print(f"\n{'':24}nats per character   perplexity   bits per character   ({label}, validation)")
+    for name, nats in (("guessing uniformly", math.log(len(vocab))), ("bigram", bigram), (f"GPT, step {best['step']}", loss)):
+        print(f"{name:24}{nats:18.4f}{math.exp(nats):13.3f}{nats / math.log(2):21.4f}")
+    print(f"{seconds:.0f} s of training\n\nit writes:\n{decode(generate(model, val[None, :1], 400)[0], vocab)}\n")
+    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in, device=device.type,
+                       seed=args.seed, seconds=seconds, parameters=utils.count_parameters(model), metrics=metrics, history=history)
+    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"], f"A character GPT on {label}", y="nats per character")
+    print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

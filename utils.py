@@ -1,0 +1,281 @@
+"""The few helpers that all six chapters share: errors, device, seed, download, progress, checkpoints, one plot.
+
+Nothing here knows about any chapter, and no training loop lives here: those are lessons and stay in the chapters.
+To take a chapter into a project of your own, copy its folder and this file.
+"""
+import ctypes
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import requests
+import torch
+import torch.nn.functional as F
+
+matplotlib.use("Agg")  # plots go to files: works on machines without a display
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+DATA_DIR = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data"))
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind-safe
+plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=COLORS), "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 110,
+                     "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"})
+
+
+# ---------------------------------------------------------------------------------------------- errors
+class InputError(ValueError):
+    """Something the user can put right. Its message is one sentence that names the thing and what to do."""
+
+
+def run(main) -> None:
+    """Call main(). What a user can cause ends in one sentence and a non-zero exit status; a bug keeps its traceback."""
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
+        sys.exit(130)  # what a shell reports for Ctrl-C
+    except BrokenPipeError:  # the reader went away, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the device ran out of memory; try a smaller --batch-size.")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right, "
+                 "writable and on a disk with free space.")
+
+
+def notice(*lines: str) -> None:
+    """Print lines in a box, for what nobody may overlook: above all that a stand-in is used instead of the real data."""
+    width = max(map(len, lines))
+    print("+" + "-" * (width + 2) + "+", *(f"| {line:{width}} |" for line in lines), "+" + "-" * (width + 2) + "+", sep="\n")
+
+
+# ---------------------------------------------------------------------------------------------- device, seed
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes the best device there is; a named one that is missing is an InputError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name.split(":")[0], False):
+        raise InputError(f"--device {name}: this machine has no such device; use --device auto.")
+    return torch.device(name)
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The faster of bfloat16 and float32 for matrix products on this device: a GPU by asking it, a CPU by timing it.
+
+    ## A CPU with AMX or AVX512-BF16 multiplies bfloat16 matrices several times faster than float32 ones; one
+    ## without them is slower in bfloat16. Nothing tells the two apart as surely as twenty milliseconds of trying.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            F.linear(x, w)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch (all devices) and numpy."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep freed memory instead of handing it back to the system: call it once, before the first tensor.
+
+    ## A training step frees and takes the same hundred megabytes again and again. By default glibc returns large
+    ## blocks at once, and the system then has to find and clear fresh pages, a page fault for each 4 KiB.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+    except (OSError, AttributeError):
+        pass  # not glibc (macOS, Windows, musl): nothing to tune
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of trainable parameters; a tensor that two modules share counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------- progress, download
+class Progress:
+    """One line that rewrites itself: percent done, text, throughput, ETA. Plain lines, about twenty, when piped."""
+
+    def __init__(self, total: int, unit: str, start: int = 0):
+        self.total, self.unit, self.first, self.begun, self.shown = total, unit, start, time.perf_counter(), 0.0
+        self.tty = sys.stdout.isatty()
+
+    def update(self, done: int, text: str = "", per: float = 1.0) -> None:
+        """done: how many of total; per: how many units of throughput one of them is."""
+        now = time.perf_counter()
+        share = done / self.total if self.total else 1.0
+        if done < self.total and (now - self.shown < 0.1 if self.tty else share - self.shown < 0.05):
+            return
+        self.shown = now if self.tty else share
+        rate = (done - self.first) / max(now - self.begun, 1e-9)
+        eta = (self.total - done) / rate if rate else 0.0
+        line = f"{share:4.0%}  {text}  {rate * per:,.0f} {self.unit}/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}"
+        print(f"\r{line:<100.100}", end="", flush=True) if self.tty else print(line, flush=True)
+
+    def clear(self) -> None:
+        """Make room for an ordinary print."""
+        if self.tty:
+            print("\r" + " " * 100 + "\r", end="", flush=True)
+
+
+def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, float] = (10, 30)) -> Path:
+    """Fetch a file from the first mirror that has it; resume what is there; verify; only then give it its name.
+
+    timeout: seconds to connect, seconds of silence. Raises ConnectionError where no mirror could be reached, and
+    InputError where a file came, or was there before, whose hash is wrong: such a file is never used or replaced.
+    """
+    path = Path(path)
+    if path.exists():
+        if _sha256(path) != sha256:
+            raise InputError(f"{path} is not the expected file (its sha256 differs); delete or move it to download it again.")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, failures, wrong = path.with_name(path.name + ".part"), [], None
+    for url in urls:
+        tries = 3  # without progress; a connection that is cut but moved some bytes on may go on
+        while tries:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                _fetch(url, part, timeout)
+            except requests.RequestException as error:
+                status = getattr(error.response, "status_code", None)
+                failures.append(f"{url}: {f'HTTP {status}' if status else type(error).__name__}")
+                if status and status != 416 and status < 500:
+                    break  # forbidden or not there: asking again will not help
+                if status == 416:  # our part is longer than the file
+                    part.unlink(missing_ok=True)
+                after = part.stat().st_size if part.exists() else 0
+                tries = 3 if after > before else tries - 1
+                time.sleep(0.2)
+                continue
+            if _sha256(part) == sha256:
+                os.replace(part, path)
+                return path
+            part.unlink()
+            wrong = url
+            if not before:
+                break  # the mirror's whole file is wrong; a file pieced together gets a second chance from zero
+    if wrong:
+        raise InputError(f"{wrong} sent a file with the wrong sha256 for {path.name}; nothing was kept, so try again later "
+                         f"or put the right file at {path} yourself.")
+    raise ConnectionError(f"{path.name} could not be downloaded ({'; '.join(dict.fromkeys(failures))}).")
+
+
+def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as reply:
+        reply.raise_for_status()
+        if reply.status_code != 206:
+            have = 0  # the server ignored Range and sends the whole file
+        length = int(reply.headers.get("Content-Length", 0))
+        bar = Progress(have + length, "MB", have)
+        with open(part, "ab" if have else "wb") as file:
+            for block in reply.iter_content(1 << 16):
+                file.write(block)
+                have += len(block)
+                bar.update(have, part.stem, per=1e-6)
+    bar.clear()
+    if length and have < bar.total:  # requests does not always notice that the other side hung up early
+        raise requests.ConnectionError(f"connection cut after {have} of {bar.total} bytes")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- files
+def write_atomically(path: Path, data: bytes) -> None:
+    """Whatever happens, and whenever, `path` holds the old bytes or the new ones: write beside it, flush, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only in the system's cache, before the name moves
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({error.strerror}); free some space or choose another --out.") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError now, rather than after the training, where results could not be written to folder."""
+    probe = Path(folder) / ".probe"
+    write_atomically(probe, b"probe")
+    probe.unlink()
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a dict of tensors and plain Python values (nothing else, so that it loads with weights_only=True)."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu") -> dict:
+    """Read what save_checkpoint wrote for `script`; anything else is an InputError, and no code in it is run."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; make it with: python {script}")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is not a checkpoint, or was cut short; make a new one with: python {script}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        what = "carries code, which is never run" if "weights_only" in str(error) else "is damaged"
+        raise InputError(f"{path} {what}; use a file that you made with: python {script}") from error
+    if not isinstance(state, dict) or state.get("script") != script:
+        origin = state.get("script", "another program") if isinstance(state, dict) else "another program"
+        raise InputError(f"{path} was written by {origin}; this needs one from: python {script}")
+    return state
+
+
+def save_metrics(path: Path, **fields) -> None:
+    """Write metrics.json; `versions` is added here. Fields: script, data, stand_in, device, seed, seconds, ..."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    write_atomically(path, json.dumps({**fields, "versions": versions}, indent=1).encode())
+
+
+def plot_history(path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss") -> None:
+    """Draw the named columns of the history rows over x; a row that lacks a column is passed over."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, style in zip(curves, ["-", "--", "-.", ":"] * 2):
+        rows = [row for row in history if name in row]
+        axes.plot([row[x] for row in rows], [row[name] for row in rows], style, label=name)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG, atomically, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
