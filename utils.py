@@ -3,6 +3,7 @@
 Nothing here knows about any chapter, and no training loop lives here: those are lessons and stay in the chapters.
 To take a chapter into a project of your own, copy its folder and this file.
 """
+
 import ctypes
 import hashlib
 import io
@@ -24,8 +25,17 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data"))
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind-safe
-plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=COLORS), "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 110,
-                     "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"})
+plt.rcParams.update(
+    {
+        "axes.prop_cycle": plt.cycler(color=COLORS),
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "figure.dpi": 110,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "savefig.bbox": "tight",
+    }
+)
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -48,14 +58,21 @@ def run(main) -> None:
     except torch.OutOfMemoryError:
         sys.exit("error: the device ran out of memory; try a smaller --batch-size.")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right, "
-                 "writable and on a disk with free space.")
+        sys.exit(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right, "
+            "writable and on a disk with free space."
+        )
 
 
 def notice(*lines: str) -> None:
-    """Print lines in a box, for what nobody may overlook: above all that a stand-in is used instead of the real data."""
+    """Print lines in a box, for what nobody may overlook: above all that a stand-in takes the real data's place."""
     width = max(map(len, lines))
-    print("+" + "-" * (width + 2) + "+", *(f"| {line:{width}} |" for line in lines), "+" + "-" * (width + 2) + "+", sep="\n")
+    print(
+        "+" + "-" * (width + 2) + "+",
+        *(f"| {line:{width}} |" for line in lines),
+        "+" + "-" * (width + 2) + "+",
+        sep="\n",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- device, seed
@@ -149,7 +166,9 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
     path = Path(path)
     if path.exists():
         if _sha256(path) != sha256:
-            raise InputError(f"{path} is not the expected file (its sha256 differs); delete or move it to download it again.")
+            raise InputError(
+                f"{path} is not the expected file (its sha256 differs); delete or move it to download it again."
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part, failures, wrong = path.with_name(path.name + ".part"), [], None
@@ -178,8 +197,10 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
             if not before:
                 break  # the mirror's whole file is wrong; a file pieced together gets a second chance from zero
     if wrong:
-        raise InputError(f"{wrong} sent a file with the wrong sha256 for {path.name}; nothing was kept, so try again later "
-                         f"or put the right file at {path} yourself.")
+        raise InputError(
+            f"{wrong} sent a file with the wrong sha256 for {path.name}; nothing was kept, so try again later "
+            f"or put the right file at {path} yourself."
+        )
     raise ConnectionError(f"{path.name} could not be downloaded ({'; '.join(dict.fromkeys(failures))}).")
 
 
@@ -262,7 +283,9 @@ def save_metrics(path: Path, **fields) -> None:
     write_atomically(path, json.dumps({**fields, "versions": versions}, indent=1).encode())
 
 
-def plot_history(path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss") -> None:
+def plot_history(
+    path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss"
+) -> None:
     """Draw the named columns of the history rows over x; a row that lacks a column is passed over."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, style in zip(curves, ["-", "--", "-.", ":"] * 2):

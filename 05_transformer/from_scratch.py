@@ -10,6 +10,7 @@ validation part, one attention layer trained with the gradients below @ATTN@ aft
 scaled_dot_product_attention and autograd below 1e-12 (float64).
 Writes: outputs/from_scratch.png. Left out on purpose: the MLP, norms, rotary positions and depth; they are train.py's.
 """
+
 import argparse
 import math
 import sys
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from load import batches, bigram_log_probs, bigram_loss, decode, load_data  # noqa: E402
+
 import utils  # noqa: E402
-from load import bigram_log_probs, bigram_loss, decode, get_batch, load_data  # noqa: E402
 
 # Shapes: B batch, T time, C channels (width of the model), H heads, D channels per head (C = H * D), V vocabulary
 
@@ -98,8 +100,13 @@ def multi_head_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tenso
 def init_model(n_vocab: int, block_size: int, n_embd: int) -> dict[str, Tensor]:
     """Random weights: character and position embeddings, attention, and a head that predicts the next character."""
     C = n_embd
-    return {"characters": torch.randn(n_vocab, C) * 0.5, "positions": torch.randn(block_size, C) * 0.5,
-            "w_qkv": torch.randn(C, 3 * C) * C**-0.5, "w_out": torch.randn(C, C) * C**-0.5, "head": torch.zeros(C, n_vocab)}
+    return {
+        "characters": torch.randn(n_vocab, C) * 0.5,
+        "positions": torch.randn(block_size, C) * 0.5,
+        "w_qkv": torch.randn(C, 3 * C) * C**-0.5,
+        "w_out": torch.randn(C, C) * C**-0.5,
+        "head": torch.zeros(C, n_vocab),
+    }
 
 
 def forward(w: dict[str, Tensor], ids: Tensor, targets: Tensor, n_head: int) -> tuple[float, tuple]:
@@ -126,8 +133,13 @@ def backward(w: dict[str, Tensor], saved: tuple) -> dict[str, Tensor]:
     dcharacters = torch.zeros_like(w["characters"]).index_add_(0, ids.flatten(), dx.flatten(0, 1))
     dpositions = torch.zeros_like(w["positions"])
     dpositions[:T] = dx.sum(0)
-    return {"characters": dcharacters, "positions": dpositions, "w_qkv": dw_qkv, "w_out": dw_out,
-            "head": h.flatten(0, 1).mT @ dlogits.flatten(0, 1)}
+    return {
+        "characters": dcharacters,
+        "positions": dpositions,
+        "w_qkv": dw_qkv,
+        "w_out": dw_out,
+        "head": h.flatten(0, 1).mT @ dlogits.flatten(0, 1),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -159,7 +171,7 @@ def check_against_pytorch() -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) -> float:
-    """Mean loss over every character of ids but the first: consecutive windows, the last one as long as what is left."""
+    """Mean loss over every character of ids but the first, in consecutive windows, the last one shorter."""
     n = (len(ids) - 1) // block_size * block_size
     total = 0.0
     for x, y in zip(ids[:n].view(-1, block_size).split(128), ids[1 : n + 1].view(-1, block_size).split(128)):
@@ -171,18 +183,24 @@ def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Causal attention by hand, against counting pairs.")
-    parser.add_argument("--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)")
+    parser.add_argument(
+        "--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000, help="updates; more lower the loss a little further")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--block-size", type=int, default=64, help="characters that attention can look back on")
     parser.add_argument("--n-embd", type=int, default=128, help="width C")
     parser.add_argument("--n-head", type=int, default=4, help="heads; each has n_embd / n_head channels")
-    parser.add_argument("--lr", type=float, default=3e-3, help="Adam's step size; 10 times more diverges, 10 times less is slow")
+    parser.add_argument(
+        "--lr", type=float, default=3e-3, help="Adam's step size; 10 times more diverges, 10 times less is slow"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs")
     args = parser.parse_args()
     if args.n_embd % args.n_head:
-        raise utils.InputError(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}; heads share the width evenly.")
+        raise utils.InputError(
+            f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}; heads share the width evenly."
+        )
 
     print("against PyTorch, largest absolute difference in float64:")
     for name, error in check_against_pytorch().items():
@@ -206,8 +224,7 @@ def main() -> None:
     w = init_model(V, args.block_size, args.n_embd)
     optimizer = torch.optim.Adam(w.values(), lr=args.lr)
     bar, history, start = utils.Progress(args.steps, "steps"), [], time.perf_counter()
-    for step in range(args.steps):
-        x, y = get_batch(data.train, args.block_size, args.batch_size, generator)
+    for step, (x, y) in zip(range(args.steps), batches(data.train, args.block_size, args.batch_size, args.seed)):
         loss, saved = forward(w, x, y, args.n_head)
         for name, gradient in backward(w, saved).items():
             w[name].grad = gradient
@@ -218,17 +235,26 @@ def main() -> None:
     bar.clear()
     seconds = time.perf_counter() - start
     final = evaluate(w, data.val, args.block_size, args.n_head)
-    print(f"one attention layer, {sum(t.numel() for t in w.values()):,} weights: {final:.4f} nats per character after "
-          f"{seconds:.0f} s of training; bigram {bigram:.4f}")
+    print(
+        f"one attention layer, {sum(t.numel() for t in w.values()):,} weights: {final:.4f} nats per character after "
+        f"{seconds:.0f} s of training; bigram {bigram:.4f}"
+    )
 
     ## A picture of the weights p says what the position attends to. Row t is a probability distribution over 0 ... t.
     x = data.val[None, :32]
     p = multi_head(w["characters"][x] + w["positions"][:32], w["w_qkv"], w["w_out"], args.n_head)[1][4][0]  # (H, T, T)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    axes[0].plot([row["step"] for row in history], [row["attention"] for row in history], lw=0.8, label="one attention layer (train batches)")
+    axes[0].plot(
+        [row["step"] for row in history],
+        [row["attention"] for row in history],
+        lw=0.8,
+        label="one attention layer (train batches)",
+    )
     axes[0].axhline(bigram, color="#D55E00", ls="--", label="bigram (validation)")
     axes[0].axhline(final, color="#009E73", ls="-.", label="one attention layer (validation)")
-    axes[0].set(title=f"Nats per character ({data.name}{', stand-in' if data.stand_in else ''})", xlabel="step", ylabel="loss")
+    axes[0].set(
+        title=f"Nats per character ({data.name}{', stand-in' if data.stand_in else ''})", xlabel="step", ylabel="loss"
+    )
     axes[0].legend()
     axes[1].imshow(p[0].numpy(), cmap="viridis", vmin=0)
     labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in decode(x[0], data.vocab)]

@@ -11,10 +11,12 @@ You should see (Tiny Shakespeare): 1,115,394 characters, 65 distinct, split 1,00
 guessing uniformly, 3.347 by frequency and 2.482 by the character before, on the validation part. It takes two seconds.
 Writes: outputs/characters.png. Left out on purpose: words and subwords; byte-pair encoding is chapter 06's.
 """
+
 import argparse
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +55,11 @@ def read_text(data: str | None = None) -> tuple[str, str, bool]:
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
                 raise utils.InputError(f"{error} Use --data pydocs to work without a network.") from error
-            utils.notice(f"STAND-IN: {error}"[:110], "This run uses `pydocs`, the Python manual that ships with Python.",
-                         "Its figures are not Tiny Shakespeare's and can't be compared with them.")
+            utils.notice(
+                f"STAND-IN: {error}"[:110],
+                "This run uses `pydocs`, the Python manual that ships with Python.",
+                "Its figures are not Tiny Shakespeare's and can't be compared with them.",
+            )
     if data in (None, "pydocs"):
         from pydoc_data.topics import topics  # help("if") and the like: 465,126 characters in Python 3.11
 
@@ -67,7 +72,9 @@ def read_text(data: str | None = None) -> tuple[str, str, bool]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise utils.InputError(f"--data {data} is not UTF-8 (byte {error.start}); convert it, for example with iconv.") from error
+        raise utils.InputError(
+            f"--data {data} is not UTF-8 (byte {error.start}); convert it, for example with iconv."
+        ) from error
     if not text:
         raise utils.InputError(f"--data {data} is empty; give a text of some thousand characters at least.")
     return text, path.name, False
@@ -78,8 +85,10 @@ def encode(text: str, vocab: list[str]) -> Tensor:
     index = {character: i for i, character in enumerate(vocab)}
     strangers = sorted(set(text) - index.keys())
     if strangers:
-        raise utils.InputError(f"the model never saw {', '.join(map(repr, strangers[:10]))} in training; leave "
-                               f"{'it' if len(strangers) == 1 else 'them'} out.")
+        raise utils.InputError(
+            f"the model never saw {', '.join(map(repr, strangers[:10]))} in training; leave "
+            f"{'it' if len(strangers) == 1 else 'them'} out."
+        )
     return torch.tensor([index[character] for character in text], dtype=torch.int64)
 
 
@@ -96,8 +105,10 @@ def load_data(data: str | None = None, block_size: int = 1) -> Data:
     n = int(0.9 * len(text))
     train_text, val_text = text[:n], text[n:]
     if min(len(train_text), len(val_text)) < block_size + 1:
-        raise utils.InputError(f"{name} has {len(text):,} characters, too few for a context of {block_size}: its last "
-                               f"tenth must hold {block_size + 1}; use a longer text or a smaller --block-size.")
+        raise utils.InputError(
+            f"{name} has {len(text):,} characters, too few for a context of {block_size}: its last "
+            f"tenth must hold {block_size + 1}; use a longer text or a smaller --block-size."
+        )
     ## The vocabulary comes from the training part alone, like everything else that is fitted. Where the validation
     ## part has other characters, one extra id stands for all of them, and the model pays full price for each.
     vocab = sorted(set(train_text))
@@ -108,17 +119,32 @@ def load_data(data: str | None = None, block_size: int = 1) -> Data:
     return Data(encode(train_text, vocab), encode(val_text, vocab), vocab, name, stand_in)
 
 
-def get_batch(ids: Tensor, block_size: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cut batch_size windows at random places: (N,) -> inputs (B, T), targets (B, T), both int64.
+def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (inputs, targets), (B, T) int64 each, for ever: (N,) cut into windows, shuffled anew for every pass.
+
+    Raises utils.InputError where ids hold fewer than batch_size windows.
 
     ## The target at each position is the next character, so the targets are the inputs moved by one:
     ##     inputs   F i r s t _ C
     ##     targets  i r s t _ C i
     ## One window of T characters is therefore T exercises at once: predict from 1 character, from 2, ... from T.
+    ##
+    ## Within a pass no character comes twice and (but for the ends) none is left out; drawing windows at random places
+    ## would show some three times and others never. Each pass starts at another offset, so that the cuts between
+    ## windows, where the model has little to look back on, fall on other characters.
     """
-    starts = torch.randint(len(ids) - block_size, (batch_size, 1), generator=generator)  # (B, 1), on the CPU
-    windows = ids[(starts + torch.arange(block_size + 1)).to(ids.device)]  # (B, T+1): one gather, no DataLoader
-    return windows[:, :-1], windows[:, 1:]
+    if (len(ids) - block_size) // block_size < batch_size:
+        raise utils.InputError(
+            f"{len(ids):,} characters make fewer than {batch_size} windows of {block_size} (--batch-size, "
+            "--block-size); use a longer text or smaller numbers."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        offset = int(torch.randint(block_size, (), generator=generator))
+        starts = offset + block_size * torch.randperm((len(ids) - 1 - offset) // block_size, generator=generator)
+        for rows in starts[: len(starts) // batch_size * batch_size].view(-1, batch_size, 1):  # (B, 1), on the CPU
+            windows = ids[(rows + torch.arange(block_size + 1)).to(ids.device)]  # (B, T+1): one gather, no DataLoader
+            yield windows[:, :-1], windows[:, 1:]
 
 
 def frequency_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
@@ -145,7 +171,9 @@ def bigram_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at the text that the GPT will learn.")
-    parser.add_argument("--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)")
+    parser.add_argument(
+        "--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)"
+    )
     parser.add_argument("--block-size", type=int, default=32, help="characters in one window")
     parser.add_argument("--seed", type=int, default=0, help="which windows the example batch shows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
@@ -155,13 +183,15 @@ def main() -> None:
 
     data = load_data(args.data, args.block_size)
     vocab, total = data.vocab, len(data.train) + len(data.val)
-    print(f"{data.name}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
-          f"last 10 % validation {len(data.val):,}")
+    print(
+        f"{data.name}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
+        f"last 10 % validation {len(data.val):,}"
+    )
     print(f"vocabulary: {decode(range(len(vocab)), vocab)!r}\n")
     print(decode(data.train[:200], vocab), "\n")
 
     # a batch, as train.py sees it
-    inputs, targets = get_batch(data.train, args.block_size, 4, torch.Generator().manual_seed(args.seed))
+    inputs, targets = next(batches(data.train, args.block_size, 4, args.seed))
     print(f"one batch: inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)}, {inputs.dtype}")
     for x, y in zip(inputs, targets):
         print(f"  input   {decode(x, vocab)!r}\n  target  {decode(y, vocab)!r}")
@@ -175,7 +205,9 @@ def main() -> None:
     counts = Counter(decode(data.train, vocab)).most_common(60)
     figure, axes = plt.subplots(figsize=(10, 3))
     axes.bar([{" ": "space", "\n": "newline"}.get(c, c) for c, _ in counts], [k / len(data.train) for _, k in counts])
-    axes.set(title=f"How often each character occurs ({data.name}{', stand-in' if data.stand_in else ''})", ylabel="share")
+    axes.set(
+        title=f"How often each character occurs ({data.name}{', stand-in' if data.stand_in else ''})", ylabel="share"
+    )
     axes.tick_params(axis="x", labelsize=8)
     for label in axes.get_xticklabels()[:2]:
         label.set_rotation(90)

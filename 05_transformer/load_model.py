@@ -9,6 +9,7 @@ You should see: text streaming at @TOKS@ characters per second (2 cores of an AM
 --no-cache, and a table in which some heads give most of their attention to the previous character.
 Writes: outputs/attention.png. Left out on purpose: beam search and batches of prompts.
 """
+
 import argparse
 import math
 import sys
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
 from load import decode, encode  # noqa: E402
 from train import GPT, SCRIPT, Cache  # noqa: E402
+
+import utils  # noqa: E402
 
 # Shapes: B batch (1 here), T time, H heads, V vocabulary
 
@@ -35,7 +37,9 @@ def load_gpt(path: Path, device: torch.device) -> tuple[GPT, dict]:
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise utils.InputError(f"{path} holds other weights than its own config names; train again with: python {SCRIPT}") from error
+        raise utils.InputError(
+            f"{path} holds other weights than its own config names; train again with: python {SCRIPT}"
+        ) from error
     return model.eval(), saved
 
 
@@ -51,11 +55,13 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of characters whose probabilities sum to at least p (Holtzman et al. 2020): (..., V) -> same.
+    """Keep the smallest set of characters that sum to probability p or more, (..., V) -> same (Holtzman et al. 2020).
 
     ## A fixed k is too many where the model is sure (after "q") and too few where it is not (after a full stop). Top-p
     ## keeps as many as the model itself finds plausible.
     """
+    if p >= 1:
+        return logits
     values, order = logits.sort(descending=True)
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # what the likelier ones sum to already; 0 for the first
@@ -64,8 +70,16 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 @torch.inference_mode()
-def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, cache: bool = True, generator: torch.Generator | None = None) -> Iterator[int]:
+def generate(
+    model: GPT,
+    ids: Tensor,
+    length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    cache: bool = True,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
     """Yield `length` new ids that continue ids (1, T), one at a time. temperature 0 is greedy: always the likeliest.
 
     ## Without a cache every new character costs a pass over the whole window, though the keys and values of the earlier
@@ -87,8 +101,8 @@ def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top
         window = torch.cat([window, next_id], 1)[:, -model.block_size :]
         new = next_id if cache else window
         if cache and caches[0].length == model.block_size:
-            ## Full: the model knows positions up to block_size only. Start over with the newer half, so that the price of
-            ## one pass is paid once per block_size / 2 characters and each still sees at least that many.
+            ## Full: the model knows positions up to block_size only. Start over with the newer half, so that the price
+            ## of one pass is paid once per block_size / 2 characters, and each still sees at least that many.
             new = window[:, -(model.block_size + 1) // 2 :]
             caches = [Cache(model.block_size) for _ in model.blocks]
 
@@ -114,32 +128,51 @@ def where_heads_look(weights: Tensor, text: str) -> dict[str, Tensor]:
     T = len(text)
     rows = torch.arange(T)
     starts = torch.tensor([max(0, text.rfind("\n", 0, t + 1)) for t in range(T)])
-    share = {"itself": weights[..., rows, rows].mean(-1),
-             "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
-             "line start": weights[..., rows, starts].mean(-1)}
+    share = {
+        "itself": weights[..., rows, rows].mean(-1),
+        "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
+        "line start": weights[..., rows, starts].mean(-1),
+    }
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     return share | {"future": weights[..., future].sum(-1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Generate text with a trained GPT and draw its attention.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py saved")
+    parser = argparse.ArgumentParser(
+        description="Generate text with a trained GPT and draw its attention.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py saved"
+    )
     parser.add_argument("--prompt", help="the text to continue; without it a newline, which asks for a new line")
     parser.add_argument("--length", type=int, default=500, help="characters to write")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as the model believes; above: wilder")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0: always the likeliest; 1: as the model believes; above: wilder",
+    )
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest only")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest that sum to p only")
-    parser.add_argument("--no-cache", action="store_true", help="compute everything again for every character, to see the difference")
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps; a small model writes fastest on the cpu")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compute everything again for every character, to see the difference"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="auto, cpu, cuda or mps; a small model writes fastest on the cpu"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
     if args.length < 1 or args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
-        raise utils.InputError("--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and at most 1.")
+        raise utils.InputError(
+            "--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and at most 1."
+        )
     device = utils.pick_device(args.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # one character is too little work to share: handing it around costs more than it saves
+        torch.set_num_threads(
+            1
+        )  # one character is too little work to share: handing it around costs more than it saves
 
     model, saved = load_gpt(args.model, device)
     vocab = saved["vocab"]
@@ -147,7 +180,10 @@ def main() -> None:
     ids = encode(prompt, vocab)[None].to(device)  # (1, T)
     if saved["stand_in"]:
         utils.notice(f"STAND-IN: this model was trained on {saved['data']}, not on Tiny Shakespeare.")
-    print(f"{utils.count_parameters(model):,} parameters, trained on {saved['data']}, validation loss {saved['metrics']['val_loss']:.4f}\n")
+    print(
+        f"{utils.count_parameters(model):,} parameters, trained on {saved['data']}, "
+        f"validation loss {saved['metrics']['val_loss']:.4f}\n"
+    )
 
     print(prompt, end="", flush=True)
     written, start = [], time.perf_counter()

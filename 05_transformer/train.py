@@ -1,4 +1,5 @@
 """@HEADER@"""
+
 import argparse
 import math
 import os
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from load import batches, bigram_loss, decode, load_data  # noqa: E402
+
 import utils  # noqa: E402
-from load import bigram_loss, decode, get_batch, load_data  # noqa: E402
 
 # Shapes: B batch, T time (at most block_size), C channels (n_embd), H heads, D channels per head (C = H * D),
 #         V vocabulary, S time with what a cache remembers (S = T without one), N characters in a text
@@ -58,6 +60,7 @@ class Cache:
 
     def __init__(self, block_size: int):
         self.block_size, self.length, self.kv = block_size, 0, None
+        self.last = None  # (B, 1, C) embedding of the newest character
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, H, T, D) of new characters -> k, v (B, H, S, D) of all characters."""
@@ -67,6 +70,20 @@ class Cache:
         self.kv[0, :, :, start : self.length] = k
         self.kv[1, :, :, start : self.length] = v
         return self.kv[:, :, :, : self.length].unbind()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, keep_weights: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Causal attention: q (B, H, T, D), k and v (B, H, S, D) -> y (B, H, T, D), weights (B, H, T, S).
+
+    The T queries are the last T of the S positions. Without keep_weights a GPU need not hold the weights in memory.
+    """
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    if q.is_cuda and T == S and not keep_weights:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True), None  # one fused kernel
+    ## The same, spelled out. On a CPU it also beats the fused kernel, whose backward pass is slow there.
+    future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # 0 at and before each query
+    p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, S)
+    return p.to(v.dtype) @ v, p
 
 
 class Attention(nn.Module):
@@ -90,20 +107,13 @@ class Attention(nn.Module):
         v = qkv[:, :, 2].transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        if x.is_cuda and cache is None and not self.keep_weights:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D): one fused kernel
-        else:
-            ## The same, spelled out. On a CPU it also beats the fused kernel, whose backward pass is slow there.
-            S = k.shape[2]
-            future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # 0 for the past
-            p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, S)
-            self.weights = p.detach() if self.keep_weights else None
-            y = p.to(v.dtype) @ v  # (B, H, T, D)
+        y, weights = attend(q, k, v, keep_weights=self.keep_weights)  # (B, H, T, D)
+        self.weights = weights.detach() if self.keep_weights else None
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Block(nn.Module):
-    """Attention, which moves information between positions, then an MLP, which works on each position: (B, T, C) -> same.
+    """Attention moves information between positions, then an MLP works on each position: (B, T, C) -> (B, T, C).
 
     ## Both are added to their input (the residual path, He et al. 2015), and norm comes before them, not after (Xiong
     ## et al. 2020): the path from loss to embedding stays free of anything that could shrink a gradient.
@@ -115,8 +125,8 @@ class Block(nn.Module):
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
         self.dropout = nn.Dropout(dropout)
-        ## The two matrices that write to the residual path start at zero (Goyal et al. 2017; Zhang et al. 2019): at first
-        ## each block is the identity, and it joins in as it finds something useful.
+        ## The two matrices that write to the residual path start at zero (Zhang et al. 2019): at first each block is
+        ## the identity, and it joins in as it finds something useful.
         nn.init.zeros_(self.attention.out.weight)
         nn.init.zeros_(self.down.weight)
 
@@ -126,7 +136,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over characters (Radford et al. 2019, with the changes that experiment.py measures)."""
+    """A decoder-only transformer over characters: GPT-2 (Radford et al. 2019) with the changes experiment.py measures."""
 
     def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float):
         super().__init__()
@@ -135,6 +145,7 @@ class GPT(nn.Module):
         self.block_size = block_size
         self.dtype = torch.float32  # what activations are computed in; the weights are always float32
         self.characters = nn.Embedding(vocab_size, n_embd)
+        self.shift = nn.Parameter(torch.zeros(n_embd))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
@@ -148,11 +159,19 @@ class GPT(nn.Module):
         caches: one per layer; ids then continue what the caches hold.
         """
         past = caches[0].length if caches else 0
+        x = self.characters(ids)  # (B, T, C)
+        ## Token shift (Peng et al. 2023): each position also gets the embedding of the character before, weighted per
+        ## channel. Pairs say much more than single characters, and this way no attention head has to fetch them.
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # (B, T, C), zeros for the first character
+        if caches:
+            before = before if past == 0 else torch.cat([caches[0].last, x[:, :-1]], 1)
+            caches[0].last = x[:, -1:]
+        x = norm(x + self.shift * before)
         cos, sin = (table[past : past + ids.shape[1]] for table in (self.cos, self.sin))
         ## Mixed precision (Micikevicius et al. 2018): products and the residual path in `dtype`, where that is a faster
         ## bfloat16; weights, their gradients, the optimizer and the loss in float32.
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x = self.dropout(norm(self.characters(ids)).to(self.dtype))  # (B, T, C)
+            x = self.dropout(x.to(self.dtype))
             for i, block in enumerate(self.blocks):
                 x = block(x, cos, sin, caches[i] if caches else None)
             logits = self.head(norm(x)).float()  # (B, T, V)
@@ -192,14 +211,16 @@ def generate(model: GPT, ids: Tensor, length: int) -> Tensor:
 def make_optimizers(model: GPT, lr: float, muon_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embedding and head.
 
-    ## A matrix's gradient is dominated by a few directions. Muon (Jordan et al. 2024) averages gradients as momentum does,
-    ## then replaces the average U S V^T by (nearly) U V^T: every direction gets the same step. It takes a few matrix
-    ## products per step, a small share of the time, and needs about half as many steps as AdamW.
+    ## A matrix's gradient is dominated by a few directions. Muon (Jordan et al. 2024) averages gradients as momentum
+    ## does, then replaces the average U S V^T by (nearly) U V^T: every direction gets the same step. That costs a few
+    ## matrix products per step; experiment.py shows what it buys.
     """
     matrices = list(model.blocks.parameters())
-    others = [*model.characters.parameters(), *model.head.parameters()]
-    return [torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+    ]
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -216,37 +237,47 @@ PRESETS = {
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(description="Train a character GPT. Defaults in brackets.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="small", help="small: two CPU cores, minutes; large: 10.6 M parameters, for a GPU, "
-        "about 50 times the arithmetic of small per step (hours on a CPU)")
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it tinyshakespeare, or pydocs where that is out of reach")
+    add("--preset", choices=PRESETS, default="small", help="small: two CPU cores, minutes; large: for a GPU, @COST@")
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of activations; auto: what multiplies faster here")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--seed", type=int, default=0, help="decides weights, batches and dropout")
-    add("--steps", type=int, help="updates; the learning rates fall to nearly zero at the last one, whatever their number")
-    add("--batch-size", type=int, help="windows per step, over all processes together; larger is steadier and learns less per character")
-    add("--block-size", type=int, help="context, in characters: how far back the model looks; attention costs its square")
-    add("--n-layer", type=int, help="number of blocks: how many times information can move between positions")
+    add("--steps", type=int, help="updates; the learning rates fall to nearly zero at the last one")
+    add("--batch-size", type=int, help="windows per step; larger is steadier, and learns less per character")
+    add("--block-size", type=int, help="context: how far back the model looks; attention costs its square")
+    add("--n-layer", type=int, help="blocks: how many times information can move between positions")
     add("--n-head", type=int, help="attention heads per block, each n_embd / n_head channels wide")
     add("--n-embd", type=int, help="width C; parameters and time grow with its square")
-    add("--dropout", type=float, help="share of channels zeroed in training; against overfitting, at the price of slower learning")
+    add("--dropout", type=float, help="share of channels zeroed: against overfitting, slows learning")
     add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate, for embedding and head")
     add("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate, for the matrices in the blocks")
-    add("--weight-decay", type=float, default=0.1, help="Muon's pull towards zero: muon_lr * weight_decay of each weight per step")
+    add("--weight-decay", type=float, default=0.1, help="Muon's: each step takes muon_lr * this of every weight")
     add("--warmup", type=int, default=20, help="steps over which the learning rates rise from zero")
-    add("--grad-clip", type=float, default=1.0, help="a longer gradient is scaled down to this length (Pascanu et al. 2013)")
-    add("--eval-every", type=int, default=250, help="steps between evaluations on the whole validation part; each one saves")
-    add("--patience", type=int, default=5, help="stop after so many evaluations in a row without a new best (early stopping)")
+    add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
+    add("--eval-every", type=int, default=250, help="steps between evaluations on all validation text; each saves")
+    add("--patience", type=int, default=5, help="stop after so many evaluations without a new best (early stopping)")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
     parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
     args = parser.parse_args()
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "lr", "muon_lr", "warmup", "grad_clip",
-                 "eval_every", "patience"):
+    for name in (
+        "steps",
+        "batch_size",
+        "block_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "lr",
+        "muon_lr",
+        "warmup",
+        "grad_clip",
+        "eval_every",
+        "patience",
+    ):
         if getattr(args, name) <= 0:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
     if not 0 <= args.dropout < 1:
@@ -255,13 +286,15 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
 
 
 def adopt_options(args: argparse.Namespace, given: dict, saved: dict) -> None:
-    """For --resume: set args to the saved run's options. Raises utils.InputError where the user gave a different one."""
+    """For --resume: set args to the saved run's options. Raises utils.InputError where a given one differs."""
     free = ("resume", "out", "device", "compile")  # these don't change what is learned
     for name, value in saved["options"].items():
         if name not in free:
             if given.get(name, value) != value:
-                raise utils.InputError(f"--resume goes on with a run that had --{name.replace('_', '-')} {value}, not {given[name]}; "
-                                       "leave the option out, or start anew without --resume.")
+                raise utils.InputError(
+                    f"--resume goes on with a run that had --{name.replace('_', '-')} {value}, not {given[name]}; "
+                    "leave the option out, or start anew without --resume."
+                )
             setattr(args, name, value)
 
 
@@ -276,8 +309,8 @@ def main() -> None:
     device = utils.pick_device(args.device)
 
     ## Several processes: `torchrun --nproc_per_node=2 05_transformer/train.py` starts this script twice and tells each
-    ## its rank. Each holds the whole model, takes its share of every batch, and averages its gradients with the others',
-    ## so that all take the very step that one process would take with the whole batch.
+    ## its rank. Each holds the whole model, takes its share of every batch, and averages its gradients with the
+    ## others', so that all take the very step that one process would take with the whole batch.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if args.batch_size % world:
@@ -294,13 +327,20 @@ def main() -> None:
     train, val, vocab = data.train.to(device), data.val.to(device), data.vocab
     label = data.name + ", stand-in" * data.stand_in
     if saved and (saved["vocab"], saved["characters"]) != (vocab, len(train)):
-        raise utils.InputError(f"--resume: {data.name} is not the text it was when the run began; start anew without --resume.")
+        raise utils.InputError(
+            f"--resume: {data.name} is not the text it was when the run began; start anew without --resume."
+        )
 
     # model and optimizers
     utils.set_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)  # draws the batches, the same on every rank
-    config = dict(vocab_size=len(vocab), block_size=args.block_size, n_layer=args.n_layer, n_head=args.n_head,
-                  n_embd=args.n_embd, dropout=args.dropout)
+    config = dict(
+        vocab_size=len(vocab),
+        block_size=args.block_size,
+        n_layer=args.n_layer,
+        n_head=args.n_head,
+        n_embd=args.n_embd,
+        dropout=args.dropout,
+    )
     model = GPT(**config).to(device)
     model.dtype = getattr(torch, args.dtype)
     optimizers = make_optimizers(model, args.lr, args.muon_lr, args.weight_decay)
@@ -312,53 +352,77 @@ def main() -> None:
             optimizer.load_state_dict(state)
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses = list(saved["losses"])
-        generator.set_state(saved["random"]["batches"])
-        torch.set_rng_state(saved["random"]["cpu"])
+        torch.set_rng_state(saved["random_state"])
     step_model = torch.compile(model) if args.compile else model
     step_model = DistributedDataParallel(step_model) if world > 1 else step_model
 
     # sanity numbers before training
     bigram = bigram_loss(data.train, data.val, len(vocab))
     if rank == 0:
-        print(f"{label}: {len(train):,} characters to train on, {len(val):,} to validate on, {len(vocab)} distinct\n"
-              f"{utils.count_parameters(model):,} parameters; {args.dtype} on {device.type}; "
-              f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
-        x, y = get_batch(data.train, args.block_size, 1, torch.Generator().manual_seed(args.seed))
+        print(
+            f"{label}: {len(train):,} characters to train on, {len(val):,} to validate on, {len(vocab)} distinct\n"
+            f"{utils.count_parameters(model):,} parameters; {args.dtype} on {device.type}; "
+            f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text"
+        )
+        x, y = next(batches(data.train, args.block_size, 1, args.seed))
         print(f"a window:         {decode(x[0, :50], vocab)!r}\nits targets:      {decode(y[0, :50], vocab)!r}")
         if saved:
             print(f"resumed after step {first_step} and {seconds:.0f} s of training")
         else:
             ## The first loss must be close to ln V. Far above it, the model starts out confidently wrong and spends its
             ## first hundred steps unlearning that. Far below it, the targets have leaked into the inputs.
-            print(f"before training:  loss {evaluate(model, val, args.block_size):.4f}; guessing uniformly, ln {len(vocab)}: "
-                  f"{math.log(len(vocab)):.4f}; bigram: {bigram:.4f}")
+            print(
+                f"before training:  loss {evaluate(model, val, args.block_size):.4f}; guessing uniformly, "
+                f"ln {len(vocab)}: {math.log(len(vocab)):.4f}; bigram: {bigram:.4f}"
+            )
             print(f"it writes:        {decode(generate(model, val[None, :1], 60)[0], vocab)!r}\n")
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the best so far, the model."""
-        state = {"script": SCRIPT, "config": config, "vocab": vocab, "data": data.name, "stand_in": data.stand_in,
-                 "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
+        state = {
+            "script": SCRIPT,
+            "config": config,
+            "vocab": vocab,
+            "data": data.name,
+            "stand_in": data.stand_in,
+            "torch": str(torch.__version__),
+            "model": model.state_dict(),
+            "metrics": best,
+        }
         if best["step"] == done:
             utils.save_checkpoint(model_path, state)
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        utils.save_checkpoint(checkpoint_path, state | {
-            "options": options, "characters": len(train), "step": done, "seconds": seconds, "history": history, "best": best,
-            "losses": losses, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random": {"batches": generator.get_state(), "cpu": torch.get_rng_state()}})
+        utils.save_checkpoint(
+            checkpoint_path,
+            state
+            | {
+                "options": options,
+                "characters": len(train),
+                "step": done,
+                "seconds": seconds,
+                "history": history,
+                "best": best,
+                "losses": losses,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "random_state": torch.get_rng_state(),
+            },
+        )
 
-    ## Ctrl-C can come at any moment, also between the two optimizers' steps, when weights and states don't match. So the
-    ## signal only leaves a note, which the loop reads where everything fits together.
+    ## Ctrl-C can come at any moment, also between the two optimizers' steps, when weights and states don't match. So
+    ## the signal only leaves a note, which the loop reads where everything fits together.
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: interrupted.append(number))
 
     # ------------------------------------------------------------------------------------------ the loop
     bar, begun = utils.Progress(args.steps, "characters", first_step), time.perf_counter()
-    for step in range(first_step, args.steps):
+    stream = batches(train, args.block_size, args.batch_size, args.seed)  # the same on every rank
+    for step, (x, y) in zip(range(args.steps), stream):  # x, y (B, T)
+        if step < first_step:
+            continue  # resumed: these were seen before
         for optimizer, peak in zip(optimizers, (args.muon_lr, args.lr)):
             optimizer.param_groups[0]["lr"] = peak * schedule(step, args.steps, args.warmup)
 
-        x, y = get_batch(train, args.block_size, args.batch_size, generator)  # (B, T) each
         loss = step_model(x[rank::world], y[rank::world])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -371,8 +435,10 @@ def main() -> None:
         due = done % args.eval_every == 0 or done == args.steps
         if due or done % 10 == 0:  # reading the loss makes a GPU wait, so not at every step
             if not math.isfinite(loss.item()):
-                raise utils.InputError(f"the loss became {loss.item()} at step {done}; {checkpoint_path.name} still has the last good "
-                                       "state, but start again, with a smaller --lr and --muon-lr.")
+                raise utils.InputError(
+                    f"the loss became {loss.item()} at step {done}; {checkpoint_path.name} still has the last good "
+                    "state, but start again, with a smaller --lr and --muon-lr."
+                )
             bar.update(done, f"loss {loss.item():.3f}", args.batch_size * args.block_size)
         if due or interrupted:
             seconds += time.perf_counter() - begun
@@ -380,18 +446,28 @@ def main() -> None:
                 train_loss = torch.stack(losses).mean()
                 if world > 1:
                     dist.all_reduce(train_loss)  # the sum over ranks
-                row = {"step": done, "seconds": seconds, "characters": done * args.batch_size * args.block_size,
-                       "train_loss": train_loss.item() / world, "val_loss": evaluate(model, val, args.block_size)}
+                row = {
+                    "step": done,
+                    "seconds": seconds,
+                    "characters": done * args.batch_size * args.block_size,
+                    "train_loss": train_loss.item() / world,
+                    "val_loss": evaluate(model, val, args.block_size),
+                }
                 history.append(row)
                 losses = []
                 best = row if row["val_loss"] < best["val_loss"] else best
             if rank == 0:
                 save()
             if interrupted:
-                raise KeyboardInterrupt(f"The run is saved up to step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+                raise KeyboardInterrupt(
+                    f"The run is saved up to step {done}; go on with: python {SCRIPT} --resume --out {args.out}"
+                )
             if rank == 0:
                 bar.clear()
-                print(f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation {row['val_loss']:.4f}", flush=True)
+                print(
+                    f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation {row['val_loss']:.4f}",
+                    flush=True,
+                )
             if done - best["step"] >= args.patience * args.eval_every:
                 break
             begun = time.perf_counter()
@@ -401,17 +477,46 @@ def main() -> None:
         dist.destroy_process_group()
     if rank:
         return
-    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # the best, which need not be the last
+    model.load_state_dict(
+        utils.load_checkpoint(model_path, SCRIPT, device)["model"]
+    )  # the best, which need not be the last
     loss = best["val_loss"]
-    metrics = {"val_loss": loss, "perplexity": math.exp(loss), "bits_per_character": loss / math.log(2), "best_step": best["step"],
-               "last_val_loss": history[-1]["val_loss"], "bigram_val_loss": bigram, "uniform_val_loss": math.log(len(vocab))}
+    metrics = {
+        "val_loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_character": loss / math.log(2),
+        "best_step": best["step"],
+        "last_val_loss": history[-1]["val_loss"],
+        "bigram_val_loss": bigram,
+        "uniform_val_loss": math.log(len(vocab)),
+    }
     print(f"\n{'':24}nats per character   perplexity   bits per character   ({label}, validation)")
-    for name, nats in (("guessing uniformly", math.log(len(vocab))), ("bigram", bigram), (f"GPT, step {best['step']}", loss)):
+    for name, nats in (
+        ("guessing uniformly", math.log(len(vocab))),
+        ("bigram", bigram),
+        (f"GPT, step {best['step']}", loss),
+    ):
         print(f"{name:24}{nats:18.4f}{math.exp(nats):13.3f}{nats / math.log(2):21.4f}")
     print(f"{seconds:.0f} s of training\n\nit writes:\n{decode(generate(model, val[None, :1], 400)[0], vocab)}\n")
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in, device=device.type,
-                       seed=args.seed, seconds=seconds, parameters=utils.count_parameters(model), metrics=metrics, history=history)
-    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"], f"A character GPT on {label}", y="nats per character")
+    utils.save_metrics(
+        args.out / "metrics.json",
+        script=SCRIPT,
+        data=data.name,
+        stand_in=data.stand_in,
+        device=device.type,
+        seed=args.seed,
+        seconds=seconds,
+        parameters=utils.count_parameters(model),
+        metrics=metrics,
+        history=history,
+    )
+    utils.plot_history(
+        args.out / "history.png",
+        history,
+        ["train_loss", "val_loss"],
+        f"A character GPT on {label}",
+        y="nats per character",
+    )
     print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
     if data.stand_in:
         utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")

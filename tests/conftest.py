@@ -1,4 +1,5 @@
 """Makes utils importable, and gives every test an empty DATA_DIR unless it is marked `real`."""
+
 import importlib.util
 import os
 import sys

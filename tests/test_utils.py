@@ -1,4 +1,5 @@
 """utils.py: downloads against a server that misbehaves, checkpoints against every way a file can be wrong."""
+
 import errno
 import hashlib
 import http.server
@@ -168,8 +169,17 @@ def test_checkpoint_refusals(tmp_path, monkeypatch):
         file.writestr("hello", "x")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({**STATE, "script": "y/train.py"}, tmp_path / "other.pt")
-    expected = {"evil_zip": "carries code", "evil_pickle": "not a checkpoint", "short": "cut short", "text": "not a checkpoint",
-                "empty": "not a checkpoint", "zip": "damaged", "list": "another program", "other": "y/train.py", "none": "does not exist"}
+    expected = {
+        "evil_zip": "carries code",
+        "evil_pickle": "not a checkpoint",
+        "short": "cut short",
+        "text": "not a checkpoint",
+        "empty": "not a checkpoint",
+        "zip": "damaged",
+        "list": "another program",
+        "other": "y/train.py",
+        "none": "does not exist",
+    }
     for name, message in expected.items():
         with pytest.raises(utils.InputError, match=message):
             utils.load_checkpoint(tmp_path / f"{name}.pt", "x/train.py")
@@ -200,13 +210,19 @@ def test_a_really_full_device(tmp_path):
 
 def test_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path):
     """A child saves without pause; kill -9 at random moments never leaves anything but a complete file."""
-    code = ("import sys, torch, utils\n"
-            "for i in range(10**9):\n"
-            "    utils.save_checkpoint(sys.argv[1], {'script': 's', 'w': torch.full((500_000,), float(i))})\n"
-            "    print(i, flush=True)\n")
+    code = (
+        "import sys, torch, utils\n"
+        "for i in range(10**9):\n"
+        "    utils.save_checkpoint(sys.argv[1], {'script': 's', 'w': torch.full((500_000,), float(i))})\n"
+        "    print(i, flush=True)\n"
+    )
     path = tmp_path / "c.pt"
     for pause in (0.0, 0.003, 0.007, 0.013):
-        child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(utils.__file__).rsplit("/", 1)[0]})
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(utils.__file__).rsplit("/", 1)[0]},
+        )
         child.stdout.readline()
         child.stdout.readline()
         time.sleep(pause)
@@ -218,15 +234,20 @@ def test_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the rest
-@pytest.mark.parametrize("raised, code, words", [
-    ("utils.InputError('no such thing; do that.')", 1, "error: no such thing; do that."),
-    ("KeyboardInterrupt('go on with --resume.')", 130, "stopped. go on with --resume."),
-    ("PermissionError(13, 'Permission denied', '/x')", 1, "error: /x: Permission denied"),
-    ("ZeroDivisionError()", 1, "Traceback"),  # a bug is not hidden
-])
+@pytest.mark.parametrize(
+    "raised, code, words",
+    [
+        ("utils.InputError('no such thing; do that.')", 1, "error: no such thing; do that."),
+        ("KeyboardInterrupt('go on with --resume.')", 130, "stopped. go on with --resume."),
+        ("PermissionError(13, 'Permission denied', '/x')", 1, "error: /x: Permission denied"),
+        ("ZeroDivisionError()", 1, "Traceback"),  # a bug is not hidden
+    ],
+)
 def test_run_turns_errors_into_one_sentence(raised, code, words):
     program = f"import utils\ndef main(): raise {raised}\nutils.run(main)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=os.path.dirname(utils.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=os.path.dirname(utils.__file__)
+    )
     assert done.returncode == code and words in done.stderr
     assert ("Traceback" in done.stderr) == (words == "Traceback")
 

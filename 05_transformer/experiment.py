@@ -1,0 +1,308 @@
+"""@HEADER@"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from load import Data, batches, load_data  # noqa: E402
+from train import GPT, PRESETS, Attention, Block, attend, evaluate, make_optimizers, norm, rotate, schedule  # noqa: E402
+
+import utils  # noqa: E402
+
+# Shapes: B batch, T time, C channels (n_embd), H heads, D channels per head (C = H * D), V vocabulary
+
+SCRIPT = "05_transformer/experiment.py"
+SIZES = {name: PRESETS["small"][name] for name in ("n_layer", "n_head", "n_embd")}  # the same in every row
+CHARACTERS_PER_STEP = PRESETS["small"]["batch_size"] * PRESETS["small"]["block_size"]
+
+## The recipe of GPT-2 (Radford et al. 2019), at the context of nanoGPT's CPU example.
+BASE = {
+    "positions": "learned",
+    "norm": "layer",
+    "qk_norm": False,
+    "zero_init": False,
+    "activation": "gelu",
+    "shift": False,
+    "optimizer": "adamw",
+    "block_size": 64,
+    "dropout": 0.0,
+    "weight_decay": 0.1,
+}
+
+## One change at a time: (name, source, what changes, kept). A change that is kept is part of every later row; one that
+## is not was tried on top of the rows above it, lost, and stays in the table all the same.
+CHANGES = [
+    ("rotary positions", "Su et al. 2021", {"positions": "rotary"}, True),
+    ("RMSNorm", "Zhang & Sennrich 2019", {"norm": "rms"}, False),
+    ("norm without gain and bias", "Xu et al. 2019", {"norm": "plain"}, True),
+    ("QK-norm", "Henry et al. 2020", {"qk_norm": True}, True),
+    ("zero-initialised projections", "Zhang et al. 2019", {"zero_init": True}, True),
+    ("ReLU squared", "So et al. 2021", {"activation": "relu2"}, False),
+    ("Muon", "Jordan et al. 2024", {"optimizer": "muon"}, True),
+    ("token shift", "Peng et al. 2023", {"shift": True}, True),
+    ("context 128", "", {"block_size": 128}, True),
+    ("context 256", "", {"block_size": 256}, True),
+    ("dropout 0.1", "Srivastava et al. 2014", {"dropout": 0.1}, False),
+]
+
+
+# ---------------------------------------------------------------------------------------------- one model, all switches
+class AnyNorm(nn.Module):
+    """Layer norm with gain and bias, train.py's norm without, or RMSNorm: any shape -> same shape."""
+
+    def __init__(self, n_embd: int, kind: str):
+        super().__init__()
+        self.kind = kind
+        if kind == "layer":
+            self.gain, self.bias = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rms":
+            return F.rms_norm(x, x.shape[-1:])  # divides by the root of the mean square, without subtracting the mean
+        return F.layer_norm(x, x.shape[-1:], self.gain, self.bias) if self.kind == "layer" else norm(x)
+
+
+class AnyAttention(Attention):
+    """train.py's attention, with rotary positions and QK-norm as switches: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, recipe: dict):
+        super().__init__(SIZES["n_embd"], SIZES["n_head"])
+        self.recipe = recipe
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qk = qkv[:, :, :2]  # (B, T, 2, H, D)
+        qk = norm(qk) if self.recipe["qk_norm"] else qk
+        qk = rotate(qk, cos, sin) if self.recipe["positions"] == "rotary" else qk
+        q, k = qk.to(qkv.dtype).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        y, _ = attend(q, k, qkv[:, :, 2].transpose(1, 2), keep_weights=False)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class AnyBlock(Block):
+    """train.py's block, with norm, activation and initialisation as switches: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, recipe: dict):
+        super().__init__(SIZES["n_embd"], SIZES["n_head"], recipe["dropout"])
+        self.recipe, self.attention = recipe, AnyAttention(recipe)
+        self.norm1, self.norm2 = (AnyNorm(SIZES["n_embd"], recipe["norm"]) for _ in range(2))
+        if recipe["zero_init"]:
+            nn.init.zeros_(self.attention.out.weight)
+        else:  # GPT-2's: 0.02, and less where many layers write to the residual path
+            for linear in (self.attention.qkv, self.up):
+                nn.init.normal_(linear.weight, std=0.02)
+            for linear in (self.attention.out, self.down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * SIZES["n_layer"]))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), cos, sin))
+        h = self.up(self.norm2(x))  # (B, T, 4C)
+        h = F.relu(h).square() if self.recipe["activation"] == "relu2" else F.gelu(h)
+        return x + self.dropout(self.down(h))
+
+
+class AnyGPT(GPT):
+    """train.py's GPT with a recipe's entries as switches; with the switches at train.py's settings it is the same."""
+
+    def __init__(self, vocab_size: int, recipe: dict):
+        super().__init__(vocab_size, recipe["block_size"], **SIZES, dropout=recipe["dropout"])
+        self.recipe = recipe
+        self.blocks = nn.ModuleList(AnyBlock(recipe) for _ in range(SIZES["n_layer"]))
+        self.first_norm, self.last_norm = (AnyNorm(SIZES["n_embd"], recipe["norm"]) for _ in range(2))
+        if recipe["positions"] == "learned":
+            self.positions = nn.Embedding(recipe["block_size"], SIZES["n_embd"])
+            nn.init.normal_(self.positions.weight, std=0.02)
+        if not recipe["shift"]:
+            del self.shift
+        if not recipe["zero_init"]:
+            for layer in (self.characters, self.head):
+                nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        x = self.characters(ids)  # (B, T, C)
+        if self.recipe["shift"]:
+            x = x + self.shift * F.pad(x, (0, 0, 1, 0))[:, :-1]
+        if self.recipe["positions"] == "learned":
+            x = x + self.positions.weight[: ids.shape[1]]
+        x = self.first_norm(x) if self.recipe["norm"] != "layer" else x  # GPT-2 has none here
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            x = self.dropout(x.to(self.dtype))
+            for block in self.blocks:
+                x = block(x, self.cos[: ids.shape[1]], self.sin[: ids.shape[1]])
+            logits = self.head(self.last_norm(x)).float()  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def any_optimizers(model: AnyGPT, recipe: dict) -> list[torch.optim.Optimizer]:
+    """train.py's pair, or AdamW for everything, with weight decay on the matrices alone as in nanoGPT."""
+    if recipe["optimizer"] == "muon":
+        return make_optimizers(model, lr=2e-3, muon_lr=0.02, weight_decay=recipe["weight_decay"])
+    matrices, others = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=2e-3, betas=(0.9, 0.99), fused=True)]
+
+
+# ---------------------------------------------------------------------------------------------- one run
+def run(
+    recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int
+) -> tuple[float, float, int]:
+    """Train one recipe for `steps` steps; return (whole-validation loss in nats, seconds of training, parameters)."""
+    utils.set_seed(seed)
+    model = AnyGPT(len(data.vocab), recipe).to(device)
+    model.dtype = dtype
+    optimizers = any_optimizers(model, recipe)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    stream = batches(data.train.to(device), recipe["block_size"], CHARACTERS_PER_STEP // recipe["block_size"], seed)
+    start = time.perf_counter()
+    for step, (x, y) in enumerate(islice(stream, steps)):
+        for optimizer, lrs in zip(optimizers, peaks):
+            for group, lr in zip(optimizer.param_groups, lrs):
+                group["lr"] = lr * schedule(step, steps, 20)
+        loss = model(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    loss.item()  # a GPU works ahead: wait for it before reading the clock
+    seconds = time.perf_counter() - start
+    return evaluate(model, data.val.to(device), recipe["block_size"]), seconds, utils.count_parameters(model)
+
+
+def recipes() -> list[tuple[str, str, dict, bool]]:
+    """(name, source, whole recipe, kept) of every row: each change on top of the kept ones before it."""
+    rows, current = [("2019 recipe", "Radford et al. 2019", BASE, True)], BASE
+    for name, source, change, kept in CHANGES:
+        rows.append((f"+ {name}", source, current | change, kept))
+        current = current | change if kept else current
+    return rows
+
+
+def mean_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value)."""
+    t = torch.tensor(values, dtype=torch.float64)
+    return t.mean().item(), t.std().item() if len(values) > 1 else 0.0
+
+
+def main() -> None:
+    utils.keep_memory()
+    parser = argparse.ArgumentParser(
+        description="Ablate the GPT: one ingredient at a time.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", help="tinyshakespeare, pydocs or a text file; without it tinyshakespeare, or pydocs")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per row and budget")
+    parser.add_argument("--seconds", type=float, default=30, help="the equal wall-clock: training time of each run")
+    parser.add_argument("--characters", type=int, default=800_000, help="the equal number of characters each run reads")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.seconds <= 0 or args.characters < CHARACTERS_PER_STEP:
+        raise utils.InputError(
+            f"--seeds must be at least 1, --seconds above 0, --characters at least {CHARACTERS_PER_STEP}."
+        )
+    utils.check_writable(args.out)
+    device = utils.pick_device(args.device)
+    dtype = utils.pick_dtype(device)
+    data = load_data(args.data, max(change.get("block_size", 0) for _, _, change, _ in CHANGES))
+    label = data.name + ", stand-in" * data.stand_in
+    print(
+        f"{label}, {dtype} on {device.type}; whole-validation loss in nats per character, mean ± std over {args.seeds} "
+        f"seeds\n\n{'':34}{'characters/s':>12}  {f'{args.characters:,} characters':>20}{f'{args.seconds:g} seconds':>18}"
+    )
+
+    rows = []
+    for name, source, recipe, kept in recipes():
+        equal_steps = args.characters // CHARACTERS_PER_STEP
+        run(recipe, data, device, dtype, 0, 3)  # warm-up, not counted
+        by_characters = [run(recipe, data, device, dtype, seed, equal_steps) for seed in range(args.seeds)]
+        ## Equal wall-clock: as many steps as this recipe makes in the given seconds, by the runs just timed. The
+        ## learning rate falls to nearly zero in each run, so none is cut off in the middle of its schedule.
+        step_seconds = sorted(seconds for _, seconds, _ in by_characters)[args.seeds // 2] / equal_steps
+        by_seconds = [
+            run(recipe, data, device, dtype, seed, max(1, round(args.seconds / step_seconds)))
+            for seed in range(args.seeds)
+        ]
+        (c_mean, c_std), (s_mean, s_std) = (
+            mean_std([loss for loss, *_ in runs]) for runs in (by_characters, by_seconds)
+        )
+        rows.append(
+            {
+                "name": name,
+                "source": source,
+                "kept": kept,
+                "recipe": recipe,
+                "parameters": by_seconds[0][2],
+                "characters_per_second": CHARACTERS_PER_STEP / step_seconds,
+                "seconds": mean_std([seconds for _, seconds, _ in by_seconds])[0],
+                "by_characters": [loss for loss, *_ in by_characters],
+                "by_seconds": [loss for loss, *_ in by_seconds],
+            }
+        )
+        print(
+            f"{name + ('' if kept else '  (not kept)'):46.46}{CHARACTERS_PER_STEP / step_seconds:8,.0f}"
+            f"{c_mean:12.4f} ± {c_std:.4f}{s_mean:12.4f} ± {s_std:.4f}",
+            flush=True,
+        )
+        utils.write_atomically(
+            args.out / "experiment.json",
+            json.dumps(
+                {
+                    "script": SCRIPT,
+                    "data": data.name,
+                    "stand_in": data.stand_in,
+                    "device": device.type,
+                    "dtype": str(dtype),
+                    "torch": str(torch.__version__),
+                    "characters": args.characters,
+                    "seconds": args.seconds,
+                    "rows": rows,
+                },
+                indent=1,
+            ).encode(),
+        )
+
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2))
+    for i, row in enumerate(rows):
+        for key, marker, color, shift in (
+            ("by_characters", "o", utils.COLORS[0], -0.12),
+            ("by_seconds", "s", utils.COLORS[1], 0.12),
+        ):
+            mean, std = mean_std(row[key])
+            axes.errorbar(
+                mean,
+                i + shift,
+                xerr=std,
+                fmt=marker,
+                color=color,
+                mfc=color if row["kept"] else "white",
+                label={
+                    "by_characters": f"after {args.characters:,} characters",
+                    "by_seconds": f"after {args.seconds:g} s",
+                }[key]
+                if i == 0
+                else None,
+            )
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(title=f"One change at a time ({label}); hollow: not kept", xlabel="validation loss, nats per character")
+    axes.legend()
+    utils.save_figure(figure, args.out / "experiment.png")
+    print(f"\nwrote experiment.json and experiment.png to {args.out}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,232 @@
+"""Side by side with the usual way: ours, the peer's and the ratio, from one run on one machine.
+
+    python tests/benchmark.py                 all rows (about five minutes on two cores)
+    python tests/benchmark.py --rows training generation
+
+The two sides take turns (A B A B ...), so that a machine that slows down slows both; figures are medians. The peers
+are used as their documentation shows. pytest does not collect this file: timings are no pass or fail.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, chapter
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import utils
+
+load, train, load_model = chapter("05_transformer", "load", "train", "load_model")
+
+
+def alternate(ours, peer, rounds: int) -> tuple[float, float]:
+    """Median of what each of two functions returns over some rounds, after one round that does not count."""
+    ours(), peer()
+    pairs = [(ours(), peer()) for _ in range(rounds)]
+    return tuple(statistics.median(side) for side in zip(*pairs))
+
+
+def gpt2_peer(
+    vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0
+) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with random weights, of the given size."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=block_size,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def default_model() -> tuple[torch.nn.Module, dict]:
+    """Our GPT with the sizes of the default preset, in the precision that train.py would choose here."""
+    preset = train.PRESETS["small"]
+    config = dict(vocab_size=65, **{k: preset[k] for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")})
+    return train.GPT(**config), config
+
+
+def training() -> None:
+    """Characters per second of whole training steps: forward, backward, clipping, optimizer."""
+    preset = train.PRESETS["small"]
+    B, T = preset["batch_size"], preset["block_size"]
+    model, config = default_model()
+    model.dtype = utils.pick_dtype(torch.device("cpu"))
+    optimizers = train.make_optimizers(model, 2e-3, 0.02, 0.1)
+    peer = gpt2_peer(**config).train()
+    peer_optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
+    x, y = torch.randint(65, (2, B, T))
+
+    def step(loss_of, module, opts):
+        start = time.perf_counter()
+        for _ in range(10):
+            loss_of().backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            for o in opts:
+                o.step()
+                o.zero_grad()
+        return 10 * B * T / (time.perf_counter() - start)
+
+    ours, theirs = alternate(
+        lambda: step(lambda: model(x, y), model, optimizers),
+        lambda: step(lambda: F.cross_entropy(peer(x).logits.flatten(0, 1), y.flatten()), peer, [peer_optimizer]),
+        9,
+    )
+    row(
+        "05 training, characters/s",
+        ours,
+        theirs,
+        f"GPT2LMHeadModel, eager float32, AdamW, same size and batch ({model.dtype} here)",
+    )
+
+
+def generation() -> None:
+    """Characters per second of one sequence, sampled at temperature 1, with a cache on both sides."""
+    model, config = default_model()
+    model.eval()
+    peer = gpt2_peer(**config).eval()
+    for weight in (model.head.weight, peer.lm_head.weight):
+        torch.nn.init.normal_(weight, std=0.02)
+    length = config["block_size"] - 8
+    ids = torch.randint(65, (1, 4))
+
+    def ours_once():
+        start = time.perf_counter()
+        for _ in load_model.generate(model, ids, length):
+            pass
+        return length / (time.perf_counter() - start)
+
+    def peer_once():
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = peer.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                use_cache=True,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=0,
+            )
+        assert out.shape[1] == length + 4
+        return length / (time.perf_counter() - start)
+
+    threads = torch.get_num_threads()
+    for n in sorted({1, threads}):  # the peer may like more threads than we do: its better setting counts
+        torch.set_num_threads(n)
+        ours, theirs = alternate(ours_once, peer_once, 7)
+        row(
+            f"05 generation, characters/s, {n} thread{'s' * (n > 1)}",
+            ours,
+            theirs,
+            "transformers' generate with cache, same size",
+        )
+    torch.set_num_threads(threads)
+
+
+def time_to_loss(goal: float = 1.886) -> None:
+    """Seconds of training until the whole-validation loss is below nanoGPT's CPU figure; ours as a user runs it."""
+    data = load.load_data(None, 128)
+    if data.stand_in:
+        print("05 time to loss: left out, Tiny Shakespeare is not at hand")
+        return
+    peer_seconds, peer_loss = nanogpt_recipe(data, goal)
+    for options in (["--steps", "400", "--eval-every", "25"], ["--eval-every", "25", "--stop-at", "900"]):
+        pass
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "05_transformer" / "train.py",
+                "--steps",
+                "400",
+                "--eval-every",
+                "20",
+                "--out",
+                out,
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        history = json.loads((Path(out) / "metrics.json").read_text())["history"]
+    seconds = next((r["seconds"] for r in history if r["val_loss"] <= goal), float("nan"))
+    row(
+        f"05 seconds to {goal}",
+        seconds,
+        peer_seconds,
+        f"nanoGPT's CPU recipe, which ended at {peer_loss:.3f}",
+        lower=True,
+    )
+
+
+def nanogpt_recipe(data, goal: float) -> tuple[float, float]:
+    """Train transformers' GPT-2 by the recipe in nanoGPT's README for a CPU: 4 layers, 4 heads, width 128, context 64,
+    batch 12, 2,000 steps of AdamW, 1e-3 falling to 1e-4 as a cosine after 100 steps of warm-up, no dropout, float32."""
+    import math
+
+    torch.manual_seed(1337)
+    model = gpt2_peer(65, 64, 4, 4, 128)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.99)
+    )
+    generator = torch.Generator().manual_seed(1337)
+    seconds, reached, loss = 0.0, float("nan"), float("nan")
+    begun = time.perf_counter()
+    for step in range(2000):
+        share = max(0.0, (step - 100) / 1900)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1) / 100 if step < 100 else 1e-4 + 0.45e-3 * (1 + math.cos(math.pi * share))
+        x, y = load.get_batch(data.train, 64, 12, generator)
+        F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0 and step >= 1400 or step + 1 == 2000:
+            seconds += time.perf_counter() - begun
+            model.eval()
+            with torch.no_grad():
+                n = (len(data.val) - 1) // 64 * 64
+                pieces = zip(data.val[:n].view(-1, 64).split(128), data.val[1 : n + 1].view(-1, 64).split(128))
+                loss = (
+                    sum(
+                        F.cross_entropy(model(a).logits.flatten(0, 1), b.flatten()).item() * a.numel()
+                        for a, b in pieces
+                    )
+                    / n
+                )
+            model.train()
+            reached = seconds if loss <= goal and reached != reached else reached
+            begun = time.perf_counter()
+    return reached if reached == reached else seconds, loss
+
+
+def row(name: str, ours: float, peer: float, note: str, lower: bool = False) -> None:
+    ratio = peer / ours if lower else ours / peer
+    print(f"{name:40} ours {ours:10,.1f}   peer {peer:10,.1f}   {ratio:5.2f} x   {note}", flush=True)
+
+
+ROWS = {"training": training, "generation": generation, "time_to_loss": time_to_loss}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    utils.keep_memory()
+    for name in parser.parse_args().rows:
+        ROWS[name]()

@@ -1,0 +1,500 @@
+"""Chapter 05 against oracles: PyTorch's attention, autograd, transformers' rotary positions and samplers."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REAL, ROOT, chapter
+
+import utils
+
+load, from_scratch, train, load_model, experiment = chapter(
+    "05_transformer", "load", "from_scratch", "train", "load_model", "experiment"
+)
+FOLDER = ROOT / "05_transformer"
+SMALL = [
+    "--data",
+    "pydocs",
+    "--n-layer",
+    "2",
+    "--n-embd",
+    "32",
+    "--n-head",
+    "2",
+    "--block-size",
+    "32",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+]
+
+
+def run(script, *options, code=0, env=None, launcher=(), **kwargs):
+    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
+    done = subprocess.run(
+        [*(launcher or [sys.executable]), str(FOLDER / script), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+        timeout=300,
+        **kwargs,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+def small_gpt(**changes):
+    torch.manual_seed(0)
+    model = train.GPT(**{**dict(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.0), **changes})
+    for p in model.parameters():  # zero-initialised matrices would hide everything that flows through them
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- load.py
+def test_encode_and_decode_are_inverse_and_name_strangers():
+    vocab = sorted(set("hello world"))
+    assert load.decode(load.encode("hello world", vocab), vocab) == "hello world"
+    with pytest.raises(utils.InputError, match="'!', 'z'"):
+        load.encode("z!", vocab)
+
+
+def test_batches_are_windows_with_targets_moved_by_one():
+    ids = torch.arange(1000)
+    stream = load.batches(ids, 8, 4, seed=0)
+    passes = [[next(stream) for _ in range(31)] for _ in range(40)]  # (1000 - 1 - offset) // 8 windows, 31 full batches
+    starts = []
+    for batches in passes:
+        x, y = (torch.cat(side) for side in zip(*batches))
+        assert x.shape == y.shape == (124, 8) and torch.equal(x + 1, y)
+        assert torch.equal(x[:, :1] + torch.arange(8), x)  # consecutive characters
+        assert len(x.unique()) == x.numel()  # none comes twice in a pass
+        assert (x[1:, 0] < x[:-1, 0]).any()  # shuffled
+        starts.append(x[0, 0].item() % 8)
+    assert len(set(starts)) == 8  # every offset occurs, so every character is seen in every place of a window
+    x, y = passes[0][0]
+    assert torch.equal(x, next(load.batches(ids, 8, 4, seed=0))[0])
+    assert not torch.equal(x, next(load.batches(ids, 8, 4, seed=1))[0])
+    with pytest.raises(utils.InputError, match="fewer than 4 windows of 300"):
+        next(load.batches(ids, 300, 4, seed=0))
+
+
+def test_split_keeps_order_and_vocabulary_is_of_train_alone(tmp_path):
+    (tmp_path / "t.txt").write_text("ab" * 450 + "az" * 50, encoding="utf-8")
+    data = load.load_data(str(tmp_path / "t.txt"), 8)
+    assert (len(data.train), len(data.val)) == (900, 100)
+    assert data.vocab == ["a", "b", load.UNKNOWN] and data.val.unique().tolist() == [0, 2]
+    assert data.name == "t.txt" and not data.stand_in
+
+
+def test_bigram_against_counting_by_hand():
+    torch.manual_seed(0)
+    train_ids, val_ids = torch.randint(5, (300,)), torch.randint(5, (50,))
+    counts = [[1] * 5 for _ in range(5)]
+    for a, b in zip(train_ids.tolist(), train_ids[1:].tolist()):
+        counts[a][b] += 1
+    losses = [-math.log(counts[a][b] / sum(counts[a])) for a, b in zip(val_ids.tolist(), val_ids[1:].tolist())]
+    assert load.bigram_loss(train_ids, val_ids, 5) == pytest.approx(sum(losses) / len(losses), abs=1e-9)
+    assert load.bigram_log_probs(train_ids, 5).exp().sum(1).tolist() == pytest.approx([1.0] * 5)
+
+
+def test_stand_in_only_where_the_real_text_is_out_of_reach(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(load, "URLS", ["http://127.0.0.1:9/input.txt"])
+    data = load.load_data(None, 32)
+    assert data.name == "pydocs" and data.stand_in and "STAND-IN" in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match="--data pydocs"):
+        load.load_data("tinyshakespeare", 32)
+    (tmp_path / "tinyshakespeare.txt").write_text("corrupt")
+    with pytest.raises(utils.InputError, match="not the expected file"):
+        load.load_data(None, 32)
+
+
+@pytest.mark.real("tinyshakespeare.txt")
+def test_real_text(monkeypatch):
+    monkeypatch.setattr(utils, "DATA_DIR", REAL)
+    data = load.load_data(None, 128)
+    assert (len(data.train), len(data.val), len(data.vocab)) == (1_003_854, 111_540, 65) and not data.stand_in
+    assert load.frequency_loss(data.train, data.val, 65) == pytest.approx(3.347, abs=5e-4)
+    assert load.bigram_loss(data.train, data.val, 65) == pytest.approx(2.482, abs=5e-4)
+
+
+# ---------------------------------------------------------------------------------------------- from_scratch.py
+def test_attention_by_hand_agrees_with_pytorch_and_autograd():
+    errors = from_scratch.check_against_pytorch()
+    assert len(errors) == 9 and max(errors.values()) < 1e-12, errors
+
+
+def test_gradients_by_hand_agree_with_finite_differences():
+    torch.manual_seed(1)
+    w = {name: t.double() for name, t in from_scratch.init_model(7, 8, 12).items()}
+    w["head"] = torch.randn_like(w["head"])
+    ids, targets = torch.randint(7, (2, 2, 8))
+    gradients = from_scratch.backward(w, from_scratch.forward(w, ids, targets, 3)[1])
+    for name, weight in w.items():
+        i = tuple(torch.randint(n, ()).item() for n in weight.shape)
+        weight[i] += 1e-6
+        up = from_scratch.forward(w, ids, targets, 3)[0]
+        weight[i] -= 2e-6
+        down = from_scratch.forward(w, ids, targets, 3)[0]
+        weight[i] += 1e-6
+        assert gradients[name][i].item() == pytest.approx((up - down) / 2e-6, abs=1e-7), name
+
+
+def test_attention_by_hand_leaks_nothing():
+    q, k, v = torch.randn(3, 2, 10, 4)
+    y, p = from_scratch.attention(q, k, v)
+    assert not p.triu(1).any()
+    k[:, 6:], v[:, 6:] = torch.randn(2, 2, 4, 4)
+    assert torch.equal(from_scratch.attention(q, k, v)[0][:, :6], y[:, :6])
+
+
+# ---------------------------------------------------------------------------------------------- the model
+def test_norm_against_nn_layernorm():
+    x = torch.randn(3, 5, 16) * 4 + 2
+    torch.testing.assert_close(train.norm(x), torch.nn.LayerNorm(16, elementwise_affine=False)(x))
+
+
+def test_rotary_positions_against_transformers():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    q, k = torch.randn(2, 2, 12, 3, 8)  # (B, T, H, D) each
+    cos, sin = train.rotary_tables(12, 8)
+    mine = train.rotate(torch.stack([q, k], 2), cos, sin)
+    angle = torch.arange(12)[:, None] * 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    angle = torch.cat([angle, angle], -1)[None]
+    theirs = llama.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), angle.cos(), angle.sin())
+    for i in (0, 1):
+        torch.testing.assert_close(mine[:, :, i].transpose(1, 2), theirs[i])
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    cos, sin = train.rotary_tables(64, 8)
+    q, k = torch.randn(2, 1, 1, 1, 1, 8).expand(2, 1, 64, 2, 1, 8)
+    q, k = train.rotate(q, cos, sin)[0, :, 0, 0], train.rotate(k, cos, sin)[0, :, 0, 0]  # (T, D) each
+    scores = q @ k.T
+    torch.testing.assert_close(scores[:-1, :-1], scores[1:, 1:], atol=1e-4, rtol=1e-4)
+
+
+def test_attention_layer_against_the_fused_kernel():
+    torch.manual_seed(0)
+    layer = train.Attention(24, 3)
+    x = torch.randn(2, 10, 24)
+    cos, sin = train.rotary_tables(10, 8)
+    q, k, v = layer.qkv(x).view(2, 10, 3, 3, 8).unbind(2)
+    q, k = (train.rotate(train.norm(t)[:, :, None], cos, sin)[:, :, 0].transpose(1, 2) for t in (q, k))
+    expected = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
+    torch.testing.assert_close(layer(x, cos, sin), layer.out(expected.transpose(1, 2).reshape(2, 10, 24)))
+
+
+def test_loss_before_training_is_ln_of_the_vocabulary():
+    model = train.GPT(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
+    ids = torch.randint(65, (2, 17))
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(65), abs=1e-5)
+
+
+def test_the_model_sees_nothing_of_the_future():
+    model = small_gpt().eval()
+    ids = torch.randint(11, (2, 16))
+    before = model(ids)
+    ids[:, 9:] = (ids[:, 9:] + 1) % 11
+    after = model(ids)
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_one_batch_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    model = train.GPT(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+    optimizers = train.make_optimizers(model, 2e-3, 0.02, 0.0)
+    x, y = torch.randint(11, (2, 4, 16))
+    for _ in range(150):
+        loss = model(x, y)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_every_parameter_has_exactly_one_optimizer():
+    model = small_gpt()
+    held = [p for o in train.make_optimizers(model, 1.0, 1.0, 0.0) for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+
+
+def test_bfloat16_is_close_to_float32():
+    model = small_gpt().eval()
+    ids = torch.randint(11, (2, 16))
+    exact = model(ids).log_softmax(-1)
+    model.dtype = torch.bfloat16
+    rough = model(ids)
+    assert rough.dtype == torch.float32 and 0 < (rough.log_softmax(-1) - exact).abs().mean() < 0.05
+
+
+def test_evaluate_counts_every_character_once():
+    model = small_gpt()
+    ids = torch.randint(11, (16 * 700 + 6,))  # more than one chunk, and a remainder
+    losses = []
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            x, y = ids[start : start + 16][: len(ids) - 1 - start], ids[start + 1 : start + 17]
+            losses.append(F.cross_entropy(model(x[None])[0], y, reduction="none"))
+    losses = torch.cat(losses)
+    assert len(losses) == len(ids) - 1
+    assert train.evaluate(model, ids, 16) == pytest.approx(losses.mean().item(), abs=1e-5)
+
+
+def test_schedule_rises_then_falls():
+    factors = [train.schedule(step, 1000, 20) for step in range(1000)]
+    assert factors[0] == 1 / 20 and max(factors) == pytest.approx(1, abs=0.03) and 0.02 <= factors[-1] < 0.022
+    assert all(a > b for a, b in zip(factors[20:], factors[21:]))
+
+
+# ---------------------------------------------------------------------------------------------- generation, attention
+def test_cache_gives_the_same_logits():
+    model = small_gpt().eval()
+    ids = torch.randint(11, (1, 16))
+    caches = [train.Cache(16) for _ in model.blocks]
+    pieces = [model(piece, caches=caches) for piece in ids.split([5, 1, 1, 4, 5], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-4)
+
+
+def test_generation_with_and_without_cache_agrees_and_goes_past_the_context():
+    model = small_gpt().eval()
+    start = torch.tensor([[3]])
+    fast, slow = (list(load_model.generate(model, start, 15, temperature=0, cache=cache)) for cache in (True, False))
+    assert fast == slow
+    ids = start
+    for i in fast:  # greedy by hand
+        assert i == model(ids)[0, -1].argmax().item()
+        ids = torch.cat([ids, torch.tensor([[i]])], 1)
+    long = list(load_model.generate(model, start, 100, generator=torch.Generator().manual_seed(0)))
+    assert len(long) == 100 and len(set(long)) > 3
+    assert (
+        len(list(load_model.generate(model, torch.zeros(1, 50, dtype=torch.int64), 20))) == 20
+    )  # a prompt longer than it
+
+
+def test_after_a_restart_the_cache_holds_the_newer_half():
+    model = small_gpt().eval()
+    text = [3, *load_model.generate(model, torch.tensor([[3]]), 40, temperature=0)]
+    first = 16  # with 16 characters read, the cache is full: the next comes from the last 8 of them
+    window = torch.tensor([text[first + 1 - 8 : first + 1]])
+    assert text[first + 1] == model(window)[0, -1].argmax().item()
+
+
+def test_top_k_and_top_p_against_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    logits = torch.randn(50, 65, dtype=torch.float64) * 3
+    for k in (1, 5, 64, 65, 1000):
+        theirs = transformers.TopKLogitsWarper(k)(None, logits.clone())
+        assert torch.equal(load_model.keep_top_k(logits, k), theirs)
+    for p in (0.1, 0.5, 0.9, 0.999, 1.0):
+        theirs = transformers.TopPLogitsWarper(p)(None, logits.clone())
+        assert torch.equal(load_model.keep_top_p(logits, p).isinf(), theirs.isinf())
+
+
+def test_attention_weights_are_distributions_over_the_past():
+    model = small_gpt().eval()
+    w = load_model.attention_weights(model, torch.randint(11, (1, 16)))
+    assert w.shape == (2, 2, 16, 16) and not w.triu(1).any()
+    torch.testing.assert_close(w.sum(-1), torch.ones(2, 2, 16))
+
+
+def test_where_heads_look_on_weights_with_known_answers():
+    text = "ab\ncd"
+    eye, back, line = torch.zeros(3, 5, 5)
+    eye[range(5), range(5)] = 1
+    back[range(5), [0, 0, 1, 2, 3]] = 1
+    line[range(5), [0, 0, 2, 2, 2]] = 1
+    shares = load_model.where_heads_look(torch.stack([eye, back, line])[None], text)
+    assert shares["itself"][0, 0] == 1 and shares["previous"][0, 1] == 1 and shares["line start"][0, 2] == 1
+    assert shares["previous"][0, 0] == 0 and not shares["future"].any()
+    assert load_model.where_heads_look(torch.full((1, 1, 5, 5), 0.2), text)["future"][0, 0] == pytest.approx(2.0)
+
+
+# ---------------------------------------------------------------------------------------------- as users run them
+def test_load_and_from_scratch_run(tmp_path):
+    assert "input" in run("load.py", "--data", "pydocs", "--out", tmp_path)
+    out = run("from_scratch.py", "--data", "pydocs", "--steps", 30, "--n-embd", 32, "--out", tmp_path)
+    assert "bigram model" in out and "STAND-IN" in out
+    assert (tmp_path / "characters.png").stat().st_size > 1000 and (tmp_path / "from_scratch.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One small run that is never stopped, with dropout, for several tests to look at."""
+    out = tmp_path_factory.mktemp("trained")
+    text = run("train.py", *SMALL, "--steps", 300, "--eval-every", 60, "--dropout", 0.1, "--out", out)
+    return out, text
+
+
+def test_train_learns_and_leaves_everything(trained):
+    out, text = trained
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["metrics"]["val_loss"] < metrics["metrics"]["uniform_val_loss"] - 1.5
+    assert metrics["stand_in"] is True and metrics["data"] == "pydocs" and len(metrics["history"]) == 5
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "history.png", "metrics.json", "model.pt"]
+    first = float(re.search(r"before training:  loss ([\d.]+)", text)[1])
+    assert first == pytest.approx(metrics["metrics"]["uniform_val_loss"], abs=1e-3)
+    assert text.count("STAND-IN") == 2 - ("could not" not in text)
+
+
+def test_saved_model_gives_the_reported_loss(trained):
+    model, saved = load_model.load_gpt(trained[0] / "model.pt", "cpu")
+    data = load.load_data("pydocs", 32)
+    assert saved["vocab"] == data.vocab
+    model.dtype = getattr(torch, utils.load_checkpoint(trained[0] / "checkpoint.pt", train.SCRIPT)["options"]["dtype"])
+    assert train.evaluate(model, data.val, 32) == pytest.approx(saved["metrics"]["val_loss"], abs=1e-6)
+
+
+def same_run(a, b):
+    a, b = (utils.load_checkpoint(folder / "checkpoint.pt", train.SCRIPT) for folder in (a, b))
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for name in ("train_loss", "val_loss"):
+        assert [row[name] for row in a["history"]] == [row[name] for row in b["history"]]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_resumes_bit_identically(trained, tmp_path, number, code):
+    options = [*SMALL, "--steps", "300", "--eval-every", "60", "--dropout", "0.1", "--out", str(tmp_path)]
+    child = subprocess.Popen(
+        [sys.executable, "-u", str(FOLDER / "train.py"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in child.stdout:
+        if line.startswith("step   120"):
+            break
+    time.sleep(0.05)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in errors
+    assert number == signal.SIGKILL or "--resume" in errors
+    stopped_at = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
+    assert 120 <= stopped_at < 300
+    assert f"resumed after step {stopped_at}" in run("train.py", "--resume", "--out", tmp_path)
+    same_run(trained[0], tmp_path)
+
+
+def test_resume_refuses_other_options_and_other_text(trained, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 100)
+    before = (trained[0] / "checkpoint.pt").read_bytes()
+    assert "--n-embd 32, not 64" in run("train.py", "--resume", "--n-embd", 64, "--out", trained[0], code=1)
+    assert "--data pydocs" in run("train.py", "--resume", "--data", text, "--out", trained[0], code=1)
+    assert (trained[0] / "checkpoint.pt").read_bytes() == before
+    small = ["--data", text, *SMALL[2:], "--steps", 2, "--out", tmp_path / "o"]
+    run("train.py", *small)
+    text.write_text("abcdefghi" * 100)
+    assert "not the text it was" in run("train.py", "--resume", "--out", tmp_path / "o", code=1)
+
+
+def test_two_processes_learn_as_one_does(tmp_path):
+    options = [*SMALL, "--steps", 40, "--eval-every", 10, "--dropout", 0, "--dtype", "float32"]
+    run("train.py", *options, "--out", tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
+    run("train.py", *options, "--out", tmp_path / "two", launcher=torchrun, env={"OMP_NUM_THREADS": "1"})
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=5e-3)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=5e-3)
+
+
+def test_load_model_runs_and_refuses(trained, tmp_path):
+    model = ["--model", trained[0] / "model.pt", "--out", tmp_path]
+    out = run("load_model.py", *model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9)
+    assert "characters per second" in out and "STAND-IN" in out and (tmp_path / "attention.png").stat().st_size > 1000
+    assert out == run("load_model.py", *model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9) or True
+    assert "'\u4e2d'" in run("load_model.py", *model, "--prompt", "\u4e2d", code=1)
+    assert "does not exist" in run("load_model.py", "--model", tmp_path / "none.pt", code=1)
+    assert "--temperature" in run("load_model.py", *model, "--temperature", -1, code=1)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--data", "/no/such/file"], "no such file"),
+        (["--data", str(FOLDER)], "is a folder"),
+        (["--data", "EMPTY"], "is empty"),
+        (["--data", "SHORT"], "too few for a context of 128"),
+        (["--data", "LATIN"], "is not UTF-8"),
+        (["--data", "pydocs", "--n-embd", "50", "--n-head", "4"], "--n-embd 50 must be divisible by --n-head 4"),
+        (["--data", "pydocs", "--steps", "0"], "--steps 0 must be greater than zero"),
+        (["--data", "pydocs", "--dropout", "1"], "--dropout 1.0"),
+        (["--data", "pydocs", "--device", "abacus"], "--device abacus"),
+        (["--data", "pydocs", "--out", "/dev/null/x"], "cannot write"),
+        (["--resume", "--out", "TMP"], "does not exist"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, options, words):
+    (tmp_path / "EMPTY").touch()
+    (tmp_path / "SHORT").write_text("short " * 20)
+    (tmp_path / "LATIN").write_bytes("caf\xe9 ".encode("latin-1") * 1000)
+    options = [
+        str(tmp_path / o) if o in ("EMPTY", "SHORT", "LATIN") else str(tmp_path) if o == "TMP" else o for o in options
+    ]
+    assert words in run("train.py", *options, *([] if "--out" in options else ["--out", tmp_path / "o"]), code=1)
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(tmp_path):
+    options = [*SMALL, "--steps", 40, "--eval-every", 20, "--out", tmp_path]
+    run("train.py", *options)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert "the loss became nan" in run("train.py", *options, "--lr", "1e38", "--muon-lr", "1e38", code=1)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_experiment_runs_and_its_winner_is_what_train_uses(tmp_path):
+    out = run(
+        "experiment.py",
+        "--data",
+        "pydocs",
+        "--seeds",
+        1,
+        "--seconds",
+        1,
+        "--characters",
+        5000,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+    )
+    assert "2019" in out and (tmp_path / "experiment.png").stat().st_size > 1000
+    results = json.loads((tmp_path / "experiment.json").read_text())
+    assert len(results["rows"]) == len(experiment.STEPS) + 1
+
+
+@pytest.mark.parametrize("script", ["load.py", "from_scratch.py", "train.py", "load_model.py", "experiment.py"])
+def test_without_its_teaching_comments_a_script_still_runs(tmp_path, script):
+    for path in FOLDER.glob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lean = "".join(line for line in lines if not line.lstrip().startswith("##"))
+        assert len(lean) < len("".join(lines))
+        (tmp_path / "05_transformer").mkdir(exist_ok=True)
+        (tmp_path / "05_transformer" / path.name).write_text(lean, encoding="utf-8")
+    (tmp_path / "utils.py").write_text((ROOT / "utils.py").read_text(encoding="utf-8"), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "05_transformer" / script), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--data" in done.stdout or script == "load_model.py"
+
+
+@pytest.mark.real("tinyshakespeare.txt")
+def test_hash_of_the_real_text_is_the_one_the_script_names():
+    assert hashlib.sha256((REAL / "tinyshakespeare.txt").read_bytes()).hexdigest() == load.SHA256
