@@ -4,6 +4,7 @@ Nothing here knows about any chapter, and no training loop lives here: those are
 To take a chapter into a project of your own, copy its folder and this file.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import io
@@ -232,16 +233,17 @@ def _sha256(path: Path) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Whatever happens, and whenever, `path` holds the old bytes or the new ones: write beside it, flush, rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only in the system's cache, before the name moves
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"cannot write {path} ({error.strerror}); free some space or choose another --out.") from error
 
 

@@ -37,7 +37,6 @@ BASE = {
     "optimizer": "adamw",
     "block_size": 64,
     "dropout": 0.0,
-    "weight_decay": 0.1,
 }
 
 ## One change at a time: (name, source, what changes, kept). A change that is kept is part of every later row; one that
@@ -148,10 +147,10 @@ class AnyGPT(GPT):
 def any_optimizers(model: AnyGPT, recipe: dict) -> list[torch.optim.Optimizer]:
     """train.py's pair, or AdamW for everything, with weight decay on the matrices alone as in nanoGPT."""
     if recipe["optimizer"] == "muon":
-        return make_optimizers(model, lr=2e-3, muon_lr=0.02, weight_decay=recipe["weight_decay"])
+        return make_optimizers(model, **{name: PRESETS["small"][name] for name in ("lr", "muon_lr", "weight_decay")})
     matrices, others = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=2e-3, betas=(0.9, 0.99), fused=True)]
+    return [torch.optim.AdamW(groups, lr=PRESETS["small"]["lr"], betas=(0.9, 0.99), fused=True)]
 
 
 # ---------------------------------------------------------------------------------------------- one run

@@ -103,7 +103,7 @@ def generate(
         if cache and caches[0].length == model.block_size:
             ## Full: the model knows positions up to block_size only. Start over with the newer half, so that the price
             ## of one pass is paid once per block_size / 2 characters, and each still sees at least that many.
-            new = window[:, -(model.block_size + 1) // 2 :]
+            new = window[:, -(model.block_size // 2) :]
             caches = [Cache(model.block_size) for _ in model.blocks]
 
 

@@ -230,9 +230,11 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 # ---------------------------------------------------------------------------------------------- options
 PRESETS = {
-    "small": dict(steps=4000, batch_size=12, block_size=128, n_layer=4, n_head=3, n_embd=192, dropout=0.1),
-    "large": dict(steps=3000, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3),
-}
+    "small": dict(steps=4000, batch_size=8, block_size=256, n_layer=4, n_head=3, n_embd=192, dropout=0.0,
+                  lr=2e-3, muon_lr=0.02, weight_decay=0.15),
+    "large": dict(steps=2000, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
+                  lr=2e-3, muon_lr=0.02, weight_decay=0.1),
+}  # fmt: skip
 
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
@@ -251,9 +253,9 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--n-head", type=int, help="attention heads per block, each n_embd / n_head channels wide")
     add("--n-embd", type=int, help="width C; parameters and time grow with its square")
     add("--dropout", type=float, help="share of channels zeroed: against overfitting, slows learning")
-    add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate, for embedding and head")
-    add("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate, for the matrices in the blocks")
-    add("--weight-decay", type=float, default=0.1, help="Muon's: each step takes muon_lr * this of every weight")
+    add("--lr", type=float, help="AdamW's peak learning rate, for embedding and head")
+    add("--muon-lr", type=float, help="Muon's peak learning rate, for the matrices in the blocks")
+    add("--weight-decay", type=float, help="Muon's: each step takes muon_lr * this of every weight")
     add("--warmup", type=int, default=20, help="steps over which the learning rates rise from zero")
     add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=int, default=250, help="steps between evaluations on all validation text; each saves")

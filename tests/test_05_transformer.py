@@ -459,7 +459,24 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_experiment_runs_and_its_winner_is_what_train_uses(tmp_path):
+def test_what_the_experiment_keeps_is_what_train_uses():
+    recipe = dict(experiment.BASE)
+    for _, _, change, kept in experiment.CHANGES:
+        recipe |= change if kept else {}
+    preset = train.PRESETS["small"]
+    assert {k: recipe[k] for k in recipe.keys() & preset.keys()} == {k: preset[k] for k in recipe.keys() & preset.keys()}
+    config = {k: preset[k] for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+    ours, any_gpt = train.GPT(13, **config).eval(), experiment.AnyGPT(13, recipe).eval()
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    any_gpt.load_state_dict(ours.state_dict())
+    x, y = torch.randint(13, (2, 2, preset["block_size"]))
+    assert any_gpt(x, y).item() == pytest.approx(ours(x, y).item(), abs=1e-5)
+    kinds = [[type(o) for o in make] for make in (train.make_optimizers(ours, 1, 1, 0), experiment.any_optimizers(any_gpt, recipe))]
+    assert kinds[0] == kinds[1]
+
+
+def test_experiment_runs(tmp_path):
     out = run(
         "experiment.py",
         "--data",
@@ -477,7 +494,7 @@ def test_experiment_runs_and_its_winner_is_what_train_uses(tmp_path):
     )
     assert "2019" in out and (tmp_path / "experiment.png").stat().st_size > 1000
     results = json.loads((tmp_path / "experiment.json").read_text())
-    assert len(results["rows"]) == len(experiment.STEPS) + 1
+    assert len(results["rows"]) == len(experiment.CHANGES) + 1 and "STAND-IN" in out
 
 
 @pytest.mark.parametrize("script", ["load.py", "from_scratch.py", "train.py", "load_model.py", "experiment.py"])
