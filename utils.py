@@ -3,7 +3,6 @@
 Nothing here knows about any chapter, and no training loop lives here: those are lessons and stay in the chapters.
 To take a chapter into a project of your own, copy its folder and this file.
 """
-
 import contextlib
 import ctypes
 import hashlib
@@ -12,6 +11,7 @@ import json
 import os
 import sys
 import time
+import timeit
 import zipfile
 from pathlib import Path
 
@@ -26,17 +26,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data"))
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind-safe
-plt.rcParams.update(
-    {
-        "axes.prop_cycle": plt.cycler(color=COLORS),
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "figure.dpi": 110,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "savefig.bbox": "tight",
-    }
-)
+plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=COLORS), "axes.grid": True, "grid.alpha": 0.3,
+                     "figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"})
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -59,21 +50,15 @@ def run(main) -> None:
     except torch.OutOfMemoryError:
         sys.exit("error: the device ran out of memory; try a smaller --batch-size.")
     except OSError as error:
-        sys.exit(
-            f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right, "
-            "writable and on a disk with free space."
-        )
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right and "
+                 "writable, and that the disk has free space.")
 
 
 def notice(*lines: str) -> None:
     """Print lines in a box, for what nobody may overlook: above all that a stand-in takes the real data's place."""
     width = max(map(len, lines))
-    print(
-        "+" + "-" * (width + 2) + "+",
-        *(f"| {line:{width}} |" for line in lines),
-        "+" + "-" * (width + 2) + "+",
-        sep="\n",
-    )
+    edge = "+" + "-" * (width + 2) + "+"
+    print(edge, *(f"| {line:{width}} |" for line in lines), edge, sep="\n")
 
 
 # ---------------------------------------------------------------------------------------------- device, seed
@@ -98,12 +83,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            F.linear(x, w)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
+        seconds[dtype] = min(timeit.repeat(lambda: F.linear(x, w), number=1, repeat=8))
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
 
 
@@ -119,12 +99,10 @@ def keep_memory() -> None:
     ## A training step frees and takes the same hundred megabytes again and again. By default glibc returns large
     ## blocks at once, and the system then has to find and clear fresh pages, a page fault for each 4 KiB.
     """
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # no glibc (macOS, Windows, musl): nothing to tune
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-    except (OSError, AttributeError):
-        pass  # not glibc (macOS, Windows, musl): nothing to tune
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -167,27 +145,23 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
     path = Path(path)
     if path.exists():
         if _sha256(path) != sha256:
-            raise InputError(
-                f"{path} is not the expected file (its sha256 differs); delete or move it to download it again."
-            )
+            raise InputError(f"{path} is not the expected file (its sha256 differs); delete it to download it again.")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part, failures, wrong = path.with_name(path.name + ".part"), [], None
+    size = lambda: part.stat().st_size if part.exists() else 0  # noqa: E731
     for url in urls:
-        tries = 3  # without progress; a connection that is cut but moved some bytes on may go on
+        tries = 3  # without progress: a connection that is cut after moving some bytes may go on as often as it likes
         while tries:
-            before = part.stat().st_size if part.exists() else 0
+            before = size()
             try:
                 _fetch(url, part, timeout)
             except requests.RequestException as error:
                 status = getattr(error.response, "status_code", None)
                 failures.append(f"{url}: {f'HTTP {status}' if status else type(error).__name__}")
-                if status and status != 416 and status < 500:
-                    break  # forbidden or not there: asking again will not help
-                if status == 416:  # our part is longer than the file
-                    part.unlink(missing_ok=True)
-                after = part.stat().st_size if part.exists() else 0
-                tries = 3 if after > before else tries - 1
+                if status == 416:  # what we have is longer than the file
+                    part.unlink()
+                tries = 3 if size() > before else 0 if status and status != 416 and status < 500 else tries - 1
                 time.sleep(0.2)
                 continue
             if _sha256(part) == sha256:
@@ -195,19 +169,17 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
                 return path
             part.unlink()
             wrong = url
-            if not before:
-                break  # the mirror's whole file is wrong; a file pieced together gets a second chance from zero
+            tries = 1 if before else 0  # a file pieced together gets a second chance from zero
     if wrong:
-        raise InputError(
-            f"{wrong} sent a file with the wrong sha256 for {path.name}; nothing was kept, so try again later "
-            f"or put the right file at {path} yourself."
-        )
+        raise InputError(f"{wrong} sent a file with the wrong sha256 for {path.name}; nothing was kept, so try again "
+                         f"later or put the right file at {path} yourself.")
     raise ConnectionError(f"{path.name} could not be downloaded ({'; '.join(dict.fromkeys(failures))}).")
 
 
 def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    ## Compressed on the way, a file would have another length and could not be resumed at a byte of ours.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as reply:
         reply.raise_for_status()
         if reply.status_code != 206:
@@ -251,7 +223,7 @@ def check_writable(folder: Path) -> None:
     """Raise InputError now, rather than after the training, where results could not be written to folder."""
     probe = Path(folder) / ".probe"
     write_atomically(probe, b"probe")
-    probe.unlink()
+    probe.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -285,10 +257,8 @@ def save_metrics(path: Path, **fields) -> None:
     write_atomically(path, json.dumps({**fields, "versions": versions}, indent=1).encode())
 
 
-def plot_history(
-    path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss"
-) -> None:
-    """Draw the named columns of the history rows over x; a row that lacks a column is passed over."""
+def plot_history(path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss"):
+    """Draw the named columns of the history rows over x as a PNG; a row that lacks a column is passed over."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, style in zip(curves, ["-", "--", "-.", ":"] * 2):
         rows = [row for row in history if name in row]

@@ -1,8 +1,19 @@
-"""@HEADER@"""
+"""What each ingredient of the GPT is worth: one change at a time, from the recipe of 2019 to train.py's.
+
+You learn here: how to ablate. Every row adds one thing to the kept rows above it and is trained twice, on an equal
+number of characters (what does it learn from the same text?) and for an equal time (is that worth what it costs?).
+
+    python 05_transformer/experiment.py                  about half an hour on two CPU cores
+
+@TABLE@
+Writes to outputs/: experiment.json, experiment.png. Left out on purpose: searching a learning rate for every row; all
+AdamW rows share one and all Muon rows share one.
+"""
 
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from itertools import islice
@@ -15,29 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
 from load import Data, batches, load_data  # noqa: E402
 from train import GPT, PRESETS, Attention, Block, attend, evaluate, make_optimizers, norm, rotate, schedule  # noqa: E402
-
-import utils  # noqa: E402
 
 # Shapes: B batch, T time, C channels (n_embd), H heads, D channels per head (C = H * D), V vocabulary
 
 SCRIPT = "05_transformer/experiment.py"
 SIZES = {name: PRESETS["small"][name] for name in ("n_layer", "n_head", "n_embd")}  # the same in every row
 CHARACTERS_PER_STEP = PRESETS["small"]["batch_size"] * PRESETS["small"]["block_size"]
+ADAMW_LR = 2e-3  # @SWEEP@
 
 ## The recipe of GPT-2 (Radford et al. 2019), at the context of nanoGPT's CPU example.
-BASE = {
-    "positions": "learned",
-    "norm": "layer",
-    "qk_norm": False,
-    "zero_init": False,
-    "activation": "gelu",
-    "shift": False,
-    "optimizer": "adamw",
-    "block_size": 64,
-    "dropout": 0.0,
-}
+BASE = {"positions": "learned", "norm": "layer", "qk_norm": False, "zero_init": False, "activation": "gelu",
+        "optimizer": "adamw", "shift": False, "block_size": 64, "dropout": 0.0}
 
 ## One change at a time: (name, source, what changes, kept). A change that is kept is part of every later row; one that
 ## is not was tried on top of the rows above it, lost, and stays in the table all the same.
@@ -119,7 +121,9 @@ class AnyGPT(GPT):
         super().__init__(vocab_size, recipe["block_size"], **SIZES, dropout=recipe["dropout"])
         self.recipe = recipe
         self.blocks = nn.ModuleList(AnyBlock(recipe) for _ in range(SIZES["n_layer"]))
-        self.first_norm, self.last_norm = (AnyNorm(SIZES["n_embd"], recipe["norm"]) for _ in range(2))
+        self.last_norm = AnyNorm(SIZES["n_embd"], recipe["norm"])
+        ## GPT-2 has no norm right after the embedding. Embeddings that start at 0.02 need none; larger ones do.
+        self.first_norm = nn.Identity() if recipe["norm"] == "layer" else AnyNorm(SIZES["n_embd"], recipe["norm"])
         if recipe["positions"] == "learned":
             self.positions = nn.Embedding(recipe["block_size"], SIZES["n_embd"])
             nn.init.normal_(self.positions.weight, std=0.02)
@@ -135,7 +139,7 @@ class AnyGPT(GPT):
             x = x + self.shift * F.pad(x, (0, 0, 1, 0))[:, :-1]
         if self.recipe["positions"] == "learned":
             x = x + self.positions.weight[: ids.shape[1]]
-        x = self.first_norm(x) if self.recipe["norm"] != "layer" else x  # GPT-2 has none here
+        x = self.first_norm(x)
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             x = self.dropout(x.to(self.dtype))
             for block in self.blocks:
@@ -150,14 +154,12 @@ def any_optimizers(model: AnyGPT, recipe: dict) -> list[torch.optim.Optimizer]:
         return make_optimizers(model, **{name: PRESETS["small"][name] for name in ("lr", "muon_lr", "weight_decay")})
     matrices, others = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, lr=PRESETS["small"]["lr"], betas=(0.9, 0.99), fused=True)]
+    return [torch.optim.AdamW(groups, lr=ADAMW_LR, betas=(0.9, 0.99), fused=True)]
 
 
 # ---------------------------------------------------------------------------------------------- one run
-def run(
-    recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int
-) -> tuple[float, float, int]:
-    """Train one recipe for `steps` steps; return (whole-validation loss in nats, seconds of training, parameters)."""
+def run(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int):
+    """Train one recipe for `steps` steps: (whole-validation loss in nats, seconds of training, parameters)."""
     utils.set_seed(seed)
     model = AnyGPT(len(data.vocab), recipe).to(device)
     model.dtype = dtype
@@ -191,108 +193,61 @@ def recipes() -> list[tuple[str, str, dict, bool]]:
 
 def mean_std(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for one value)."""
-    t = torch.tensor(values, dtype=torch.float64)
-    return t.mean().item(), t.std().item() if len(values) > 1 else 0.0
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(
-        description="Ablate the GPT: one ingredient at a time.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data", help="tinyshakespeare, pydocs or a text file; without it tinyshakespeare, or pydocs")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per row and budget")
-    parser.add_argument("--seconds", type=float, default=30, help="the equal wall-clock: training time of each run")
-    parser.add_argument("--characters", type=int, default=800_000, help="the equal number of characters each run reads")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--seeds", type=int, default=3, help="runs per row and budget, with seeds 0, 1, 2, ...")
+    add("--seconds", type=float, default=25, help="the equal wall-clock: training time of each run")
+    add("--characters", type=int, default=600_000, help="the equal number of characters that each run reads")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
     if args.seeds < 1 or args.seconds <= 0 or args.characters < CHARACTERS_PER_STEP:
-        raise utils.InputError(
-            f"--seeds must be at least 1, --seconds above 0, --characters at least {CHARACTERS_PER_STEP}."
-        )
+        raise utils.InputError(f"--seeds and --seconds must be above 0, --characters {CHARACTERS_PER_STEP} or more.")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     dtype = utils.pick_dtype(device)
     data = load_data(args.data, max(change.get("block_size", 0) for _, _, change, _ in CHANGES))
     label = data.name + ", stand-in" * data.stand_in
-    print(
-        f"{label}, {dtype} on {device.type}; whole-validation loss in nats per character, mean ± std over {args.seeds} "
-        f"seeds\n\n{'':34}{'characters/s':>12}  {f'{args.characters:,} characters':>20}{f'{args.seconds:g} seconds':>18}"
-    )
+    print(f"{label}; {dtype} on {device.type}; whole-validation loss in nats per character, mean ± std of {args.seeds} "
+          f"seeds\n{'':46}characters/s   after {args.characters:,} characters   after {args.seconds:g} s")
 
     rows = []
     for name, source, recipe, kept in recipes():
-        equal_steps = args.characters // CHARACTERS_PER_STEP
-        run(recipe, data, device, dtype, 0, 3)  # warm-up, not counted
-        by_characters = [run(recipe, data, device, dtype, seed, equal_steps) for seed in range(args.seeds)]
+        steps = args.characters // CHARACTERS_PER_STEP
+        run(recipe, data, device, dtype, seed=0, steps=3)  # warm-up, not counted
+        by_characters = [run(recipe, data, device, dtype, seed, steps) for seed in range(args.seeds)]
         ## Equal wall-clock: as many steps as this recipe makes in the given seconds, by the runs just timed. The
-        ## learning rate falls to nearly zero in each run, so none is cut off in the middle of its schedule.
-        step_seconds = sorted(seconds for _, seconds, _ in by_characters)[args.seeds // 2] / equal_steps
-        by_seconds = [
-            run(recipe, data, device, dtype, seed, max(1, round(args.seconds / step_seconds)))
-            for seed in range(args.seeds)
-        ]
-        (c_mean, c_std), (s_mean, s_std) = (
-            mean_std([loss for loss, *_ in runs]) for runs in (by_characters, by_seconds)
-        )
-        rows.append(
-            {
-                "name": name,
-                "source": source,
-                "kept": kept,
-                "recipe": recipe,
-                "parameters": by_seconds[0][2],
-                "characters_per_second": CHARACTERS_PER_STEP / step_seconds,
-                "seconds": mean_std([seconds for _, seconds, _ in by_seconds])[0],
-                "by_characters": [loss for loss, *_ in by_characters],
-                "by_seconds": [loss for loss, *_ in by_seconds],
-            }
-        )
-        print(
-            f"{name + ('' if kept else '  (not kept)'):46.46}{CHARACTERS_PER_STEP / step_seconds:8,.0f}"
-            f"{c_mean:12.4f} ± {c_std:.4f}{s_mean:12.4f} ± {s_std:.4f}",
-            flush=True,
-        )
-        utils.write_atomically(
-            args.out / "experiment.json",
-            json.dumps(
-                {
-                    "script": SCRIPT,
-                    "data": data.name,
-                    "stand_in": data.stand_in,
-                    "device": device.type,
-                    "dtype": str(dtype),
-                    "torch": str(torch.__version__),
-                    "characters": args.characters,
-                    "seconds": args.seconds,
-                    "rows": rows,
-                },
-                indent=1,
-            ).encode(),
-        )
+        ## learning rate falls to nearly zero in every run, so none is cut off in the middle of its schedule.
+        step_seconds = statistics.median(seconds for _, seconds, _ in by_characters) / steps
+        steps = max(1, round(args.seconds / step_seconds))
+        by_seconds = [run(recipe, data, device, dtype, seed, steps) for seed in range(args.seeds)]
+        rows.append({"name": name, "source": source, "kept": kept, "recipe": recipe, "parameters": by_seconds[0][2],
+                     "characters_per_second": CHARACTERS_PER_STEP / step_seconds,
+                     "seconds": [seconds for _, seconds, _ in by_seconds],
+                     "by_characters": [loss for loss, *_ in by_characters],
+                     "by_seconds": [loss for loss, *_ in by_seconds]})
+        means = [mean_std(rows[-1][key]) for key in ("by_characters", "by_seconds")]
+        print(f"{name + '  (not kept)' * (not kept):46}{rows[-1]['characters_per_second']:12,.0f}"
+              + "".join(f"{mean:15.4f} ± {std:.4f}" for mean, std in means), flush=True)
+        table = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
+                 "dtype": str(dtype), "torch": str(torch.__version__), "characters": args.characters,
+                 "seconds": args.seconds, "rows": rows}
+        utils.write_atomically(args.out / "experiment.json", json.dumps(table, indent=1).encode())
 
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2))
-    for i, row in enumerate(rows):
-        for key, marker, color, shift in (
-            ("by_characters", "o", utils.COLORS[0], -0.12),
-            ("by_seconds", "s", utils.COLORS[1], 0.12),
-        ):
+    for key, marker, color, offset, text in (
+            ("by_characters", "o", utils.COLORS[0], -0.12, f"after {args.characters:,} characters"),
+            ("by_seconds", "s", utils.COLORS[1], 0.12, f"after {args.seconds:g} s of training")):
+        for i, row in enumerate(rows):
             mean, std = mean_std(row[key])
-            axes.errorbar(
-                mean,
-                i + shift,
-                xerr=std,
-                fmt=marker,
-                color=color,
-                mfc=color if row["kept"] else "white",
-                label={
-                    "by_characters": f"after {args.characters:,} characters",
-                    "by_seconds": f"after {args.seconds:g} s",
-                }[key]
-                if i == 0
-                else None,
-            )
+            axes.errorbar(mean, i + offset, xerr=std, fmt=marker, color=color, mfc=color if row["kept"] else "white",
+                          label=text if i == 0 else None)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.set(title=f"One change at a time ({label}); hollow: not kept", xlabel="validation loss, nats per character")

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from load import batches, bigram_log_probs, bigram_loss, decode, load_data  # noqa: E402
-
 import utils  # noqa: E402
+from load import batches, bigram_log_probs, bigram_loss, decode, load_data  # noqa: E402
 
 # Shapes: B batch, T time, C channels (width of the model), H heads, D channels per head (C = H * D), V vocabulary
 

@@ -55,12 +55,10 @@ def read_text(data: str | None = None) -> tuple[str, str, bool]:
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
                 raise utils.InputError(f"{error} Use --data pydocs to work without a network.") from error
-            utils.notice(
-                f"STAND-IN: {error}"[:110],
-                "This run uses `pydocs`, the Python manual that ships with Python.",
-                "Its figures are not Tiny Shakespeare's and can't be compared with them.",
-            )
+            print(error)
     if data in (None, "pydocs"):
+        utils.notice("STAND-IN: this run uses `pydocs`, the language manual that ships inside Python.",
+                     "Its figures are not Tiny Shakespeare's and can't be compared with them.")
         from pydoc_data.topics import topics  # help("if") and the like: 465,126 characters in Python 3.11
 
         return "\n\n".join(topics[name] for name in sorted(topics)), "pydocs", True

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
 from load import decode, encode  # noqa: E402
 from train import GPT, SCRIPT, Cache  # noqa: E402
-
-import utils  # noqa: E402
 
 # Shapes: B batch (1 here), T time, H heads, V vocabulary
 

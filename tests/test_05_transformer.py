@@ -329,7 +329,7 @@ def test_where_heads_look_on_weights_with_known_answers():
 def test_load_and_from_scratch_run(tmp_path):
     assert "input" in run("load.py", "--data", "pydocs", "--out", tmp_path)
     out = run("from_scratch.py", "--data", "pydocs", "--steps", 30, "--n-embd", 32, "--out", tmp_path)
-    assert "bigram model" in out and "STAND-IN" in out
+    assert "bigram model" in out
     assert (tmp_path / "characters.png").stat().st_size > 1000 and (tmp_path / "from_scratch.png").stat().st_size > 1000
 
 
@@ -349,7 +349,7 @@ def test_train_learns_and_leaves_everything(trained):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "history.png", "metrics.json", "model.pt"]
     first = float(re.search(r"before training:  loss ([\d.]+)", text)[1])
     assert first == pytest.approx(metrics["metrics"]["uniform_val_loss"], abs=1e-3)
-    assert text.count("STAND-IN") == 2 - ("could not" not in text)
+    assert text.count("STAND-IN") == 2  # one notice at the start, one at the end
 
 
 def test_saved_model_gives_the_reported_loss(trained):
@@ -418,8 +418,10 @@ def test_two_processes_learn_as_one_does(tmp_path):
 def test_load_model_runs_and_refuses(trained, tmp_path):
     model = ["--model", trained[0] / "model.pt", "--out", tmp_path]
     out = run("load_model.py", *model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9)
-    assert "characters per second" in out and "STAND-IN" in out and (tmp_path / "attention.png").stat().st_size > 1000
-    assert out == run("load_model.py", *model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9) or True
+    assert "characters per second" in out and (tmp_path / "attention.png").stat().st_size > 1000
+    again = run("load_model.py", *model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9)
+    written = [re.search(r"The .*?(?=\n\n[\d,]+ characters per second)", text, re.S)[0] for text in (out, again)]
+    assert written[0] == written[1] and len(written[0]) == 84  # the seed decides
     assert "'\u4e2d'" in run("load_model.py", *model, "--prompt", "\u4e2d", code=1)
     assert "does not exist" in run("load_model.py", "--model", tmp_path / "none.pt", code=1)
     assert "--temperature" in run("load_model.py", *model, "--temperature", -1, code=1)
@@ -464,7 +466,8 @@ def test_what_the_experiment_keeps_is_what_train_uses():
     for _, _, change, kept in experiment.CHANGES:
         recipe |= change if kept else {}
     preset = train.PRESETS["small"]
-    assert {k: recipe[k] for k in recipe.keys() & preset.keys()} == {k: preset[k] for k in recipe.keys() & preset.keys()}
+    shared = recipe.keys() & preset.keys()
+    assert shared >= {"block_size", "dropout"} and all(recipe[name] == preset[name] for name in shared)
     config = {k: preset[k] for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     ours, any_gpt = train.GPT(13, **config).eval(), experiment.AnyGPT(13, recipe).eval()
     for p in ours.parameters():
@@ -472,29 +475,17 @@ def test_what_the_experiment_keeps_is_what_train_uses():
     any_gpt.load_state_dict(ours.state_dict())
     x, y = torch.randint(13, (2, 2, preset["block_size"]))
     assert any_gpt(x, y).item() == pytest.approx(ours(x, y).item(), abs=1e-5)
-    kinds = [[type(o) for o in make] for make in (train.make_optimizers(ours, 1, 1, 0), experiment.any_optimizers(any_gpt, recipe))]
-    assert kinds[0] == kinds[1]
+    theirs = [type(optimizer) for optimizer in experiment.any_optimizers(any_gpt, recipe)]
+    assert theirs == [type(optimizer) for optimizer in train.make_optimizers(ours, 1.0, 1.0, 0.0)]
 
 
 def test_experiment_runs(tmp_path):
-    out = run(
-        "experiment.py",
-        "--data",
-        "pydocs",
-        "--seeds",
-        1,
-        "--seconds",
-        1,
-        "--characters",
-        5000,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path,
-    )
+    (tmp_path / "text.txt").write_text(load.read_text("pydocs")[0][:20_000], encoding="utf-8")
+    out = run("experiment.py", "--data", tmp_path / "text.txt", "--seeds", 1, "--seconds", 0.3, "--characters", 5000,
+              "--device", "cpu", "--out", tmp_path)
     assert "2019" in out and (tmp_path / "experiment.png").stat().st_size > 1000
     results = json.loads((tmp_path / "experiment.json").read_text())
-    assert len(results["rows"]) == len(experiment.CHANGES) + 1 and "STAND-IN" in out
+    assert len(results["rows"]) == len(experiment.CHANGES) + 1
 
 
 @pytest.mark.parametrize("script", ["load.py", "from_scratch.py", "train.py", "load_model.py", "experiment.py"])
@@ -509,7 +500,7 @@ def test_without_its_teaching_comments_a_script_still_runs(tmp_path, script):
     done = subprocess.run(
         [sys.executable, str(tmp_path / "05_transformer" / script), "--help"], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "--data" in done.stdout or script == "load_model.py"
+    assert done.returncode == 0 and "--out" in done.stdout
 
 
 @pytest.mark.real("tinyshakespeare.txt")

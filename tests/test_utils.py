@@ -31,6 +31,7 @@ class BadServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         kind = self.path.split("/")[1]
         wanted = self.headers.get("Range")
+        assert self.headers["Accept-Encoding"] == "identity"
         self.log.append((kind, wanted))
         start = int(wanted.split("=")[1].rstrip("-")) if wanted else 0
         if kind in ("403", "503"):
