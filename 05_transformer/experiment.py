@@ -203,8 +203,8 @@ def main() -> None:
     add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seeds", type=int, default=3, help="runs per row and budget, with seeds 0, 1, 2, ...")
-    add("--seconds", type=float, default=25, help="the equal wall-clock: training time of each run")
-    add("--characters", type=int, default=600_000, help="the equal number of characters that each run reads")
+    add("--seconds", type=float, default=20, help="the equal wall-clock: training time of each run")
+    add("--characters", type=int, default=500_000, help="the equal number of characters that each run reads")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
     if args.seeds < 1 or args.seconds <= 0 or args.characters < CHARACTERS_PER_STEP:
