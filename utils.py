@@ -67,7 +67,8 @@ def pick_device(name: str = "auto") -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
-    if not available.get(name.split(":")[0], False):
+    kind, _, index = name.partition(":")
+    if not available.get(kind, False) or index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
         raise InputError(f"--device {name}: this machine has no such device; use --device auto.")
     return torch.device(name)
 

@@ -5,8 +5,8 @@ look at; its gradient, derived line by line, without autograd; and that both agr
 
     python 05_transformer/from_scratch.py
 
-You should see (Tiny Shakespeare, 2 cores of an AMD EPYC, torch 2.15, seed 0): bigram @BIGRAM@ nats per character on the
-validation part, one attention layer trained with the gradients below @ATTN@ after @SECS@ s; errors against
+You should see (Tiny Shakespeare, 2 cores of an AMD EPYC, torch 2.15, seed 0): bigram 2.482 nats per character on the
+validation part, one attention layer trained with the gradients below 2.10 after 31 s; errors against
 scaled_dot_product_attention and autograd below 1e-12 (float64).
 Writes: outputs/from_scratch.png. Left out on purpose: the MLP, norms, rotary positions and depth; they are train.py's.
 """
@@ -59,8 +59,8 @@ def attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -
     """
     dv = p.mT @ dy  # Y = P V                      (..., T, D)
     dp = dy @ v.mT  #                              (..., T, T)
-    ## Softmax: dP_i/dS_j = P_i (1[i=j] - P_j) within a row. Multiply by dP_i and sum over i:
-    ##     dS_j = P_j (dP_j - sum_i dP_i P_i)
+    ## Softmax, within a row: dP_i/dS_j = P_i (1[i=j] - P_j). With g_i = dLoss/dP_i, the loss's derivative by S_j is
+    ##     sum_i g_i P_i (1[i=j] - P_j)  =  P_j (g_j - sum_i g_i P_i)
     ## A masked weight has P_j = 0, so its score gets gradient 0: the mask needs no line of its own here.
     ds = p * (dp - (dp * p).sum(-1, keepdim=True))  # (..., T, T)
     ds = ds / math.sqrt(q.shape[-1])
@@ -196,10 +196,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs")
     args = parser.parse_args()
+    for name in ("steps", "batch_size", "block_size", "n_embd", "n_head", "lr"):
+        if getattr(args, name) <= 0:
+            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
     if args.n_embd % args.n_head:
-        raise utils.InputError(
-            f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}; heads share the width evenly."
-        )
+        raise utils.InputError(f"--n-embd {args.n_embd} must be divisible by --n-head {args.n_head}.")
 
     print("against PyTorch, largest absolute difference in float64:")
     for name, error in check_against_pytorch().items():
@@ -240,8 +241,9 @@ def main() -> None:
     )
 
     ## A picture of the weights p says what the position attends to. Row t is a probability distribution over 0 ... t.
-    x = data.val[None, :32]
-    p = multi_head(w["characters"][x] + w["positions"][:32], w["w_qkv"], w["w_out"], args.n_head)[1][4][0]  # (H, T, T)
+    n = min(32, args.block_size)
+    x = data.val[None, :n]
+    p = multi_head(w["characters"][x] + w["positions"][:n], w["w_qkv"], w["w_out"], args.n_head)[1][4][0]  # (H, T, T)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     axes[0].plot(
         [row["step"] for row in history],
@@ -257,8 +259,8 @@ def main() -> None:
     axes[0].legend()
     axes[1].imshow(p[0].numpy(), cmap="viridis", vmin=0)
     labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in decode(x[0], data.vocab)]
-    axes[1].set_xticks(range(32), labels, fontsize=6)
-    axes[1].set_yticks(range(32), labels, fontsize=6)
+    axes[1].set_xticks(range(n), labels, fontsize=6)
+    axes[1].set_yticks(range(n), labels, fontsize=6)
     axes[1].set(title="Head 0: who (row) looks at what (column)")
     axes[1].grid(False)
     utils.save_figure(figure, args.out / "from_scratch.png")

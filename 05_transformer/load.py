@@ -108,7 +108,7 @@ def load_data(data: str | None = None, block_size: int = 1) -> Data:
             f"tenth must hold {block_size + 1}; use a longer text or a smaller --block-size."
         )
     ## The vocabulary comes from the training part alone, like everything else that is fitted. Where the validation
-    ## part has other characters, one extra id stands for all of them, and the model pays full price for each.
+    ## part has other characters, one extra id stands for all of them; the model never learned it, and pays for each.
     vocab = sorted(set(train_text))
     unseen = set(val_text) - set(vocab)
     if unseen:
@@ -127,9 +127,9 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
     ##     targets  i r s t _ C i
     ## One window of T characters is therefore T exercises at once: predict from 1 character, from 2, ... from T.
     ##
-    ## Within a pass no character comes twice and (but for the ends) none is left out; drawing windows at random places
-    ## would show some three times and others never. Each pass starts at another offset, so that the cuts between
-    ## windows, where the model has little to look back on, fall on other characters.
+    ## Within a pass no character comes twice, and few are left out (the ends, and a last batch that is not full);
+    ## drawing windows at random places would show some three times and others never. Each pass starts at another
+    ## offset, so that the cuts between windows, where there is little to look back on, fall on other characters.
     """
     if (len(ids) - block_size) // block_size < batch_size:
         raise utils.InputError(
@@ -207,8 +207,8 @@ def main() -> None:
         title=f"How often each character occurs ({data.name}{', stand-in' if data.stand_in else ''})", ylabel="share"
     )
     axes.tick_params(axis="x", labelsize=8)
-    for label in axes.get_xticklabels()[:2]:
-        label.set_rotation(90)
+    for label in axes.get_xticklabels():
+        label.set_rotation(90 if len(label.get_text()) > 1 else 0)
     axes.grid(axis="x", visible=False)
     utils.save_figure(figure, args.out / "characters.png")
     print(f"\nwrote {args.out / 'characters.png'}")
