@@ -395,7 +395,7 @@ def test_resume_refuses_other_options_and_other_text(trained, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 100)
     before = (trained[0] / "checkpoint.pt").read_bytes()
-    assert "--n-embd 32, not 64" in run("train.py", "--resume", "--n-embd", 64, "--out", trained[0], code=1)
+    assert "--n-embd 32, not --n-embd 64" in run("train.py", "--resume", "--n-embd", 64, "--out", trained[0], code=1)
     assert "--data pydocs" in run("train.py", "--resume", "--data", text, "--out", trained[0], code=1)
     assert (trained[0] / "checkpoint.pt").read_bytes() == before
     small = ["--data", text, *SMALL[2:], "--steps", 2, "--out", tmp_path / "o"]
@@ -433,7 +433,7 @@ def test_load_model_runs_and_refuses(trained, tmp_path):
         (["--data", "/no/such/file"], "no such file"),
         (["--data", str(FOLDER)], "is a folder"),
         (["--data", "EMPTY"], "is empty"),
-        (["--data", "SHORT"], "too few for a context of 128"),
+        (["--data", "SHORT"], "too few for a context of 256"),
         (["--data", "LATIN"], "is not UTF-8"),
         (["--data", "pydocs", "--n-embd", "50", "--n-head", "4"], "--n-embd 50 must be divisible by --n-head 4"),
         (["--data", "pydocs", "--steps", "0"], "--steps 0 must be greater than zero"),
