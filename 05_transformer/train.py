@@ -93,9 +93,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep_weights: bool = True) -> tuple[
     The T queries are the last T of the S positions. Without keep_weights a GPU need not hold the weights in memory.
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if q.is_cuda and T == S and not keep_weights:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True), None  # one fused kernel
-    ## The same, spelled out. On a CPU it also beats the fused kernel, whose backward pass is slow there.
+    if not keep_weights and (T == 1 or q.is_cuda and T == S):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1), None  # one fused kernel
+    ## The same, spelled out. In training on a CPU it beats the fused kernel, whose backward pass is slow there.
     future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # 0 at and before each query
     p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, S)
     return p.to(v.dtype) @ v, p
