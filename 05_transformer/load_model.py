@@ -19,14 +19,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import decode, encode  # noqa: E402
-from train import GPT, SCRIPT, Cache  # noqa: E402
+from train import GPT, SCRIPT, norm, rotary_tables, rotate  # noqa: E402
 
-# Shapes: B batch (1 here), T time, H heads, V vocabulary
+# Shapes: T time, C channels (n_embd), H heads, D channels per head (C = H * D), V vocabulary; the batch is 1
 
 
 def load_gpt(path: Path, device: torch.device) -> tuple[GPT, dict]:
@@ -68,42 +69,69 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return torch.empty_like(logits).scatter_(-1, order, values)
 
 
+class Reader:
+    """Reads a text one character at a time and remembers keys and values, so that nothing is computed twice.
+
+    ## Without memory the whole window would pass through all layers for every new character, though the keys and values
+    ## of the earlier ones can't have changed: the mask keeps them from seeing anything later. So they are kept
+    ## (the KV cache), and only the new character is computed. There is one position now: matrices times vectors.
+    """
+
+    def __init__(self, model: GPT, length: int):
+        """length: how many characters will be read at most."""
+        self.model, self.t, H = model, 0, model.blocks[0].attention.n_head
+        C = model.shift.numel()
+        self.kv = model.shift.new_zeros(len(model.blocks), 2, H, model.block_size, C // H)
+        self.before = torch.zeros_like(model.shift)  # (C,) embedding of the character before
+        tables = rotary_tables(length, C // H)  # (T, 1, 1, D) each
+        self.cos, self.sin = (table[:, 0].to(model.shift.device) for table in tables)
+
+    @torch.inference_mode()
+    def read(self, i: int) -> Tensor:
+        """Take in one character id; return the logits (V,) of the next. The same numbers as GPT.forward's."""
+        model, t = self.model, self.t
+        e = model.characters.weight[i]  # (C,)
+        x = norm(torch.addcmul(e, model.shift, self.before))
+        ## A ring: beyond block_size characters, the newest overwrites the oldest. The order within does not matter, for
+        ## the keys carry their positions, and rotary positions only tell how far apart two of them are.
+        place, known = t % model.block_size, min(t + 1, model.block_size)
+        for block, (keys, values) in zip(model.blocks, self.kv):  # (H, block_size, D) each
+            H, _, D = keys.shape
+            qkv = torch.mv(block.attention.qkv.weight, norm(x)).view(3, H, D)
+            q, k = rotate(norm(qkv[:2]), self.cos[t], self.sin[t])  # (H, D) each
+            keys[:, place], values[:, place] = k, qkv[2]
+            y = F.scaled_dot_product_attention(q.view(1, H, 1, D), keys[None, :, :known], values[None, :, :known])
+            x = x + torch.mv(block.attention.out.weight, y.view(-1))
+            x = x + torch.mv(block.down.weight, F.gelu(torch.mv(block.up.weight, norm(x))))
+        self.before, self.t = e, t + 1
+        return torch.mv(model.head.weight, norm(x))
+
+
 @torch.inference_mode()
-def generate(
-    model: GPT,
-    ids: Tensor,
-    length: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    cache: bool = True,
-    generator: torch.Generator | None = None,
-) -> Iterator[int]:
+def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top_k: int | None = None,
+             top_p: float | None = None, cache: bool = True, generator: torch.Generator | None = None) -> Iterator[int]:
     """Yield `length` new ids that continue ids (1, T), one at a time. temperature 0 is greedy: always the likeliest.
 
-    ## Without a cache every new character costs a pass over the whole window, though the keys and values of the earlier
-    ## ones can't have changed: the mask keeps them from seeing anything later. With it, only the new one is computed.
+    Up to block_size characters, cache makes no difference but speed. Beyond, the cache forgets one character at a time
+    and what it holds still knows of older ones, while without it the window is all there is: the texts then differ.
     """
-    window = ids[:, -model.block_size :]
-    caches = [Cache(model.block_size) for _ in model.blocks] if cache else None
-    new = window
+    text = ids[0].tolist()
+    reader = Reader(model, len(text) + length) if cache else None
+    for i in text[:-1] if cache else ():
+        reader.read(i)
     for _ in range(length):
-        logits = model(new, caches=caches)[:, -1]  # (1, V)
+        if cache:
+            logits = reader.read(text[-1])  # (V,)
+        else:
+            logits = model(torch.tensor([text[-model.block_size :]], device=ids.device))[0, -1]  # (V,)
         if temperature == 0:
-            next_id = logits.argmax(-1, keepdim=True)  # (1, 1)
+            text.append(logits.argmax().item())
         else:
             logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
             logits = logits if top_k is None else keep_top_k(logits, top_k)
             logits = logits if top_p is None else keep_top_p(logits, top_p)
-            next_id = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        yield next_id.item()
-        window = torch.cat([window, next_id], 1)[:, -model.block_size :]
-        new = next_id if cache else window
-        if cache and caches[0].length == model.block_size:
-            ## Full: the model knows positions up to block_size only. Start over with the newer half, so that the price
-            ## of one pass is paid once per block_size / 2 characters, and each still sees at least that many.
-            new = window[:, -(model.block_size // 2) :]
-            caches = [Cache(model.block_size) for _ in model.blocks]
+            text.append(torch.multinomial(logits.softmax(-1), 1, generator=generator).item())
+        yield text[-1]
 
 
 # ---------------------------------------------------------------------------------------------- attention

@@ -35,7 +35,7 @@ import utils  # noqa: E402
 from load import batches, bigram_loss, decode, load_data  # noqa: E402
 
 # Shapes: B batch, T time (at most block_size), C channels (n_embd), H heads, D channels per head (C = H * D),
-#         V vocabulary, S time with what a cache remembers (S = T without one), N characters in a text
+#         V vocabulary, N characters in a text
 
 SCRIPT = "05_transformer/train.py"
 
@@ -70,34 +70,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # roll swaps the halves; sin carries the signs
 
 
-class Cache:
-    """Keys and values that one attention layer has computed so far, so that generation need not compute them again."""
-
-    def __init__(self, block_size: int):
-        self.block_size, self.length, self.kv = block_size, 0, None
-        self.last = None  # (B, 1, C) embedding of the newest character
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, H, T, D) of new characters -> k, v (B, H, S, D) of all characters."""
-        if self.kv is None:
-            self.kv = k.new_empty(2, *k.shape[:2], self.block_size, k.shape[3])  # (2, B, H, block_size, D), taken once
-        start, self.length = self.length, self.length + k.shape[2]
-        self.kv[0, :, :, start : self.length] = k
-        self.kv[1, :, :, start : self.length] = v
-        return self.kv[:, :, :, : self.length].unbind()
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, keep_weights: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Causal attention: q (B, H, T, D), k and v (B, H, S, D) -> y (B, H, T, D), weights (B, H, T, S).
-
-    The T queries are the last T of the S positions. Without keep_weights a GPU need not hold the weights in memory.
-    """
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if not keep_weights and (T == 1 or q.is_cuda and T == S):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1), None  # one fused kernel
-    ## The same, spelled out. In training on a CPU it beats the fused kernel, whose backward pass is slow there.
-    future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # 0 at and before each query
-    p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, S)
+    """Causal attention: q, k, v (B, H, T, D) -> y (B, H, T, D) and, on a CPU or if asked for, weights (B, H, T, T)."""
+    if q.is_cuda and not keep_weights:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True), None  # one fused kernel
+    ## The same, spelled out. On a CPU it also beats the fused kernel, whose backward pass is slow there.
+    T, D = q.shape[2:]
+    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 on and below the diagonal
+    p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, T)
     return p.to(v.dtype) @ v, p
 
 
@@ -111,7 +91,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(n_embd, n_embd, bias=False)
         self.keep_weights, self.weights = False, None  # load_model.py turns this on to draw them
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, C = x.shape
         D = C // self.n_head
         qkv = self.qkv(x).view(B, T, 3, self.n_head, D)
@@ -120,8 +100,6 @@ class Attention(nn.Module):
         qk = rotate(norm(qkv[:, :, :2]), cos, sin).to(qkv.dtype)  # (B, T, 2, H, D)
         q, k = qk.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         v = qkv[:, :, 2].transpose(1, 2)  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D)
         y, weights = attend(q, k, v, keep_weights=self.keep_weights)  # (B, H, T, D)
         self.weights = weights.detach() if self.keep_weights else None
         return self.out(y.transpose(1, 2).reshape(B, T, C))
@@ -145,8 +123,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.attention.out.weight)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(norm(x), cos, sin, cache))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(norm(x), cos, sin))
         return x + self.dropout(self.down(F.gelu(self.up(norm(x)))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
 
 
@@ -168,27 +146,20 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rotary_tables(block_size, n_embd // n_head)):
             self.register_buffer(name, table, persistent=False)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, caches: list[Cache] | None = None) -> Tensor:
-        """ids (B, T) -> logits (B, T, V) in float32; with targets (B, T) -> their mean cross-entropy, in nats.
-
-        caches: one per layer; ids then continue what the caches hold.
-        """
-        past = caches[0].length if caches else 0
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> logits (B, T, V) in float32; with targets (B, T) -> their mean cross-entropy, in nats."""
         x = self.characters(ids)  # (B, T, C)
         ## Token shift (Peng et al. 2023): each position also gets the embedding of the character before, weighted per
         ## channel. Pairs say much more than single characters, and this way no attention head has to fetch them.
         before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # (B, T, C), zeros for the first character
-        if caches:
-            before = before if past == 0 else torch.cat([caches[0].last, x[:, :-1]], 1)
-            caches[0].last = x[:, -1:]
         x = norm(x + self.shift * before)
-        cos, sin = (table[past : past + ids.shape[1]] for table in (self.cos, self.sin))
+        cos, sin = (table[: ids.shape[1]] for table in (self.cos, self.sin))  # (T, 1, 1, D) each
         ## Mixed precision (Micikevicius et al. 2018): products and the residual path in `dtype`, where that is a faster
         ## bfloat16; weights, their gradients, the optimizer and the loss in float32.
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             x = self.dropout(x.to(self.dtype))
-            for i, block in enumerate(self.blocks):
-                x = block(x, cos, sin, caches[i] if caches else None)
+            for block in self.blocks:
+                x = block(x, cos, sin)
             logits = self.head(norm(x)).float()  # (B, T, V)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 

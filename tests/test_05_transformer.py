@@ -262,12 +262,22 @@ def test_schedule_rises_then_falls():
 
 
 # ---------------------------------------------------------------------------------------------- generation, attention
-def test_cache_gives_the_same_logits():
+def test_reading_one_by_one_gives_the_same_logits():
     model = small_gpt().eval()
     ids = torch.randint(11, (1, 16))
-    caches = [train.Cache(16) for _ in model.blocks]
-    pieces = [model(piece, caches=caches) for piece in ids.split([5, 1, 1, 4, 5], 1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-4)
+    reader = load_model.Reader(model, 16)
+    logits = torch.stack([reader.read(i) for i in ids[0].tolist()])
+    torch.testing.assert_close(logits, model(ids)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_beyond_the_context_a_reader_of_one_layer_sees_exactly_the_last_window():
+    model = small_gpt(n_layer=1).eval()  # with one layer, nothing older can be known through what is remembered
+    model.shift.data.zero_()
+    ids = torch.randint(11, (1, 50))
+    reader = load_model.Reader(model, 50)
+    for t, i in enumerate(ids[0].tolist()):
+        window = ids[:, max(0, t - 15) : t + 1]
+        torch.testing.assert_close(reader.read(i), model(window)[0, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_generation_with_and_without_cache_agrees_and_goes_past_the_context():
@@ -284,14 +294,6 @@ def test_generation_with_and_without_cache_agrees_and_goes_past_the_context():
     assert (
         len(list(load_model.generate(model, torch.zeros(1, 50, dtype=torch.int64), 20))) == 20
     )  # a prompt longer than it
-
-
-def test_after_a_restart_the_cache_holds_the_newer_half():
-    model = small_gpt().eval()
-    text = [3, *load_model.generate(model, torch.tensor([[3]]), 40, temperature=0)]
-    first = 16  # with 16 characters read, the cache is full: the next comes from the last 8 of them
-    window = torch.tensor([text[first + 1 - 8 : first + 1]])
-    assert text[first + 1] == model(window)[0, -1].argmax().item()
 
 
 def test_top_k_and_top_p_against_transformers():
