@@ -81,8 +81,12 @@ class Reader:
         """length: how many characters will be read at most."""
         self.model, self.t, H = model, 0, model.blocks[0].attention.n_head
         C = model.shift.numel()
+        self.heads = 3, H, C // H
         self.kv = model.shift.new_zeros(len(model.blocks), 2, H, model.block_size, C // H)
         self.before = torch.zeros_like(model.shift)  # (C,) embedding of the character before
+        ## Finding a weight inside nested modules takes Python longer than adding two vectors: look them all up once.
+        matrices = ((b.attention.qkv.weight, b.attention.out.weight, b.up.weight, b.down.weight) for b in model.blocks)
+        self.layers = [(*four, *kv[:, None].unbind()) for four, kv in zip(matrices, self.kv)]
         tables = rotary_tables(length, C // H)  # (T, 1, 1, D) each
         self.cos, self.sin = (table[:, 0].to(model.shift.device) for table in tables)
 
@@ -95,14 +99,14 @@ class Reader:
         ## A ring: beyond block_size characters, the newest overwrites the oldest. The order within does not matter, for
         ## the keys carry their positions, and rotary positions only tell how far apart two of them are.
         place, known = t % model.block_size, min(t + 1, model.block_size)
-        for block, (keys, values) in zip(model.blocks, self.kv):  # (H, block_size, D) each
-            H, _, D = keys.shape
-            qkv = torch.mv(block.attention.qkv.weight, norm(x)).view(3, H, D)
-            q, k = rotate(norm(qkv[:2]), self.cos[t], self.sin[t])  # (H, D) each
-            keys[:, place], values[:, place] = k, qkv[2]
-            y = F.scaled_dot_product_attention(q.view(1, H, 1, D), keys[None, :, :known], values[None, :, :known])
-            x = x + torch.mv(block.attention.out.weight, y.view(-1))
-            x = x + torch.mv(block.down.weight, F.gelu(torch.mv(block.up.weight, norm(x))))
+        cos, sin = self.cos[t], self.sin[t]  # (1, D) each
+        for w_qkv, w_out, w_up, w_down, keys, values in self.layers:  # keys, values (1, H, block_size, D)
+            qk, v = torch.mv(w_qkv, norm(x)).view(self.heads).split([2, 1])  # (2, H, D), (1, H, D)
+            q, keys[:, :, place] = rotate(norm(qk), cos, sin).split(1)  # (1, H, D) each
+            values[:, :, place] = v
+            y = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :known], values[:, :, :known])  # (1, H, 1, D)
+            x = x + torch.mv(w_out, y.view(-1))
+            x = x + torch.mv(w_down, F.gelu(torch.mv(w_up, norm(x))))
         self.before, self.t = e, t + 1
         return torch.mv(model.head.weight, norm(x))
 
