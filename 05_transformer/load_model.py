@@ -81,12 +81,11 @@ class Reader:
         """length: how many characters will be read at most."""
         self.model, self.t, H = model, 0, model.blocks[0].attention.n_head
         C = model.shift.numel()
-        self.heads = 3, H, C // H
-        self.kv = model.shift.new_zeros(len(model.blocks), 2, H, model.block_size, C // H)
+        self.heads = 3, 1, H, 1, C // H
         self.before = torch.zeros_like(model.shift)  # (C,) embedding of the character before
         ## Finding a weight inside nested modules takes Python longer than adding two vectors: look them all up once.
         matrices = ((b.attention.qkv.weight, b.attention.out.weight, b.up.weight, b.down.weight) for b in model.blocks)
-        self.layers = [(*four, *kv[:, None].unbind()) for four, kv in zip(matrices, self.kv)]
+        self.layers = [(*four, model.shift.new_zeros(2, 1, H, model.block_size, C // H)) for four in matrices]
         tables = rotary_tables(length, C // H)  # (T, 1, 1, D) each
         self.cos, self.sin = (table[:, 0].to(model.shift.device) for table in tables)
 
@@ -100,11 +99,12 @@ class Reader:
         ## the keys carry their positions, and rotary positions only tell how far apart two of them are.
         place, known = t % model.block_size, min(t + 1, model.block_size)
         cos, sin = self.cos[t], self.sin[t]  # (1, D) each
-        for w_qkv, w_out, w_up, w_down, keys, values in self.layers:  # keys, values (1, H, block_size, D)
-            qk, v = torch.mv(w_qkv, norm(x)).view(self.heads).split([2, 1])  # (2, H, D), (1, H, D)
-            q, keys[:, :, place] = rotate(norm(qk), cos, sin).split(1)  # (1, H, D) each
-            values[:, :, place] = v
-            y = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :known], values[:, :, :known])  # (1, H, 1, D)
+        for w_qkv, w_out, w_up, w_down, kv in self.layers:  # kv (2, 1, H, block_size, D)
+            qkv = torch.mv(w_qkv, norm(x)).view(self.heads)  # (3, 1, H, 1, D)
+            qkv[:2] = rotate(norm(qkv[:2]), cos, sin)
+            kv[:, :, :, place : place + 1] = qkv[1:]
+            k, v = kv[:, :, :, :known].unbind()  # (1, H, S, D) each, S characters known
+            y = F.scaled_dot_product_attention(qkv[0], k, v)  # (1, H, 1, D)
             x = x + torch.mv(w_out, y.view(-1))
             x = x + torch.mv(w_down, F.gelu(torch.mv(w_up, norm(x))))
         self.before, self.t = e, t + 1
