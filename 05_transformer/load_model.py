@@ -89,9 +89,8 @@ class Reader:
         tables = rotary_tables(length, C // H)  # (T, 1, 1, D) each
         self.cos, self.sin = (table[:, 0].to(model.shift.device) for table in tables)
 
-    @torch.inference_mode()
     def read(self, i: int) -> Tensor:
-        """Take in one character id; return the logits (V,) of the next. The same numbers as GPT.forward's."""
+        """Take in one character id; return the logits (V,) of the next: GPT.forward's. Call it where autograd is off."""
         model, t = self.model, self.t
         e = model.characters.weight[i]  # (C,)
         x = norm(torch.addcmul(e, model.shift, self.before))
@@ -134,7 +133,10 @@ def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top
             logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
             logits = logits if top_k is None else keep_top_k(logits, top_k)
             logits = logits if top_p is None else keep_top_p(logits, top_p)
-            text.append(torch.multinomial(logits.softmax(-1), 1, generator=generator).item())
+            ## Of waiting times E / p_i, E exponential with mean 1, number i is the shortest with probability p_i: a race
+            ## that draws from p, in half the time of torch.multinomial.
+            p = logits.softmax(-1)
+            text.append((p / torch.empty_like(p).exponential_(generator=generator)).argmax().item())
         yield text[-1]
 
 

@@ -296,6 +296,19 @@ def test_generation_with_and_without_cache_agrees_and_goes_past_the_context():
     )  # a prompt longer than it
 
 
+def test_drawn_characters_are_as_frequent_as_the_model_believes():
+    model = small_gpt().eval()
+    start, generator = torch.tensor([[3]]), torch.Generator().manual_seed(0)
+    for weights in (dict(temperature=0.7), dict(top_k=4)):
+        with torch.no_grad():
+            logits = model(start)[0, -1] / weights.get("temperature", 1)
+        kept = load_model.keep_top_k(logits, weights.get("top_k", 11))
+        draws = [next(load_model.generate(model, start, 1, **weights, generator=generator)) for _ in range(4000)]
+        share = torch.bincount(torch.tensor(draws), minlength=11) / len(draws)
+        assert (share - kept.softmax(-1)).abs().max() < 0.04  # five standard deviations
+        assert not share[kept.isinf()].any()
+
+
 def test_top_k_and_top_p_against_transformers():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
