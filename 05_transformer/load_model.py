@@ -90,7 +90,7 @@ class Reader:
         self.cos, self.sin = (table[:, 0].to(model.shift.device) for table in tables)
 
     def read(self, i: int) -> Tensor:
-        """Take in one character id; return the logits (V,) of the next: GPT.forward's. Call it where autograd is off."""
+        """Take in one character id; return the logits (V,) of the next, GPT.forward's. For where autograd is off."""
         model, t = self.model, self.t
         e = model.characters.weight[i]  # (C,)
         x = norm(torch.addcmul(e, model.shift, self.before))
@@ -133,8 +133,8 @@ def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top
             logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
             logits = logits if top_k is None else keep_top_k(logits, top_k)
             logits = logits if top_p is None else keep_top_p(logits, top_p)
-            ## Of waiting times E / p_i, E exponential with mean 1, number i is the shortest with probability p_i: a race
-            ## that draws from p, in half the time of torch.multinomial.
+            ## Of waiting times E / p_i, each E drawn from the exponential distribution, number i is the shortest with
+            ## probability p_i. Such a race draws from p in half the time of torch.multinomial.
             p = logits.softmax(-1)
             text.append((p / torch.empty_like(p).exponential_(generator=generator)).argmax().item())
         yield text[-1]

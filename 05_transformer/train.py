@@ -433,7 +433,7 @@ def main() -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if world > 1:
-        dist.barrier()  # a process that leaves while its last messages are under way is killed by gloo, one time in four
+        dist.barrier()  # gloo aborts one that leaves too early, one time in four
         dist.destroy_process_group()
     if rank:
         return
