@@ -142,11 +142,12 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
 
     timeout: seconds to connect, seconds of silence. Raises ConnectionError where no mirror could be reached, and
     InputError where a file came, or was there before, whose hash is wrong: such a file is never used or replaced.
+    sha256: the expected hash in hexadecimal; where its 32 digits show an md5, that is what is compared.
     """
     path = Path(path)
     if path.exists():
-        if _sha256(path) != sha256:
-            raise InputError(f"{path} is not the expected file (its sha256 differs); delete it to download it again.")
+        if _hash(path, sha256) != sha256:
+            raise InputError(f"{path} is not the expected file (its hash differs); delete it to download it again.")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part, failures, wrong = path.with_name(path.name + ".part"), [], None
@@ -165,14 +166,14 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
                 tries = 3 if size() > before else 0 if status and status != 416 and status < 500 else tries - 1
                 time.sleep(0.2)
                 continue
-            if _sha256(part) == sha256:
+            if _hash(part, sha256) == sha256:
                 os.replace(part, path)
                 return path
             part.unlink()
             wrong = url
             tries = 1 if before else 0  # a file pieced together gets a second chance from zero
     if wrong:
-        raise InputError(f"{wrong} sent a file with the wrong sha256 for {path.name}; nothing was kept, so try again "
+        raise InputError(f"{wrong} sent a file with the wrong hash for {path.name}; nothing was kept, so try again "
                          f"later or put the right file at {path} yourself.")
     raise ConnectionError(f"{path.name} could not be downloaded ({'; '.join(dict.fromkeys(failures))}).")
 
@@ -197,9 +198,9 @@ def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:
         raise requests.ConnectionError(f"connection cut after {have} of {bar.total} bytes")
 
 
-def _sha256(path: Path) -> str:
+def _hash(path: Path, expected: str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "md5" if len(expected) == 32 else "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- files

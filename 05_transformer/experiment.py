@@ -33,6 +33,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -55,20 +56,21 @@ CHARACTERS_PER_STEP = PRESETS["small"]["batch_size"] * PRESETS["small"]["block_s
 ADAMW_LR = 4e-3  # best of 1e-3, 2e-3 and 4e-3 for the 2019 recipe: 2.187, 2.067, 2.036 after 290 steps (seed 0)
 
 ## The recipe of GPT-2 (Radford et al. 2019) without its biases and tied head, at the context of nanoGPT's CPU example.
-BASE = {"positions": "learned", "norm": "layer", "qk_norm": False, "zero_init": False, "activation": "gelu",
-        "optimizer": "adamw", "shift": False, "block_size": 64, "dropout": 0.0}
+BASE = {"positions": "learned", "norm": "layer", "qk_norm": False, "optimizer": "adamw", "shift": False,
+        "embedding_std": 0.02, "zero_init": False, "activation": "gelu", "block_size": 64, "dropout": 0.0}
 
 ## One change at a time: (name, source, what changes, kept). A change that is kept is part of every later row; one that
 ## is not was tried on top of the rows above it, lost, and stays in the table all the same.
 CHANGES = [
     ("rotary positions", "Su et al. 2021", {"positions": "rotary"}, True),
-    ("RMSNorm", "Zhang & Sennrich 2019", {"norm": "rms"}, False),
-    ("norm without gain and bias", "Xu et al. 2019", {"norm": "plain"}, True),
+    ("RMSNorm, also after embedding", "Zhang & Sennrich 2019", {"norm": "rms"}, False),
+    ("norm without gain, also after embedding", "Xu et al. 2019", {"norm": "plain"}, True),
     ("QK-norm", "Henry et al. 2020", {"qk_norm": True}, True),
-    ("zero-initialised projections", "Zhang et al. 2019", {"zero_init": True}, True),
-    ("ReLU squared", "So et al. 2021", {"activation": "relu2"}, False),
     ("Muon", "Jordan et al. 2024", {"optimizer": "muon"}, True),
     ("token shift", "Peng et al. 2023", {"shift": True}, True),
+    ("embeddings start at 1, not 0.02", "", {"embedding_std": 1.0}, True),
+    ("zero-initialised projections", "Zhang et al. 2019", {"zero_init": True}, True),
+    ("ReLU squared", "So et al. 2021", {"activation": "relu2"}, False),
     ("context 128", "", {"block_size": 128}, True),
     ("context 256", "", {"block_size": 256}, True),
     ("dropout 0.1", "Srivastava et al. 2014", {"dropout": 0.1}, False),
@@ -146,9 +148,9 @@ class AnyGPT(GPT):
             nn.init.normal_(self.positions.weight, std=0.02)
         if not recipe["shift"]:
             del self.shift
+        nn.init.normal_(self.characters.weight, std=recipe["embedding_std"])
         if not recipe["zero_init"]:
-            for layer in (self.characters, self.head):
-                nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         x = self.characters(ids)  # (B, T, C)
@@ -175,15 +177,19 @@ def any_optimizers(model: AnyGPT, recipe: dict) -> list[torch.optim.Optimizer]:
 
 
 # ---------------------------------------------------------------------------------------------- one run
-def run(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int):
-    """Train one recipe for `steps` steps: (whole-validation loss in nats, seconds of training, parameters)."""
+def start(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int):
+    """A new model, and a generator that trains it, one step of `steps` each time it is asked for the loss."""
     utils.set_seed(seed)
     model = AnyGPT(len(data.vocab), recipe).to(device)
     model.dtype = dtype
+    return model, training(model, recipe, data.train.to(device), seed, steps)
+
+
+def training(model: AnyGPT, recipe: dict, text: Tensor, seed: int, steps: int) -> Iterator[Tensor]:
+    """Yield the loss of each step, while training model on text (N,)."""
     optimizers = any_optimizers(model, recipe)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    stream = batches(data.train.to(device), recipe["block_size"], CHARACTERS_PER_STEP // recipe["block_size"], seed)
-    start = time.perf_counter()
+    stream = batches(text, recipe["block_size"], CHARACTERS_PER_STEP // recipe["block_size"], seed)
     for step, (x, y) in enumerate(islice(stream, steps)):
         for optimizer, lrs in zip(optimizers, peaks):
             for group, lr in zip(optimizer.param_groups, lrs):
@@ -194,9 +200,34 @@ def run(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    loss.item()  # a GPU works ahead: wait for it before reading the clock
-    seconds = time.perf_counter() - start
-    return evaluate(model, data.val.to(device), recipe["block_size"]), seconds, utils.count_parameters(model)
+        yield loss.detach()
+
+
+def run(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int) -> float:
+    """Train one recipe from the start for `steps` steps: its whole-validation loss, in nats per character."""
+    model, losses = start(recipe, data, device, dtype, seed, steps)
+    for _ in losses:
+        pass
+    return evaluate(model, data.val.to(device), recipe["block_size"])
+
+
+def speeds(all_recipes: list[dict], data: Data, device: torch.device, dtype: torch.dtype, steps: int) -> list[float]:
+    """Characters per second of training for each recipe: the median of 9 turns of some steps each.
+
+    ## A laptop gets warm and a shared machine gets busy: timed one after the other, the last would look slow. So they
+    ## take turns, and what slows one slows all.
+    """
+    running = [start(recipe, data, device, dtype, 0, 10 * steps)[1] for recipe in all_recipes]
+    turns = []
+    for _ in range(10):
+        turns.append([])
+        for losses in running:
+            begun = time.perf_counter()
+            for loss in islice(losses, steps):
+                pass
+            loss.item()  # a GPU works ahead: wait for it before reading the clock
+            turns[-1].append(steps * CHARACTERS_PER_STEP / (time.perf_counter() - begun))
+    return [statistics.median(turn) for turn in zip(*turns[1:])]  # the first turn pays for what is done only once
 
 
 def recipes() -> list[tuple[str, str, dict, bool]]:
@@ -220,7 +251,7 @@ def main() -> None:
     add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seeds", type=int, default=3, help="runs per row and budget, with seeds 0, 1, 2, ...")
-    add("--seconds", type=float, default=20, help="the equal wall-clock: training time of each run")
+    add("--seconds", type=float, default=30, help="the equal wall-clock: training time of each run")
     add("--characters", type=int, default=500_000, help="the equal number of characters that each run reads")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
@@ -232,25 +263,20 @@ def main() -> None:
     data = load_data(args.data, max(change.get("block_size", 0) for _, _, change, _ in CHANGES))
     label = data.name + ", stand-in" * data.stand_in
     print(f"{label}; {dtype} on {device.type}; whole-validation loss in nats per character, mean ± std of {args.seeds} "
-          f"seeds\n{'':46}characters/s   after {args.characters:,} characters   after {args.seconds:g} s")
+          f"seeds\n{'':56}characters/s   after {args.characters:,} characters   after {args.seconds:g} s")
 
-    rows = []
-    for name, source, recipe, kept in recipes():
-        steps = args.characters // CHARACTERS_PER_STEP
-        run(recipe, data, device, dtype, seed=0, steps=3)  # warm-up, not counted
-        by_characters = [run(recipe, data, device, dtype, seed, steps) for seed in range(args.seeds)]
-        ## Equal wall-clock: as many steps as this recipe makes in the given seconds, by the runs just timed. The
-        ## learning rate falls to nearly zero in every run, so none is cut off in the middle of its schedule.
-        step_seconds = statistics.median(seconds for _, seconds, _ in by_characters) / steps
-        steps = max(1, round(args.seconds / step_seconds))
-        by_seconds = [run(recipe, data, device, dtype, seed, steps) for seed in range(args.seeds)]
-        rows.append({"name": name, "source": source, "kept": kept, "recipe": recipe, "parameters": by_seconds[0][2],
-                     "characters_per_second": CHARACTERS_PER_STEP / step_seconds,
-                     "seconds": [seconds for _, seconds, _ in by_seconds],
-                     "by_characters": [loss for loss, *_ in by_characters],
-                     "by_seconds": [loss for loss, *_ in by_seconds]})
+    ## Equal wall-clock: as many steps as a recipe makes in the given seconds, by its speed beside the others'. The
+    ## learning rate falls to nearly zero in every run, so none is cut off in the middle of its schedule.
+    steps = max(1, args.characters // CHARACTERS_PER_STEP // 50)
+    rows, per_second = [], speeds([recipe for _, _, recipe, _ in recipes()], data, device, dtype, steps)
+    for (name, source, recipe, kept), speed in zip(recipes(), per_second):
+        by_characters, by_seconds = (
+            [run(recipe, data, device, dtype, seed, max(1, round(characters / CHARACTERS_PER_STEP)))
+             for seed in range(args.seeds)] for characters in (args.characters, args.seconds * speed))
+        rows.append({"name": name, "source": source, "kept": kept, "recipe": recipe, "characters_per_second": speed,
+                     "by_characters": by_characters, "by_seconds": by_seconds})
         means = [mean_std(rows[-1][key]) for key in ("by_characters", "by_seconds")]
-        print(f"{name + '  (not kept)' * (not kept):46}{rows[-1]['characters_per_second']:12,.0f}"
+        print(f"{name + '  (not kept)' * (not kept):56}{speed:12,.0f}"
               + "".join(f"{mean:15.4f} ± {std:.4f}" for mean, std in means), flush=True)
         table = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
                  "dtype": str(dtype), "torch": str(torch.__version__), "characters": args.characters,

@@ -202,6 +202,7 @@ def main() -> None:
     if args.n_embd % args.n_head:
         raise utils.InputError(f"--n-embd {args.n_embd} must be divisible by --n-head {args.n_head}.")
 
+    utils.check_writable(args.out)
     print("against PyTorch, largest absolute difference in float64:")
     for name, error in check_against_pytorch().items():
         print(f"  {name:20} {error:.1e}")

@@ -202,11 +202,10 @@ def main() -> None:
         raise utils.InputError(
             "--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and at most 1."
         )
+    utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     if device.type == "cpu":
-        torch.set_num_threads(
-            1
-        )  # one character is too little work to share: handing it around costs more than it saves
+        torch.set_num_threads(1)  # one character is too little work to share
 
     model, saved = load_gpt(args.model, device)
     vocab = saved["vocab"]
@@ -235,10 +234,14 @@ def main() -> None:
     shares = where_heads_look(weights, text)
     print("share of attention that goes to ...")
     print(f"{'layer head':12}{'itself':>10}{'previous':>10}{'line start':>12}{'future':>10}")
+    even = torch.ones(len(text), len(text)).tril()
+    even = where_heads_look((even / even.sum(-1, keepdim=True))[None, None], text)
     for layer in range(weights.shape[0]):
         for head in range(weights.shape[1]):
             itself, previous, line, future = (shares[name][layer, head].item() for name in shares)
             print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{line:12.1%}{future:10.4g}")
+    itself, previous, line, future = (even[name].item() for name in even)
+    print(f"spread evenly{itself:9.1%}{previous:10.1%}{line:12.1%}{future:10.4g}")
     assert not shares["future"].any(), "the causal mask leaks"
 
     T = min(len(text), 40)

@@ -128,7 +128,7 @@ def test_download_nobody_listens(tmp_path):
 
 
 def test_download_wrong_body_is_an_error_and_leaves_nothing(server, tmp_path):
-    with pytest.raises(utils.InputError, match="wrong sha256"):
+    with pytest.raises(utils.InputError, match="wrong hash"):
         fetch(server, tmp_path, "wrong")
     assert not list((tmp_path / "new").iterdir())
 
