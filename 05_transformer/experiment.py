@@ -46,7 +46,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import Data, batches, load_data  # noqa: E402
-from train import GPT, PRESETS, Attention, Block, attend, evaluate, make_optimizers, norm, rotate, schedule  # noqa: E402
+from train import GPT, PRESETS, Attention, Block, attend, evaluate  # noqa: E402
+from train import make_optimizers, norm, rotate, schedule  # noqa: E402
 
 # Shapes: B batch, T time, C channels (n_embd), H heads, D channels per head (C = H * D), V vocabulary
 

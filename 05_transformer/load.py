@@ -202,13 +202,11 @@ def main() -> None:
 
     counts = Counter(decode(data.train, vocab)).most_common(60)
     figure, axes = plt.subplots(figsize=(10, 3))
-    axes.bar([{" ": "space", "\n": "newline"}.get(c, c) for c, _ in counts], [k / len(data.train) for _, k in counts])
+    axes.bar([{" ": "␣", "\n": "\\n"}.get(c, c) for c, _ in counts], [k / len(data.train) for _, k in counts])
     axes.set(
         title=f"How often each character occurs ({data.name}{', stand-in' if data.stand_in else ''})", ylabel="share"
     )
     axes.tick_params(axis="x", labelsize=8)
-    for label in axes.get_xticklabels():
-        label.set_rotation(90 if len(label.get_text()) > 1 else 0)
     axes.grid(axis="x", visible=False)
     utils.save_figure(figure, args.out / "characters.png")
     print(f"\nwrote {args.out / 'characters.png'}")
