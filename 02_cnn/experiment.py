@@ -1,0 +1,269 @@
+"""What each ingredient of the CNN is worth: one change at a time, three seeds, and transfer without a download.
+
+You learn here: how to ablate; what depth does to a plain network and to a residual one; and how few pictures are enough
+when a network has already learned to see on other classes.
+
+    python 02_cnn/experiment.py                        everything
+    python 02_cnn/experiment.py --parts depth          one of: ingredients depth transfer
+
+Every figure is the share of validation pictures named right; the test part is not used here at all.
+Writes to outputs/: experiment.json, experiment.png. Left out on purpose: tuning the learning rate of every row.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import Data, augment, load_data  # noqa: E402
+from train import Conv, Normalise, Simple, make_optimizers, one_cycle, predict, score  # noqa: E402
+
+# Shapes: B batch, N pictures, C channels, M channels out (filters), H height, W width, K classes
+
+SCRIPT = "02_cnn/experiment.py"
+BASE = {"pad": 2, "cutout": 0, "augment": True, "batch_norm": True, "dropout": 0.0, "label_smoothing": 0.1,
+        "optimizer": "muon"}
+CHANGES = [  # each alone, against BASE
+    ("as it is", "", {}),
+    ("no augmentation", "", {"augment": False}),
+    ("flips only", "", {"pad": 0}),
+    ("and cutout 8", "DeVries & Taylor 2017", {"cutout": 8}),
+    ("no batch norm", "Ioffe & Szegedy 2015", {"batch_norm": False}),
+    ("dropout 0.2", "Srivastava et al. 2014", {"dropout": 0.2}),
+    ("no label smoothing", "Szegedy et al. 2016", {"label_smoothing": 0.0}),
+    ("AdamW for all", "Loshchilov & Hutter 2017", {"optimizer": "adamw"}),  # with learning rate and decay of its own
+    ("SGD with momentum for all", "Sutskever et al. 2013", {"optimizer": "sgd"}),
+]
+DEPTHS = (8, 20, 32)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+class Stage(nn.Module):
+    """Two convolutions, with or without the skip around them: (B, C, H, W) -> (B, M, H / stride, W / stride).
+
+    ## Where the number of channels changes, the skip takes every second pixel and fills the new channels with zeros
+    ## (option A of He et al. 2015), so that plain and residual networks have the very same weights.
+    """
+
+    def __init__(self, C: int, M: int, stride: int, skip: bool):
+        super().__init__()
+        self.conv1, self.norm1, self.conv2, self.norm2 = Conv(C, M), nn.BatchNorm2d(M), Conv(M, M), nn.BatchNorm2d(M)
+        self.stride, self.skip, self.more = stride, skip, M - C
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)[:, :, :: self.stride, :: self.stride]  # what a convolution with this stride gives
+        h = self.norm2(self.conv2(F.relu(self.norm1(h))))
+        if self.skip:
+            h = h + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+        return F.relu(h)
+
+
+def deep(depth: int, skip: bool, data: Data) -> nn.Module:
+    """The CIFAR-10 network of He et al. 2015, section 4.2: depth = 6 n + 2 layers, with 16, 32 and 64 channels."""
+    n, layers, C = (depth - 2) // 6, [], 16
+    for M, stride in ((16, 1), (32, 2), (64, 2)):
+        for i in range(n):
+            layers.append(Stage(C, M, stride if i == 0 else 1, skip))
+            C = M
+    return nn.Sequential(Normalise(data.mean, data.std), Conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), *layers,
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(data.classes)))
+
+
+def simple(recipe: dict, data: Data, K: int) -> nn.Module:
+    """train.py's simple network at half its width; without batch norm, every convolution gets a bias instead."""
+    model = Simple(K, data.mean, data.std, widths=(32, 64, 128), dropout=recipe["dropout"])
+    if not recipe["batch_norm"]:
+        for i, layer in enumerate(model):
+            if isinstance(layer, nn.BatchNorm2d):
+                model[i] = Bias(layer.num_features)
+    return model
+
+
+class Bias(nn.Module):
+    """One learned number per channel, added: (B, C, H, W) -> same shape."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(C, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+# ---------------------------------------------------------------------------------------------- one run
+def optimizers_of(model: nn.Module, name: str, lr: float = 1.0) -> list[torch.optim.Optimizer]:
+    """train.py's pair, AdamW, or SGD, each with a usual learning rate and decay; lr multiplies the learning rates."""
+    if name == "muon":
+        return make_optimizers(model, 2e-3 * lr, 0.02 * lr, 0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    one = (torch.optim.AdamW(trained, lr=3e-3 * lr, weight_decay=0.05) if name == "adamw" else
+           torch.optim.SGD(trained, lr=0.1 * lr, momentum=0.9, nesterov=True, weight_decay=5e-4))
+    one.param_groups[0]["peak"] = one.param_groups[0]["lr"]
+    return [one]
+
+
+def fit(model: nn.Module, x: Tensor, y: Tensor, recipe: dict, pictures: int, batch_size: int, seed: int,
+        dtype: torch.dtype, lr: float = 1.0) -> nn.Module:
+    """Train model on x (N, 3, H, W) uint8 with labels y (N,), in shuffled passes, until it has seen `pictures`."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = max(1, pictures // batch_size)
+    optimizers = optimizers_of(model, recipe["optimizer"], lr)
+    order = torch.cat([torch.randperm(len(y), generator=generator)
+                       for _ in range(-(-steps * batch_size // len(y)))]).to(x.device)
+    model.train()
+    for layer in model.modules():  # what is frozen keeps its running averages too
+        if isinstance(layer, nn.BatchNorm2d) and not layer.weight.requires_grad:
+            layer.eval()
+    for step, rows in zip(range(steps), order.split(batch_size)):
+        batch = augment(x[rows], recipe["pad"], recipe["cutout"]) if recipe["augment"] else x[rows]
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["peak"] * one_cycle(step, steps)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(batch).float()
+        F.cross_entropy(logits, y[rows], label_smoothing=recipe["label_smoothing"]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
+    """Share of pictures x (N, 3, H, W) named as y (N,) says."""
+    return score(predict(model, x, dtype), y)[1]
+
+
+# ---------------------------------------------------------------------------------------------- the three parts
+def ingredients(data: Data, args, device: torch.device, dtype: torch.dtype):
+    """Yield (name, source, accuracies over seeds): the simple network, one thing changed at a time."""
+    for name, source, change in CHANGES:
+        recipe, found = BASE | change, []
+        for seed in range(args.seeds):
+            utils.set_seed(seed)
+            model = simple(recipe, data, len(data.classes)).to(device, memory_format=torch.channels_last)
+            fit(model, data.train_x, data.train_y, recipe, args.pictures, 250, seed, dtype)
+            found.append(accuracy(model, data.val_x, data.val_y, dtype))
+        yield name, source, found
+
+
+def depth(data: Data, args, device: torch.device, dtype: torch.dtype):
+    """Yield (name, source, accuracies over seeds): 8, 20 and 32 layers, plain and with skip connections.
+
+    ## SGD, as in the paper: Muon makes every direction of an update equally long, whatever depth did to the gradient.
+    """
+    recipe = BASE | {"optimizer": "sgd"}
+    for layers in DEPTHS:
+        for skip in (False, True):
+            found = []
+            for seed in range(args.seeds):
+                utils.set_seed(seed)
+                model = deep(layers, skip, data).to(device, memory_format=torch.channels_last)
+                fit(model, data.train_x, data.train_y, recipe, args.pictures // 2, 125, seed, dtype)
+                found.append(accuracy(model, data.val_x, data.val_y, dtype))
+            yield f"{layers} layers, {'residual' if skip else 'plain'}", "He et al. 2015", found
+
+
+def transfer(data: Data, args, device: torch.device, dtype: torch.dtype):
+    """Yield (name, source, accuracies over seeds): the last two classes from few pictures, with and without a teacher.
+
+    ## The network first learns the other classes. Its last layer is then replaced, and it learns to tell the last two
+    ## apart, which it has never seen: by its new last layer alone, by all layers, or, to compare, from nothing.
+    """
+    K = len(data.classes)
+    if K < 4:
+        print(f"transfer is left out: {data.name} has {K} classes, and it takes four")
+        return
+    old = data.train_y < K - 2
+    val = data.val_y >= K - 2
+    found = {}
+    for seed in range(args.seeds):
+        utils.set_seed(seed)
+        teacher = simple(BASE, data, K - 2).to(device, memory_format=torch.channels_last)
+        fit(teacher, data.train_x[old], data.train_y[old], BASE, args.pictures, 250, seed, dtype)
+        g = torch.Generator().manual_seed(seed)
+        each = [(data.train_y == k).nonzero()[:, 0] for k in (K - 2, K - 1)]
+        each = [rows[torch.randperm(len(rows), generator=g).to(rows.device)] for rows in each]
+        for n in (20, 100, 500):
+            if min(map(len, each)) < n // 2:
+                continue
+            rows = torch.cat([part[: n // 2] for part in each])  # half of them from each class
+            x, y = data.train_x[rows], data.train_y[rows] - (K - 2)
+            for way in ("from scratch", "all layers", "last layer"):
+                utils.set_seed(seed)
+                model = simple(BASE, data, 2).to(device) if way == "from scratch" else copy.deepcopy(teacher)
+                if way != "from scratch":
+                    model[-1] = nn.Linear(model[-1].in_features, 2).to(device)
+                if way == "last layer":
+                    model.requires_grad_(False)[-1].requires_grad_(True)
+                recipe = BASE | {"optimizer": "adamw"}
+                fit(model, x, y, recipe, 60 * 50, 50 if n > 20 else 20, seed, dtype, lr=0.3)
+                found.setdefault((n, way), []).append(
+                    accuracy(model, data.val_x[val], data.val_y[val] - (K - 2), dtype))
+    for (n, way), values in found.items():
+        yield f"{n} pictures of {' and '.join(data.classes[-2:])}, {way}", "", values
+
+
+def main() -> None:
+    utils.keep_memory()
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if it is out of reach")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    parts = {"ingredients": ingredients, "depth": depth, "transfer": transfer}
+    add("--parts", nargs="+", choices=parts, default=list(parts), help="which tables to make")
+    add("--seeds", type=int, default=3, help="runs per row, with seeds 0, 1, 2, ...")
+    add("--pictures", type=int, default=150_000, help="pictures that each run sees; the deep networks see half as many")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.pictures < 500:
+        raise utils.InputError("--seeds must be at least 1 and --pictures at least 500.")
+    utils.check_writable(args.out)
+    device = utils.pick_device(args.device)
+    dtype = utils.pick_dtype(device)
+    data = load_data(args.data)
+    label = data.name + ", stand-in" * data.stand_in
+    data = data._replace(**{name: getattr(data, name).to(device) for name in ("train_x", "train_y", "val_x", "val_y")})
+    print(f"{label}; {dtype} on {device.type}; validation accuracy, mean ± std of {args.seeds} seeds")
+
+    tables, stem = {}, "experiment" if len(args.parts) == len(parts) else "experiment_" + "_".join(args.parts)
+    for part in args.parts:
+        print(f"\n{part}")
+        for name, source, found in parts[part](data, args, device, dtype):
+            mean, std = statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+            tables.setdefault(part, []).append({"name": name, "source": source, "accuracy": found, "mean": mean,
+                                                "std": std})
+            print(f"  {name:52}{mean:8.2%}" + f" ± {std:.2%}" * (len(found) > 1) + f"   {source}", flush=True)
+            utils.write_atomically(args.out / f"{stem}.json", json.dumps({
+                "script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
+                "dtype": str(dtype), "torch": str(torch.__version__), "pictures": args.pictures,
+                "tables": tables}, indent=1).encode())
+
+    if not tables:
+        return
+    heights = [len(rows) for rows in tables.values()]
+    figure, axes = plt.subplots(len(tables), 1, figsize=(9, 0.36 * sum(heights) + 1.1 * len(tables)), squeeze=False,
+                                height_ratios=heights)
+    for a, (part, rows) in zip(axes[:, 0], tables.items()):
+        a.errorbar([row["mean"] for row in rows], range(len(rows)), xerr=[row["std"] for row in rows], fmt="o")
+        a.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+        a.invert_yaxis()
+        a.set_title(f"{part} ({label})")
+    axes[-1, 0].set_xlabel("validation accuracy")
+    figure.tight_layout()
+    utils.save_figure(figure, args.out / f"{stem}.png")
+    print(f"\nwrote {stem}.json and {stem}.png to {args.out}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,317 @@
+"""Convolution, pooling and batch normalisation in bare tensor arithmetic, forward and backward, and a CNN made of them.
+
+You learn here: what a convolution computes, first as loops, then as one matrix product; how its gradient follows from
+the product's; where max-pooling sends its gradient; why the gradient of batch normalisation has three terms; and that
+all of it agrees with PyTorch's own. Then a network of these parts learns, against a linear model on the same pixels.
+
+    python 02_cnn/from_scratch.py
+    python 02_cnn/from_scratch.py --data shapes          without a network
+
+Writes: outputs/from_scratch.png (the first layer's filters). Left out on purpose: strided and dilated convolutions.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import grid, linear_baseline, load_data  # noqa: E402
+
+# Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes,
+#         S side of a filter in pixels, L = H * W places
+
+
+# ---------------------------------------------------------------------------------------------- convolution
+def conv_loops(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """Convolution by its definition: x (B, C, H, W), w (M, C, S, S) with S odd, b (M,) -> y (B, M, H, W).
+
+    ##     y[n, o, i, j] = b[o] + sum over c, di, dj of w[o, c, di, dj] x[n, c, i + di - S//2, j + dj - S//2]
+    ## At every place the same small filter is laid over the picture and the products are summed. Two beliefs about
+    ## pictures are built in: what matters is near (S is small), and it means the same wherever it stands (w does not
+    ## depend on i, j). A linear layer on 32 x 32 pixels believes neither, and has to learn each place anew.
+    """
+    B, C, H, W = x.shape
+    M, _, S, _ = w.shape
+    x = F.pad(x, (S // 2,) * 4)  # zeros around it, so that the output is as large as the input
+    y = torch.empty(B, M, H, W, dtype=x.dtype)
+    for n in range(B):
+        for o in range(M):
+            for i in range(H):
+                for j in range(W):
+                    y[n, o, i, j] = (w[o] * x[n, :, i : i + S, j : j + S]).sum() + b[o]
+    return y
+
+
+def im2col(x: Tensor, S: int) -> Tensor:
+    """For every place, the S x S patch around it as a column: x (B, C, H, W) -> (B, C * S * S, L).
+
+    ## With the patches as columns, a convolution is one matrix product, and a matrix product is what a processor does
+    ## best. The price is memory: S * S copies of every pixel.
+    """
+    B, C, H, W = x.shape
+    x = F.pad(x, (S // 2,) * 4)
+    patches = [x[:, :, di : di + H, dj : dj + W] for di in range(S) for dj in range(S)]  # S * S times (B, C, H, W)
+    return torch.stack(patches, 2).view(B, C * S * S, H * W)
+
+
+def col2im(columns: Tensor, C: int, H: int, W: int, S: int) -> Tensor:
+    """The transpose of im2col: add every entry of (B, C * S * S, L) to the pixel it came from, -> (B, C, H, W).
+
+    ## A pixel was copied into S * S patches; its gradient is the sum of the gradients of all its copies.
+    """
+    patches = columns.view(-1, C, S * S, H, W)
+    x = columns.new_zeros(len(columns), C, H + S - 1, W + S - 1)
+    for place in range(S * S):
+        di, dj = divmod(place, S)
+        x[:, :, di : di + H, dj : dj + W] += patches[:, :, place]
+    return x[:, :, S // 2 : S // 2 + H, S // 2 : S // 2 + W]
+
+
+def conv(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, tuple]:
+    """conv_loops as one matrix product (Chellapilla et al. 2006); also returns what the backward pass needs."""
+    B, _, H, W = x.shape
+    columns = im2col(x, w.shape[-1])  # (B, C * S * S, L)
+    y = w.flatten(1) @ columns + b[:, None]  # (M, C * S * S) @ (B, C * S * S, L) -> (B, M, L)
+    return y.view(B, -1, H, W), (columns, w)
+
+
+def conv_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (B, M, H, W) -> dx (B, C, H, W), dw (M, C, S, S), db (M,).
+
+    ## The forward pass is Y = W X + b with X = im2col(x), so the rules are those of any matrix product:
+    ##     dW = dY X^T (summed over the batch),  dX = W^T dY,  dx = col2im(dX),  db = dY summed over batch and places
+    """
+    columns, w = cache
+    M, C, S, _ = w.shape
+    H, W = dy.shape[2:]
+    dy = dy.flatten(2)  # (B, M, L)
+    dw = (dy @ columns.mT).sum(0).view(w.shape)
+    return col2im(w.flatten(1).T @ dy, C, H, W, S), dw, dy.sum((0, 2))
+
+
+# ---------------------------------------------------------------------------------------------- pooling, normalisation
+def max_pool(x: Tensor) -> tuple[Tensor, tuple]:
+    """The largest of each 2 x 2 pixels: (B, C, H, W) with even sides -> (B, C, H/2, W/2), and what backward needs.
+
+    ## After pooling, a filter of the same 3 x 3 pixels sees twice as far, and it matters less where exactly something
+    ## stood.
+    """
+    B, C, H, W = x.shape
+    fours = x.view(B, C, H // 2, 2, W // 2, 2).transpose(3, 4).reshape(B, C, H // 2, W // 2, 4)
+    y, winner = fours.max(-1)
+    return y, (winner, x.shape)
+
+
+def max_pool_backward(dy: Tensor, cache: tuple) -> Tensor:
+    """dy (B, C, H/2, W/2) -> dx (B, C, H, W): the winner gets all of it; changing a loser a little changes nothing."""
+    winner, (B, C, H, W) = cache
+    fours = dy.new_zeros(*dy.shape, 4).scatter_(-1, winner[..., None], dy[..., None])
+    return fours.view(B, C, H // 2, W // 2, 2, 2).transpose(3, 4).reshape(B, C, H, W)
+
+
+def batch_norm(x: Tensor, gain: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, tuple]:
+    """Batch normalisation (Ioffe & Szegedy 2015): x (B, C, H, W), gain and bias (C,) -> same shape, and a cache.
+
+    ##     z = (x - mean) / sqrt(variance + eps)    mean and variance of a channel over the batch and all places
+    ##     y = gain z + bias
+    ## Every layer then gets inputs of one scale, whatever the layers below do, and a larger learning rate is safe.
+    """
+    mean = x.mean((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+    scale = ((x - mean).square().mean((0, 2, 3), keepdim=True) + eps).rsqrt()
+    z = (x - mean) * scale
+    return gain[:, None, None] * z + bias[:, None, None], (z, scale, gain, mean)
+
+
+def batch_norm_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (B, C, H, W) -> dx (B, C, H, W), dgain (C,), dbias (C,).
+
+    ##     dx = gain / sqrt(variance + eps) (dy - mean(dy) - z mean(dy z))
+    ## The first term is the gradient if mean and variance were constants. They are not: raising one x raises the mean
+    ## for all (second term) and stretches the variance for all (third). What is left neither shifts nor scales a
+    ## channel as a whole, for the normalisation would undo both.
+    """
+    z, scale, gain, _ = cache
+    over = (0, 2, 3)
+    dx = gain[:, None, None] * scale * (dy - dy.mean(over, keepdim=True) - z * (dy * z).mean(over, keepdim=True))
+    return dx, (dy * z).sum(over), dy.sum(over)
+
+
+# ---------------------------------------------------------------------------------------------- a network of them
+def init(K: int, side: int, widths: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    """Weights of conv-norm-ReLU-pool twice, then linear. Normal with variance 2 / inputs (He et al. 2015)."""
+    w, C = {}, 3
+    for i, M in enumerate(widths, 1):
+        w[f"conv{i}"] = torch.randn(M, C, 3, 3, generator=generator) * math.sqrt(2 / (9 * C))
+        w[f"b{i}"], w[f"gain{i}"], w[f"bias{i}"] = torch.zeros(M), torch.ones(M), torch.zeros(M)
+        C = M
+    return w | {"head": torch.zeros(C * (side // 4) ** 2, K), "head_bias": torch.zeros(K)}
+
+
+def forward(x: Tensor, w: dict[str, Tensor], running: dict | None = None) -> tuple[Tensor, list]:
+    """x (B, 3, H, W) -> logits (B, K) and the caches of all layers.
+
+    ## In training a batch is normalised by its own mean and variance. Afterwards a picture's class must not depend on
+    ## which others happen to stand beside it: `running` holds averages of both over the last steps, used instead.
+    """
+    caches = []
+    for i in (1, 2):
+        x, conv_cache = conv(x, w[f"conv{i}"], w[f"b{i}"])
+        if running:
+            mean, scale = running[i]
+            x, norm_cache = w[f"gain{i}"][:, None, None] * (x - mean) * scale + w[f"bias{i}"][:, None, None], None
+        else:
+            x, norm_cache = batch_norm(x, w[f"gain{i}"], w[f"bias{i}"])
+        x, pool_cache = max_pool(x.relu())
+        caches.append((conv_cache, norm_cache, pool_cache))
+    h = x.flatten(1)  # (B, M * H/4 * W/4)
+    return h @ w["head"] + w["head_bias"], [*caches, (h, x.shape)]
+
+
+def loss_and_gradients(x: Tensor, y: Tensor, w: dict[str, Tensor]) -> tuple[float, dict[str, Tensor], dict]:
+    """Mean cross-entropy of pictures x (B, 3, H, W) with labels y (B,), its gradient for every weight, and the
+    (mean, 1 / standard deviation) that each batch normalisation found."""
+    logits, caches = forward(x, w)
+    statistics = {i: (norm_cache[3], norm_cache[1]) for i, (_, norm_cache, _) in enumerate(caches[:2], 1)}
+    log_p = logits.log_softmax(-1)  # (B, K)
+    ## The gradient of the mean cross-entropy with respect to the logits: (p - one-hot(y)) / B.
+    dlogits = log_p.exp()
+    dlogits[torch.arange(len(y)), y] -= 1
+    dlogits /= len(y)
+    h, shape = caches[-1]
+    gradients = {"head": h.T @ dlogits, "head_bias": dlogits.sum(0)}
+    dx = (dlogits @ w["head"].T).view(shape)
+    for i in (2, 1):
+        conv_cache, norm_cache, pool_cache = caches[i - 1]
+        dx = max_pool_backward(dx, pool_cache)
+        z, _, gain, _ = norm_cache
+        dx = dx * (gain[:, None, None] * z + w[f"bias{i}"][:, None, None] > 0)  # ReLU passes what was above zero
+        dx, gradients[f"gain{i}"], gradients[f"bias{i}"] = batch_norm_backward(dx, norm_cache)
+        dx, gradients[f"conv{i}"], gradients[f"b{i}"] = conv_backward(dx, conv_cache)
+    return -log_p[torch.arange(len(y)), y].mean().item(), gradients, statistics
+
+
+# ---------------------------------------------------------------------------------------------- checks
+def check_against_pytorch() -> dict[str, float]:
+    """Largest absolute difference to PyTorch's own functions and to autograd, in float64."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    worst = lambda ours, theirs: max((a - b).abs().max().item() for a, b in zip(ours, theirs))  # noqa: E731
+    x, w, b, gain, bias = leaves = [draw(*s).requires_grad_() for s in ((3, 4, 6, 8), (5, 4, 3, 3), (5,), (4,), (4,))]
+    differences = {"convolution as loops": worst([conv_loops(x, w, b)], [F.conv2d(x, w, b, padding=1)])}
+    pool_gradient = lambda dy, cache: (max_pool_backward(dy, cache),)  # noqa: E731
+    for name, ours, back, theirs, inputs in (
+            ("convolution", conv, conv_backward, lambda x, w, b: F.conv2d(x, w, b, padding=1), (x, w, b)),
+            ("max-pooling", max_pool, pool_gradient, lambda x: F.max_pool2d(x, 2), (x,)),
+            ("batch normalisation", batch_norm, batch_norm_backward,
+             lambda x, g, b: F.batch_norm(x, None, None, g, b, training=True), (x, gain, bias))):
+        with torch.no_grad():
+            y, cache = ours(*inputs)
+            dy = draw(*y.shape)
+            gradients = back(dy, cache)
+        expected = theirs(*inputs)
+        differences[f"{name}, forward"] = worst([y], [expected])
+        differences[f"{name}, backward"] = worst(gradients, torch.autograd.grad(expected, inputs, dy))
+    weights = {k: v.double() for k, v in init(5, 8, (6, 7), g).items()}
+    weights["head"] = draw(*weights["head"].shape)
+    x, y = draw(4, 3, 8, 8), torch.tensor([0, 4, 2, 2])
+    _, gradients, _ = loss_and_gradients(x, y, weights)
+    leaves = {k: v.requires_grad_() for k, v in weights.items()}
+    h = x
+    for i in (1, 2):
+        h = F.conv2d(h, leaves[f"conv{i}"], leaves[f"b{i}"], padding=1)
+        h = F.max_pool2d(F.batch_norm(h, None, None, leaves[f"gain{i}"], leaves[f"bias{i}"], training=True).relu(), 2)
+    loss = F.cross_entropy(h.flatten(1) @ leaves["head"] + leaves["head_bias"], y)
+    expected = torch.autograd.grad(loss, list(leaves.values()))
+    return differences | {"the whole network": worst([gradients[k] for k in leaves], expected)}
+
+
+# ---------------------------------------------------------------------------------------------- learning
+def accuracy(x: Tensor, y: Tensor, w: dict[str, Tensor], running: dict) -> float:
+    """Share of pictures x (N, 3, H, W) whose largest logit is the label's."""
+    pairs = zip(x.split(250), y.split(250))
+    return sum((forward(a, w, running)[0].argmax(-1) == b).sum().item() for a, b in pairs) / len(y)
+
+
+@torch.no_grad()  # no autograd: every gradient here is our own
+def main() -> None:
+    utils.keep_memory()
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if it is out of reach")
+    add("--epochs", type=int, default=2, help="passes over the training pictures")
+    add("--batch-size", type=int, default=100, help="pictures per step")
+    add("--lr", type=float, default=0.01, help="peak learning rate, falling linearly to zero")
+    add("--seed", type=int, default=0, help="decides weights and batches")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
+    args = parser.parse_args()
+    for name in ("epochs", "batch_size", "lr"):
+        if getattr(args, name) <= 0:
+            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    utils.check_writable(args.out)
+
+    with torch.enable_grad():
+        print("against PyTorch, largest absolute difference in float64:")
+        for name, error in check_against_pytorch().items():
+            print(f"  {name:32} {error:.1e}")
+
+    data = load_data(args.data)
+    K = len(data.classes)
+    mean, std = data.mean[:, None, None], data.std[:, None, None]
+    x, test_x = ((part.float() / 255 - mean) / std for part in (data.train_x, data.test_x))  # (N, 3, H, W)
+    y, test_y = data.train_y, data.test_y
+    label = data.name + ", stand-in" * data.stand_in
+    with torch.enable_grad():
+        linear = linear_baseline(data)
+
+    g = torch.Generator().manual_seed(args.seed)
+    w = init(K, x.shape[-1], (32, 64), g)
+    velocity, running = {name: torch.zeros_like(p) for name, p in w.items()}, None
+    print(f"\n{label}: {len(y):,} pictures; {sum(p.numel() for p in w.values()):,} weights; loss before training "
+          f"{loss_and_gradients(x[:500], y[:500], w)[0]:.4f}, ln {K} = {math.log(K):.4f}")
+    per_epoch = math.ceil(len(y) / args.batch_size)
+    steps, begun = args.epochs * per_epoch, time.perf_counter()
+    bar = utils.Progress(steps, "pictures")
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(y), generator=g)
+        rows = order[step % per_epoch * args.batch_size :][: args.batch_size]
+        loss, gradients, statistics = loss_and_gradients(x[rows], y[rows], w)
+        running = running or statistics
+        for i in running:  # each new batch counts a tenth
+            running[i] = tuple(torch.lerp(old, new, 0.1) for old, new in zip(running[i], statistics[i]))
+        lr = args.lr * (1 - step / steps)
+        for name in w:  # momentum: v <- 0.9 v + gradient, w <- w - lr v
+            velocity[name].mul_(0.9).add_(gradients[name])
+            w[name] -= lr * velocity[name]
+        if not math.isfinite(loss):
+            raise utils.InputError(f"the loss became {loss} at step {step + 1}; use a smaller --lr.")
+        bar.update(step + 1, f"loss {loss:.3f}", args.batch_size)
+    bar.clear()
+    seconds = time.perf_counter() - begun
+    majority = test_y.bincount().max().item() / len(test_y)
+    print(f"\ntest accuracy ({label}): most frequent class {majority:.1%}, linear model on pixels {linear:.1%}, "
+          f"this network {accuracy(test_x, test_y, w, running):.1%} after {seconds:.0f} s")
+
+    filters = w["conv1"]
+    filters = (filters - filters.amin((1, 2, 3), keepdim=True)) / (
+        filters.amax((1, 2, 3), keepdim=True) - filters.amin((1, 2, 3), keepdim=True))
+    figure, axes = plt.subplots(figsize=(8, 4.4))
+    axes.imshow(grid(F.pad(filters, (0, 1, 0, 1), value=1.0), 8))  # a white line between two
+    axes.axis("off")
+    axes.set_title(f"the 32 filters of the first convolution, 3 x 3 pixels, in colour ({label})")
+    utils.save_figure(figure, args.out / "from_scratch.png")
+    print(f"wrote {args.out / 'from_scratch.png'}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

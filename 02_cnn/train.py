@@ -1,0 +1,463 @@
+"""Three networks that tell pictures apart, and the loop that trains them on two CPU cores.
+
+You learn here: what convolutions, normalisation and skip connections look like as modules; how whole batches are
+augmented on the device; what label smoothing and a one-cycle learning rate are for; and how to count honestly.
+
+    python 02_cnn/train.py                                  the residual network, CIFAR-10
+    python 02_cnn/train.py --model simple                   three convolutions, for comparison
+    python 02_cnn/train.py --model transfer --head-only     torchvision's ResNet-18, already trained on ImageNet
+    python 02_cnn/train.py --data path/to/folder            your own pictures (train/CLASS/*, test/CLASS/*), at 32 x 32
+    python 02_cnn/train.py --resume                         after Ctrl-C
+
+Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
+Left out on purpose: DataLoader workers, several GPUs (chapter 05 has them), mixing pictures (mixup, CutMix).
+"""
+
+import argparse
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import augment, linear_baseline, load_data  # noqa: E402
+
+# Shapes: B batch, N pictures, C channels, M channels out (filters), H height, W width, K classes
+
+SCRIPT = "02_cnn/train.py"
+
+
+# ---------------------------------------------------------------------------------------------- models
+class Normalise(nn.Module):
+    """Bytes 0 to 255, (B, 3, H, W), to mean 0 and variance 1 per channel, by the training pictures' statistics.
+
+    ## As a layer of the model it is saved with the weights, and nobody can forget it, or use other numbers, later.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean.view(3, 1, 1))
+        self.register_buffer("std", std.view(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x.float() / 255 - self.mean) / self.std
+        ## channels_last lays a pixel's channels side by side in memory, the layout that fast convolutions are made for.
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class Conv(nn.Module):
+    """A 3 x 3 convolution that keeps height and width: (B, C, H, W) -> (B, M, H, W).
+
+    ## The weight is kept as the matrix that from_scratch.py multiplies with, (M, C * 9): Muon takes matrices only.
+    ## There is no bias: batch norm follows, and subtracts every constant.
+    """
+
+    def __init__(self, C: int, M: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(M, C * 9) * math.sqrt(2 / (C * 9)))  # He et al. 2015
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.view(len(self.weight), -1, 3, 3), padding=1)
+
+
+class Simple(nn.Sequential):
+    """Three times convolution, batch norm, ReLU, pooling; then dropout and one linear layer: (B, 3, H, W) -> (B, K)."""
+
+    def __init__(self, classes: int, mean: Tensor, std: Tensor, widths=(64, 128, 256), dropout: float = 0.2):
+        layers, C = [Normalise(mean, std)], 3
+        for M in widths:
+            layers += [Conv(C, M), nn.BatchNorm2d(M), nn.ReLU(), nn.MaxPool2d(2)]  # half as high, half as wide
+            C = M
+        super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(C, classes))
+
+
+class Residual(nn.Module):
+    """New channels at half the resolution, then a step that is added: (B, C, H, W) -> (B, M, H/2, W/2).
+
+    ##     h = f(x),   y = h + g(h)        (He et al. 2015)
+    ## g only has to learn what to change about h, and the sum gives the gradient a way around g. experiment.py measures
+    ## what that is worth at 8, 20 and 32 layers.
+    """
+
+    def __init__(self, C: int, M: int):
+        super().__init__()
+        self.conv1, self.norm1 = Conv(C, M), nn.BatchNorm2d(M)
+        self.conv2, self.norm2 = Conv(M, M), nn.BatchNorm2d(M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ## Pooling before norm and activation: both then have a quarter of the numbers to work on. GELU is a ReLU with a
+        ## soft corner (Hendrycks & Gimpel 2016).
+        h = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))  # (B, M, H/2, W/2)
+        return h + F.gelu(self.norm2(self.conv2(h)))
+
+
+class ResNet(nn.Module):
+    """A whitening convolution, three residual blocks, a linear layer: (B, 3, H, W) -> (B, K).
+
+    ## The shape is that of airbench (Jordan 2024), made for speed on this very data set, here with skip connections.
+    """
+
+    def __init__(self, classes: int, mean: Tensor, std: Tensor, widths=(64, 256, 256)):
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.stem = nn.Conv2d(3, 24, 2)  # `whiten` sets its weights, which then stay; its bias learns
+        self.stem.weight.requires_grad_(False)
+        nn.init.zeros_(self.stem.bias)
+        self.blocks = nn.Sequential(*(Residual(C, M) for C, M in zip((24, *widths), widths)))
+        self.head = nn.Linear(widths[-1], classes, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    @torch.no_grad()
+    def whiten(self, x: Tensor) -> None:
+        """Set the stem by the patches of pictures x (N, 3, H, W) uint8, so that its first 12 outputs are uncorrelated.
+
+        ## Neighbouring pixels are nearly equal, so that most of a raw patch says "how bright", again and again, and
+        ## little says "an edge". The eigenvectors of the patches' covariance are uncorrelated directions; divided by
+        ## the root of the eigenvalue, each counts the same (PCA whitening; the faintest, mostly noise, a little less).
+        ## The other 12 are their negatives, since the activation lets little but positive parts through.
+        """
+        patches = F.unfold(self.normalise(x), 2).transpose(1, 2).reshape(-1, 12).double()  # (patches, 12)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))  # (12,), (12, 12) in columns
+        filters = (vectors / (values + 5e-4).sqrt()).T.view(12, 3, 2, 2).float()
+        self.stem.weight.copy_(torch.cat([filters, -filters]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.stem(self.normalise(x)))  # (B, 24, H-1, W-1)
+        x = self.blocks(x).amax((2, 3))  # (B, C): the strongest response of each channel, wherever it is
+        return self.head(x)
+
+
+class Transfer(nn.Module):
+    """torchvision's ResNet-18 as trained on ImageNet, with a new last layer: (B, 3, H, W) -> (B, K).
+
+    ## ImageNet's pictures are 224 x 224, and the network halves them five times: 32 x 32 would end as a single pixel.
+    ## So small pictures are enlarged to 128 x 128 first, and normalised by ImageNet's statistics, not by ours: the
+    ## filters were learned for inputs of that scale.
+    """
+
+    def __init__(self, classes: int, head_only: bool):
+        super().__init__()
+        self.normalise = Normalise(torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
+        self.body = torchvision.models.resnet18()
+        self.head_only = head_only
+        self.body.requires_grad_(not head_only)
+        self.body.fc = nn.Linear(512, classes)
+
+    def load(self, path: Path | None) -> None:
+        """Take the body's weights from a file of torchvision's format, or from the network. Raises InputError."""
+        source = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+        try:
+            weights = torch.load(path, weights_only=True) if path else source.get_state_dict(check_hash=True)
+        except Exception as error:
+            raise utils.InputError(f"--model transfer: no weights from {path or source.url} ({error}); download that "
+                                   "address elsewhere and give the file with --weights PATH.") from error
+        ## The last layer is ours, for our classes; older files lack the batch norms' counters, which nothing needs.
+        body = lambda state: {k: v for k, v in state.items() if k[:3] != "fc." and "num_batches" not in k}  # noqa: E731
+        shapes = lambda state: {k: getattr(v, "shape", None) for k, v in body(state).items()}  # noqa: E731
+        if not isinstance(weights, dict) or shapes(weights) != shapes(self.body.state_dict()):
+            raise utils.InputError(f"--weights {path} are of another architecture than torchvision's resnet18; take "
+                                   f"{source.url}")
+        self.body.load_state_dict(body(weights), strict=False)
+
+    def train(self, mode: bool = True) -> "Transfer":
+        super().train(mode)
+        ## A frozen body keeps ImageNet's batch statistics as well; eval() is what stops them from following ours.
+        if self.head_only:
+            self.body.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(F.interpolate(self.normalise(x), size=128, mode="bilinear"))
+
+
+def build(config: dict, mean: Tensor, std: Tensor) -> nn.Module:
+    """The model that a config names."""
+    if config["model"] == "transfer":
+        return Transfer(config["classes"], config["head_only"])
+    if config["model"] == "simple":
+        return Simple(config["classes"], mean, std, dropout=config["dropout"])
+    return ResNet(config["classes"], mean, std)
+
+
+# ---------------------------------------------------------------------------------------------- small functions
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, dtype: torch.dtype, tta: bool = False) -> Tensor:
+    """Logits (N, K) for pictures x (N, 3, H, W) uint8. tta: the mean over six views of each picture.
+
+    ## Test-time augmentation: a network is not quite indifferent to mirroring and to a pixel left or right, though it
+    ## should be. The mean over six such views costs six times as much; train.py --tta prints both.
+    """
+    model.eval()  # batch norm by its running averages, not by this batch; no dropout
+    logits = []
+    for part in x.split(500):
+        views = [part]
+        if tta:
+            H, W = part.shape[2:]
+            padded = F.pad(part.float(), (1,) * 4, mode="reflect")
+            views = [part, padded[:, :, :H, :W], padded[:, :, 2:, 2:]]
+            views += [view.flip(-1) for view in views]
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            logits.append(torch.stack([model(view).float() for view in views]).mean(0))
+    return torch.cat(logits)
+
+
+def score(logits: Tensor, y: Tensor) -> tuple[float, float]:
+    """(mean cross-entropy in nats, share of right answers) of logits (N, K) with labels y (N,)."""
+    return F.cross_entropy(logits, y).item(), (logits.argmax(-1) == y).float().mean().item()
+
+
+def make_optimizers(model: nn.Module, lr: float, muon_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the convolutions' matrices, AdamW for everything else that is trained.
+
+    ## Muon (Jordan et al. 2024) averages gradients, then makes all directions of the averaged matrix equally long:
+    ## chapter 05 has more about it.
+    """
+    matrices = [m.weight for m in model.modules() if isinstance(m, Conv)]
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not m for m in matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=0.9, weight_decay=weight_decay))
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
+    return optimizers
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Factor on every learning rate (Smith & Topin 2018): a linear rise over a tenth of the run, then a linear fall."""
+    return min((step + 1) / (0.1 * steps + 1), (steps - step) / (0.9 * steps))
+
+
+# ---------------------------------------------------------------------------------------------- options
+PRESETS = {
+    "simple": dict(epochs=20, batch_size=500, lr=2e-3, muon_lr=0.02, weight_decay=0.1, pad=2, cutout=0),
+    "resnet": dict(epochs=12, batch_size=500, lr=2e-3, muon_lr=0.02, weight_decay=0.1, pad=2, cutout=0),
+    "transfer": dict(epochs=3, batch_size=250, lr=1e-3, muon_lr=0.02, weight_decay=0.0, pad=2, cutout=0),
+}
+
+
+def parse_options() -> tuple[argparse.Namespace, dict]:
+    """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=PRESETS, default="resnet", help="the network; the defaults shown are resnet's")
+    add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
+        "shapes if it is out of reach")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
+    add("--seed", type=int, default=0, help="decides weights, batches, augmentation and dropout")
+    add("--epochs", type=int, help="passes over the training pictures; the learning rates end at zero")
+    add("--batch-size", type=int, help="pictures per step; smaller learns more per picture, larger runs faster")
+    add("--lr", type=float, help="AdamW's peak learning rate, for all but the 3 x 3 convolutions")
+    add("--muon-lr", type=float, help="Muon's peak learning rate, for the 3 x 3 convolutions")
+    add("--weight-decay", type=float, help="Muon's: each step takes learning rate * this of every weight")
+    add("--label-smoothing", type=float, default=0.1, help="share of the target spread over all classes")
+    add("--dropout", type=float, default=0.2, help="share of features zeroed before the last layer (simple)")
+    add("--pad", type=int, help="augmentation: pictures move by up to so many pixels; 0 is off")
+    add("--cutout", type=int, help="augmentation: side of a square that is painted over; 0 is off")
+    add("--head-only", action="store_true", help="transfer: train the last layer alone")
+    add("--weights", type=Path, help="transfer: torchvision's resnet18 file; without it, it is downloaded")
+    add("--tta", action="store_true", help="also report the mean over six views of each test picture")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
+    add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
+    parser.set_defaults(**PRESETS["resnet"])  # for --help
+    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].model])
+    args = parser.parse_args()
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
+    for name in ("epochs", "batch_size", "lr", "muon_lr"):
+        if getattr(args, name) <= 0:
+            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    for name in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(args, name) < 1:
+            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0 and below 1.")
+    if args.pad < 0 or args.cutout < 0 or args.weight_decay < 0 or args.pad > 16:
+        raise utils.InputError("--pad must be between 0 and 16, --cutout and --weight-decay at least 0.")
+    given = {name: value for name, value in given.items() if value is not None}
+    of = {"dropout": ("simple",), "head_only": ("transfer",), "weights": ("transfer",), "muon_lr": ("simple", "resnet"),
+          "weight_decay": ("simple", "resnet")}
+    for name in given.keys() & of.keys():
+        if not args.resume and args.model not in of[name]:
+            raise utils.InputError(f"--{name.replace('_', '-')} is for --model {' or '.join(of[name])}, not for "
+                                   f"{args.model}; leave it out.")
+    return args, given
+
+
+def adopt_options(args: argparse.Namespace, given: dict, saved: dict) -> None:
+    """For --resume: set args to the saved run's options. Raises utils.InputError where a given one differs."""
+    for name, value in saved["options"].items():
+        if name not in ("resume", "out", "device", "compile", "tta"):  # these don't change what is learned
+            if str(given.get(name, value)) != str(value):
+                option = f"--{name.replace('_', '-')}"
+                raise utils.InputError(f"--resume goes on with a run that had {option} {value}, not {option} "
+                                       f"{given[name]}; leave the option out, or start anew without --resume.")
+            setattr(args, name, value)
+
+
+def main() -> None:
+    utils.keep_memory()
+    args, given = parse_options()
+    checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
+    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
+    if saved:
+        if given.get("data") not in (None, "cifar10", "shapes"):
+            given["data"] = str(Path(given["data"]).resolve())
+        adopt_options(args, given, saved)
+    utils.check_writable(args.out)  # better now than in ten minutes
+    device = utils.pick_device(args.device)
+    if args.dtype == "auto":
+        args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
+    dtype = getattr(torch, args.dtype)
+
+    # data
+    data = load_data(args.data)
+    named = args.data in (None, "cifar10", "shapes")
+    args.data = data.name if named else str(Path(args.data).resolve())  # what it came to be, for --resume and later use
+    label = data.name + ", stand-in" * data.stand_in
+    train_x, train_y, val_x, val_y, test_x, test_y = (part.to(device) for part in data[:6])
+    if saved and (saved["classes"], saved["pictures"]) != (data.classes, len(train_y)):
+        raise utils.InputError(f"--resume: {data.name} is not the set it was then; start anew without --resume.")
+    K = len(data.classes)
+
+    # model and optimizers
+    utils.set_seed(args.seed)
+    config = dict(model=args.model, classes=K, head_only=args.head_only, dropout=args.dropout)
+    model = build(config, data.mean, data.std)
+    if args.model == "transfer" and not saved:
+        model.load(args.weights)
+    if args.model == "resnet" and not saved:
+        model.whiten(data.train_x[:1000])
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr, args.weight_decay)
+    first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_accuracy": -1.0}
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
+                                   "--resume.") from error
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
+        losses = [loss.to(device) for loss in saved["losses"]]
+    step_model = torch.compile(model) if args.compile else model
+
+    # sanity numbers before training
+    per_epoch = math.ceil(len(train_y) / args.batch_size)
+    steps = args.epochs * per_epoch
+    print(f"{label}: {len(train_y):,} pictures to train on, {len(val_y):,} to validate, {len(test_y):,} to test\n"
+          f"{args.model}: {utils.count_parameters(model):,} trainable parameters; {args.dtype} on {device.type}; "
+          f"{steps} steps")
+    if saved:
+        print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
+    else:
+        loss, accuracy = score(predict(model, val_x[:1000], dtype), val_y[:1000])
+        print(f"a batch: {tuple(train_x[: args.batch_size].shape)} {train_x.dtype}, labels "
+              f"{[data.classes[k] for k in train_y[:4].tolist()]} ...\n"
+              f"before training: loss {loss:.4f} (guessing: ln {K} = {math.log(K):.4f}), accuracy {accuracy:.1%}\n")
+
+    def save() -> None:
+        """Write all that decides how the run goes on; and, where the newest weights are the best so far, the model."""
+        state = {"script": SCRIPT, "config": config, "classes": data.classes, "data": data.name, "source": args.data,
+                 "stand_in": data.stand_in, "mean": data.mean, "std": data.std, "dtype": args.dtype,
+                 "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
+        if best["step"] == done:
+            utils.save_checkpoint(model_path, state)
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        utils.save_checkpoint(checkpoint_path, state | {
+            "options": options, "pictures": len(train_y), "step": done, "seconds": seconds, "history": history,
+            "best": best, "losses": losses, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+    ## Ctrl-C can come at any moment, also between the two optimizers' steps, when weights and states don't match. So
+    ## the signal only leaves a note, which the loop reads where everything fits together.
+    interrupted = []
+    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+
+    # ------------------------------------------------------------------------------------------ the loop
+    bar, begun = utils.Progress(steps, "pictures", first_step), time.perf_counter()
+    model.train()
+    for step in range(first_step, steps):
+        ## Each epoch's order and each step's augmentation and dropout have a seed of their own, made from the step's
+        ## number: a resumed run needs nothing else to go on with the same numbers.
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first_step:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(train_y), generator=generator).to(device)
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        rows = order[place * args.batch_size : (place + 1) * args.batch_size]
+        x, y = augment(train_x[rows], args.pad, args.cutout), train_y[rows]  # (B, 3, H, W) uint8, (B,)
+        for optimizer in optimizers:
+            group = optimizer.param_groups[0]
+            group["lr"] = group["peak"] * one_cycle(step, steps)
+
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = step_model(x).float()  # (B, K)
+        ## Label smoothing (Szegedy et al. 2016): the target is 1 - a for the label and a / K for every class on top.
+        ## Without it the loss can always be lowered by being surer of what is already right.
+        loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+
+        done = step + 1
+        due = done % per_epoch == 0
+        if not due and done % 10 and not interrupted:  # looking at the loss makes a GPU wait: not at every step
+            continue
+        if not math.isfinite(loss.item()):
+            raise utils.InputError(f"the loss became {loss.item()} by step {done}; no file was touched since the last "
+                                   "epoch's end; start again with a smaller --lr and --muon-lr.")
+        bar.update(done, f"loss {loss.item():.3f}", args.batch_size)
+        if due or interrupted:
+            seconds += time.perf_counter() - begun
+            if due:
+                val_loss, val_accuracy = score(predict(model, val_x, dtype), val_y)
+                model.train()
+                history.append({"step": done, "epoch": epoch + 1, "seconds": seconds, "val_loss": val_loss,
+                                "train_loss": torch.stack(losses).mean().item(), "val_accuracy": val_accuracy})
+                losses = []
+                best = history[-1] if val_accuracy > best["val_accuracy"] else best
+            save()
+            if interrupted:
+                raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+            bar.clear()
+            print(f"epoch {epoch + 1:3}  {seconds:4.0f} s  train {history[-1]['train_loss']:.4f} (smoothed)  "
+                  f"validation {val_loss:.4f}, {val_accuracy:.2%}", flush=True)
+            begun = time.perf_counter()
+
+    # report
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
+    ## The test part is used here, once. It chose nothing: not the epoch, not an option.
+    loss, accuracy = score(predict(model, test_x, dtype), test_y)
+    majority, linear = test_y.bincount().max().item() / len(test_y), linear_baseline(data)
+    metrics = {"test_accuracy": accuracy, "test_loss": loss, "val_accuracy": best["val_accuracy"],
+               "best_epoch": best["epoch"], "majority_accuracy": majority, "linear_accuracy": linear}
+    print(f"\ntest accuracy ({label}): most frequent class {majority:.2%}, linear model on pixels {linear:.2%}, "
+          f"{args.model} {accuracy:.2%} (epoch {best['epoch']}, loss {loss:.4f})")
+    if args.tta:
+        metrics["test_accuracy_six_views"] = score(predict(model, test_x, dtype, tta=True), test_y)[1]
+        print(f"mean over six views of each picture: {metrics['test_accuracy_six_views']:.2%}")
+    print(f"{seconds:.0f} s of training")
+    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in,
+                       device=device.type, seed=args.seed, seconds=seconds, parameters=utils.count_parameters(model),
+                       metrics=metrics, history=history)
+    utils.plot_history(args.out / "history.png", history, ["val_accuracy"], f"{args.model} on {label}", x="epoch",
+                       y="share of validation pictures named right")
+    print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

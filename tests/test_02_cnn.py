@@ -1,0 +1,425 @@
+"""Chapter 02 against PyTorch, torchvision and scikit-learn, and its scripts as users run them."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from conftest import REAL, ROOT, chapter
+from PIL import Image
+
+import utils
+
+load, from_scratch, train, load_model = chapter("02_cnn", "load", "from_scratch", "train", "load_model")
+FOLDER = ROOT / "02_cnn"
+
+
+def run(script, *options, code=0, **kwargs):
+    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
+    command = [sys.executable, str(FOLDER / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def make_folder(root, classes=("cat", "dog"), n=12, size=(32, 32), mode="RGB"):
+    """train/CLASS/* and test/CLASS/* with random pictures."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+                picture.save(root / part / name / f"{i}.png")
+    return root
+
+
+# ---------------------------------------------------------------------------------------------- data
+def test_shapes_need_more_than_single_pixels():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = load.draw_shapes(3000, 0)
+    assert x.shape == (3000, 3, 32, 32) and x.dtype == torch.uint8 and torch.equal(y.bincount(), torch.full((10,), 300))
+    assert torch.equal(load.draw_shapes(3000, 0)[0], x) and not torch.equal(load.draw_shapes(3000, 1)[0], x)
+    pixels = F.avg_pool2d(x.float() / 255, 2).flatten(1).numpy()
+    linear = linear_model.LogisticRegression(max_iter=100, tol=0.01).fit(pixels[:2500], y[:2500])
+    assert linear.score(pixels[2500:], y[2500:]) < 0.6
+
+
+def test_a_folder_is_read_converted_and_described(tmp_path, capsys):
+    make_folder(tmp_path, size=(40, 20), mode="RGBA")
+    Image.new("L", (32, 32), 77).save(tmp_path / "train" / "cat" / "grey.png")
+    data = load.load_data(str(tmp_path))
+    assert data.classes == ["cat", "dog"] and not data.stand_in and data.name == tmp_path.name
+    assert len(data.train_y) + len(data.val_y) == 25 and len(data.val_y) == 2 and len(data.test_y) == 24
+    every = torch.cat([data.train_x, data.val_x])
+    assert every.shape == (25, 3, 32, 32) and (every == 77).all((1, 2, 3)).sum() == 1
+    out = capsys.readouterr().out
+    assert "48 pictures were not 32 x 32" in out and "49 pictures were not RGB" in out
+
+
+def test_the_split_takes_every_training_picture_once(tmp_path):
+    data = load.load_data(str(make_folder(tmp_path, n=20)))
+    both = torch.cat([data.train_x, data.val_x]).flatten(1)
+    assert len(both) == 40 and len(both.unique(dim=0)) == 40
+    again = load.load_data(str(tmp_path))
+    assert torch.equal(data.val_x, again.val_x)
+
+
+def test_statistics_are_those_of_the_training_part_alone():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=g)
+    mean, std = load.channel_statistics(x)
+    exact = x.double() / 255
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(std.double(), exact.std((0, 2, 3), correction=0), atol=1e-6, rtol=0)
+
+
+def one_class(root):
+    make_folder(root, classes=("cat",))
+
+
+def empty_class(root):
+    make_folder(root)
+    (root / "train" / "newt").mkdir()
+    (root / "test" / "newt").mkdir()
+
+
+def broken_pictures(root):
+    make_folder(root)
+    (root / "train" / "cat" / "3.png").write_bytes((root / "train" / "cat" / "3.png").read_bytes()[:200])
+    (root / "test" / "dog" / "text.jpg").write_text("no picture")
+
+
+def other_classes(root):
+    make_folder(root)
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+
+
+def no_test(root):
+    make_folder(root)
+    (root / "test").rename(root / "other")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (one_class, "train has one class, cat"), (empty_class, "newt"), (broken_pictures, "2 of 49 files can't be read"),
+    (other_classes, "dog, wolf only in train or only in test"), (no_test, "no folder test/")])
+def test_bad_folders_are_named(tmp_path, spoil, message):
+    spoil(tmp_path)
+    with pytest.raises(utils.InputError, match=message):
+        load.load_data(str(tmp_path))
+
+
+def fake_archive(path):
+    """An archive of the original's layout; its pictures are noise, so torchvision's checksums do not match."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = 10
+            tar.addfile(info, io.BytesIO(b"0123456789"))
+
+
+def test_a_damaged_cifar10_is_an_error_and_no_reason_to_fall_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(utils.InputError, match="damaged or incomplete"):
+        load.load_data()
+    (tmp_path / "cifar-10-batches-py").rmdir()
+    fake_archive(tmp_path / load.ARCHIVE)
+    with pytest.raises(utils.InputError, match="not the expected file"):
+        load.load_data()
+    monkeypatch.setattr(load, "MD5", __import__("hashlib").md5((tmp_path / load.ARCHIVE).read_bytes()).hexdigest())
+    with pytest.raises(utils.InputError, match="damaged or incomplete"):
+        load.load_data()
+
+
+def test_without_a_network_the_stand_in_takes_over_unless_the_real_set_was_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(load, "URLS", ["http://127.0.0.1:9/x.tar.gz"])
+    data = load.load_data()
+    assert data.stand_in and data.name == "shapes" and "STAND-IN" in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match="--data shapes"):
+        load.load_data("cifar10")
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+PICTURES = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def test_augmentation_against_torchvision():
+    mirrored = torch.tensor([True, False, True, False, False, True])
+    down, right = torch.tensor([[0, 1, -2, 3, -4, 4], [0, -1, 2, 4, -4, -3]])
+    flipped, shifted = load.flip(PICTURES, mirrored), load.shift(PICTURES, down, right, 4)
+    top, left = torch.tensor([[0, 5, 20, 28, -3, 31], [0, 7, 28, 28, -7, 3]])
+    fill = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]
+    holes = load.cutout(PICTURES, top, left, 8, fill)
+    for i, x in enumerate(PICTURES):
+        assert torch.equal(flipped[i], TF.hflip(x) if mirrored[i] else x)
+        padded = TF.pad(x, 4, padding_mode="reflect")
+        assert torch.equal(shifted[i], TF.crop(padded, 4 - int(down[i]), 4 - int(right[i]), 32, 32))
+        t, le = max(0, int(top[i])), max(0, int(left[i]))
+        h, w = int(top[i]) + 8 - t, int(left[i]) + 8 - le
+        assert torch.equal(holes[i], TF.erase(x, t, le, h, w, fill.expand(3, 1, 1)))
+
+
+def test_augment_is_random_and_off_at_zero():
+    torch.manual_seed(0)
+    many = PICTURES[:1].repeat(400, 1, 1, 1)
+    plain = load.augment(many, 0, 0)
+    same = (plain == many).flatten(1).all(1)
+    assert 140 < same.sum() < 260  # half are mirrored
+    assert torch.equal(plain[~same][0], many[0].flip(-1))
+    assert len(load.augment(many, 2, 0).flatten(1).unique(dim=0)) == 50  # 2 x 5 x 5
+    changed = (load.augment(many, 0, 8) != many).any(1).float().mean()
+    assert changed > 0.03
+
+
+# ---------------------------------------------------------------------------------------------- from scratch
+def test_from_scratch_agrees_with_pytorch():
+    differences = from_scratch.check_against_pytorch()
+    assert len(differences) == 8 and max(differences.values()) < 1e-12
+
+
+def test_im2col_is_unfold_and_col2im_its_transpose():
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    columns = from_scratch.im2col(x, 3)
+    assert torch.equal(columns, F.unfold(x, 3, padding=1))
+    back = from_scratch.col2im(columns, 3, 5, 7, 3)
+    torch.testing.assert_close(back, F.fold(columns, (5, 7), 3, padding=1))
+
+
+# ---------------------------------------------------------------------------------------------- models, training
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+
+
+def config(model, **more):
+    return dict(model=model, classes=10, head_only=False, dropout=0.0) | more
+
+
+@pytest.mark.parametrize("name", ["simple", "resnet"])
+def test_a_batch_can_be_overfitted(name):
+    torch.manual_seed(0)
+    model = train.build(config(name), MEAN, STD)
+    optimizers = train.make_optimizers(model, 3e-3, 0.02, 0.0)
+    x, y = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 10
+    for _ in range(40):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss.item() < 0.3
+
+
+@pytest.mark.parametrize("name", ["simple", "resnet", "transfer"])
+def test_every_trained_parameter_has_exactly_one_optimizer(name):
+    model = train.build(config(name, head_only=True), MEAN, STD)
+    held = [p for o in train.make_optimizers(model, 1.0, 1.0, 0.0) for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_normalise_and_conv_against_torchvision_and_conv2d():
+    x = PICTURES
+    expected = TF.normalize(x.float() / 255, MEAN.tolist(), STD.tolist())
+    torch.testing.assert_close(train.Normalise(MEAN, STD)(x), expected, atol=1e-6, rtol=1e-5)
+    layer, reference = train.Conv(3, 5), torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    reference.weight.data = layer.weight.data.view(5, 3, 3, 3)
+    torch.testing.assert_close(layer(expected), reference(expected))
+
+
+def test_the_stem_whitens():
+    x, _ = load.draw_shapes(400, 0)
+    model = train.ResNet(10, *load.channel_statistics(x))
+    model.whiten(x)
+    with torch.no_grad():
+        out = model.stem(model.normalise(x))[:, :12]  # (N, 12, H-1, W-1); the other twelve are the negatives
+    flat = out.transpose(0, 1).flatten(1).double()
+    second = flat @ flat.T / flat.shape[1]
+    off = second - torch.diag(second.diag())
+    assert off.abs().max() < 0.01 and 0.5 < second.diag().min() and second.diag().max() < 1.01
+
+
+def test_one_cycle_rises_then_falls():
+    factors = [train.one_cycle(step, 1000) for step in range(1000)]
+    top = factors.index(max(factors))
+    assert 95 < top < 105 and max(factors) == pytest.approx(1, abs=0.01) and 0 < factors[-1] < 0.002
+    assert all(a < b for a, b in zip(factors[:top], factors[1 : top + 1]))
+    assert all(a > b for a, b in zip(factors[top:], factors[top + 1 :]))
+
+
+def test_six_views_are_the_mean_of_six_predictions():
+    torch.manual_seed(0)
+    model = train.build(config("simple"), MEAN, STD)
+    model(PICTURES)  # batch statistics
+    views = [PICTURES, load.shift(PICTURES, *torch.ones(2, 6, dtype=torch.int64), 1),
+             load.shift(PICTURES, *-torch.ones(2, 6, dtype=torch.int64), 1)]
+    views += [TF.hflip(view) for view in views]
+    model.eval()
+    with torch.no_grad():
+        expected = torch.stack([model(view) for view in views]).mean(0)
+    torch.testing.assert_close(train.predict(model, PICTURES, torch.float32, tta=True), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_transfer_takes_torchvisions_weights_and_a_frozen_body_stays(tmp_path):
+    torch.manual_seed(0)
+    donor = torchvision.models.resnet18()
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    model = train.build(config("transfer", head_only=True), MEAN, STD)
+    model.load(tmp_path / "w.pth")
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert torch.equal(model.body.conv1.weight, donor.conv1.weight) and model.body.fc.out_features == 10
+    optimizer, = train.make_optimizers(model, 1e-2, 1.0, 0.0)
+    F.cross_entropy(model(PICTURES), torch.arange(6)).backward()
+    optimizer.step()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"body.fc.weight", "body.fc.bias"}
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "w.pth")
+    model = train.build(config("transfer"), MEAN, STD)
+    with pytest.raises(utils.InputError, match="another architecture"):
+        model.load(tmp_path / "w.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for path in (tmp_path / "text.pth", tmp_path / "missing.pth"):
+        with pytest.raises(utils.InputError, match="no weights from"):
+            model.load(path)
+
+
+# ---------------------------------------------------------------------------------------------- use
+def test_counting_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(0)
+    y, guess = torch.randint(5, (200,), generator=g), torch.randint(4, (200,), generator=g)  # 4 is never named
+    confusion = load_model.confusion_matrix(y, guess, 5)
+    assert np.array_equal(confusion, metrics.confusion_matrix(y, guess))
+    theirs = metrics.precision_recall_fscore_support(y, guess, zero_division=0)[:3]
+    for ours, expected in zip(load_model.precision_recall_f1(confusion), theirs):
+        np.testing.assert_allclose(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["simple", "resnet", "transfer"])
+def test_grad_cam_against_its_definition(name):
+    torch.manual_seed(0)
+    model = train.build(config(name), MEAN, STD)
+    model(PICTURES)
+    model.eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else None
+    k = torch.arange(6)
+    maps = load_model.grad_cam(model, PICTURES, k)
+    assert maps.shape == (6, 32, 32) and maps.min() >= 0 and maps.amax() <= 1
+    ## picture by picture and channel by channel, with autograd on the layer's output put in by hand
+    layer, kept = load_model.parts_of(model)[2], {}
+    hook = layer.register_forward_hook(lambda m, i, o: kept.update(a=o) or o.retain_grad())
+    for i in range(2):
+        model.zero_grad()
+        model(PICTURES[i : i + 1])[0, k[i]].backward()
+        a, weight = kept["a"][0], kept["a"].grad[0].mean((1, 2))
+        by_hand = sum(w * channel for w, channel in zip(weight, a)).clamp(min=0).detach()
+        by_hand = F.interpolate(by_hand[None, None], size=(32, 32), mode="bilinear")[0, 0]
+        torch.testing.assert_close(maps[i], by_hand / by_hand.max().clamp(min=1e-12), atol=1e-3, rtol=1e-3)
+    hook.remove()
+
+
+def test_load_model_on_what_train_left(tmp_path):
+    run("train.py", *small(tmp_path), "--epochs", 1, "--out", tmp_path / "o")
+    out = run("load_model.py", "--model", tmp_path / "o" / "model.pt", "--out", tmp_path / "p")
+    assert "precision" in out and "cat" in out
+    for name in ("predictions", "confusion", "mistakes", "filters", "feature_maps", "grad_cam"):
+        assert (tmp_path / "p" / f"{name}.png").stat().st_size > 1000
+    picture = tmp_path / "data" / "test" / "cat" / "0.png"
+    assert "%" in run("load_model.py", "--model", tmp_path / "o" / "model.pt", "--image", picture, "--out", tmp_path)
+    picture.write_text("no picture")
+    out = run("load_model.py", "--model", tmp_path / "o" / "model.pt", "--image", picture, "--out", tmp_path, code=1)
+    assert "can't be read as a picture" in out
+    assert "does not exist" in run("load_model.py", "--model", tmp_path / "none.pt", "--out", tmp_path, code=1)
+
+
+# ---------------------------------------------------------------------------------------------- as users run them
+def small(tmp_path):
+    if not (tmp_path / "data").exists():
+        make_folder(tmp_path / "data", n=40)
+    return ["--data", tmp_path / "data", "--device", "cpu", "--batch-size", 20]
+
+
+def test_train_learns_and_leaves_what_it_should(tmp_path):
+    x, y = load.draw_shapes(900, 0)
+    for i, (picture, k) in enumerate(zip(x, y.tolist())):
+        if k < 3:
+            folder = tmp_path / "data" / ("test" if i % 5 == 0 else "train") / load.SHAPES[k]
+            folder.mkdir(parents=True, exist_ok=True)
+            TF.to_pil_image(picture).save(folder / f"{i}.png")
+    out = run("train.py", *small(tmp_path), "--model", "simple", "--epochs", 12, "--tta", "--out", tmp_path / "o")
+    assert "most frequent class" in out and "mean over six views" in out
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert metrics["metrics"]["test_accuracy"] > 0.7 > metrics["metrics"]["majority_accuracy"]
+    assert len(metrics["history"]) == 12 and (tmp_path / "o" / "history.png").stat().st_size > 1000
+    saved = utils.load_checkpoint(tmp_path / "o" / "model.pt", train.SCRIPT)
+    assert saved["classes"] == load.SHAPES[:3] == sorted(load.SHAPES[:3])
+    model = train.build(saved["config"], saved["mean"], saved["std"])
+    model.load_state_dict(saved["model"])
+    data = load.load_data(str(tmp_path / "data"))
+    accuracy = train.score(train.predict(model, data.test_x, getattr(torch, saved["dtype"])), data.test_y)[1]
+    assert accuracy == pytest.approx(metrics["metrics"]["test_accuracy"], abs=0.03)
+
+
+@pytest.mark.parametrize("model", ["simple", "resnet"])
+def test_resume_after_ctrl_c_is_bit_identical(tmp_path, model):
+    options = [*small(tmp_path), "--model", model, "--dtype", "float32", "--cutout", 6]
+    run("train.py", *options, "--epochs", 15, "--out", tmp_path / "whole")
+    command = [sys.executable, "-u", FOLDER / "train.py", *options, "--epochs", "15", "--out", tmp_path / "cut"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch   2"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    assert "must" not in run("train.py", *options, "--resume", "--out", tmp_path / "cut")
+    whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
+    assert [r["val_loss"] for r in whole["history"]] == [r["val_loss"] for r in cut["history"]]
+    assert "--muon-lr" in run("train.py", *options, "--muon-lr", 0.5, "--resume", "--out", tmp_path / "cut", code=1)
+
+
+def test_bad_options_are_one_sentence(tmp_path):
+    cases = ((["--epochs", 0], "--epochs 0"), (["--dropout", 1], "--dropout 1"), (["--pad", 17], "--pad"),
+             (["--resume"], "does not exist"), (["--data", tmp_path / "none"], "no folder train/"))
+    for options, message in cases:
+        out = run("train.py", *options, "--out", tmp_path / "o", code=1)
+        assert message in out and out.count("\n") <= 2
+    weights = run("train.py", *small(tmp_path), "--model", "transfer", "--weights", tmp_path / "x", "--out",
+                  tmp_path / "o", code=1)
+    assert "no weights from" in weights
+
+
+def test_a_loss_that_becomes_nan_stops_the_run(tmp_path):
+    options = [*small(tmp_path), "--model", "simple", "--epochs", 8, "--out", tmp_path / "o"]
+    assert "the loss became" in run("train.py", *options, "--lr", "1e38", "--muon-lr", "1e38", code=1)
+
+
+def test_load_and_from_scratch_run_on_the_stand_in(tmp_path):
+    out = run("load.py", "--data", "shapes", "--out", tmp_path)
+    assert out.count("STAND-IN") == 2 and "9,000 pictures" in out and (tmp_path / "samples.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("script", ["load.py", "from_scratch.py", "train.py", "load_model.py"])
+def test_help_names_every_option(script):
+    assert "--data" in run(script, "--help")
+
+
+@pytest.mark.real("cifar10-jpg")
+def test_the_real_folder_has_ten_classes():
+    assert sorted(os.listdir(REAL / "cifar10-jpg" / "train")) == sorted(
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
