@@ -22,7 +22,7 @@ You should see (Tiny Shakespeare, seeds 0 to 2, two cores of an AMD EPYC, torch 
     + dropout 0.1                               21,300              1.937 ± 0.008   1.840 ± 0.009   not kept
 In that run the marks were others: rows below "embeddings start at 1" had these embeddings, and the contexts and dropout
 had GELU. It showed both marks to be wrong, and train.py's full run fell from 1.424 to 1.397 when both were turned
-(three seeds). Zero-initialised projections make no difference here that the seeds would not make; long contexts cost more than
+(three seeds). Zero-initialised projections make less difference here than the seeds do; long contexts cost more than
 they give within 30 s. train.py, which runs ten times longer, keeps them; a run of this script that long has not been
 made.
 Writes to outputs/: experiment.json, experiment.png. Left out on purpose: searching a learning rate for every row; all
