@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -77,14 +78,15 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     """The faster of bfloat16 and float32 for matrix products on this device: a GPU by asking it, a CPU by timing it.
 
     ## A CPU with AMX or AVX512-BF16 multiplies bfloat16 matrices several times faster than float32 ones; one
-    ## without them is slower in bfloat16. Nothing tells the two apart as surely as twenty milliseconds of trying.
+    ## without them is slower in bfloat16. Nothing tells the two apart as surely as a few milliseconds of trying. The
+    ## two take turns, and the fastest of each counts: another program may be busy for a while.
     """
     if device.type != "cpu":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for dtype in list(seconds) * 20:
         x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda: F.linear(x, w), number=1, repeat=8))
+        seconds[dtype] = min(seconds[dtype], timeit.timeit(lambda: F.linear(x, w), number=1))
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
 
 

@@ -5,8 +5,8 @@ values makes it fast; how to read attention weights, and that the future gets no
 
     python 05_transformer/load_model.py --prompt "ROMEO:" --temperature 0.8      after: python 05_transformer/train.py
 
-You should see: text streaming at 1,100 to 1,600 characters per second (2 cores of an AMD EPYC, torch 2.15), 101 with
---no-cache, and a table of what each head looks at.
+You should see: text streaming at about 2,000 characters per second on one core that is shared with other work (2 cores
+of an AMD EPYC, torch 2.15), 93 with --no-cache, and a table of what each head looks at.
 Writes: outputs/attention.png. Left out on purpose: beam search and batches of prompts.
 """
 
