@@ -255,6 +255,17 @@ def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu")
     return state
 
 
+def adopt_options(args, given: dict, saved: dict) -> None:
+    """For --resume: set args (argparse's) to the saved run's options; one given with another value is an InputError."""
+    for name, value in saved.items():
+        if name not in ("resume", "out", "device", "compile", "tta"):  # these don't change what is learned
+            if str(given.get(name, value)) != str(value):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"--resume goes on with a run that had {option} {value}, not {option} {given[name]}; "
+                                 "leave the option out, or start anew without --resume.")
+            setattr(args, name, value)
+
+
 def save_metrics(path: Path, **fields) -> None:
     """Write metrics.json; `versions` is added here. Fields: script, data, stand_in, device, seed, seconds, ..."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}

@@ -290,17 +290,6 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     return args, given
 
 
-def adopt_options(args: argparse.Namespace, given: dict, saved: dict) -> None:
-    """For --resume: set args to the saved run's options. Raises utils.InputError where a given one differs."""
-    for name, value in saved["options"].items():
-        if name not in ("resume", "out", "device", "compile", "tta"):  # these don't change what is learned
-            if str(given.get(name, value)) != str(value):
-                option = f"--{name.replace('_', '-')}"
-                raise utils.InputError(f"--resume goes on with a run that had {option} {value}, not {option} "
-                                       f"{given[name]}; leave the option out, or start anew without --resume.")
-            setattr(args, name, value)
-
-
 def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
@@ -309,7 +298,7 @@ def main() -> None:
     if saved:
         if given.get("data") not in (None, "cifar10", "shapes"):
             given["data"] = str(Path(given["data"]).resolve())
-        adopt_options(args, given, saved)
+        utils.adopt_options(args, given, saved["options"])
     utils.check_writable(args.out)  # better now than in ten minutes
     device = utils.pick_device(args.device)
     if args.dtype == "auto":

@@ -264,25 +264,13 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     return args, {name: value for name, value in given.items() if value is not None}
 
 
-def adopt_options(args: argparse.Namespace, given: dict, saved: dict) -> None:
-    """For --resume: set args to the saved run's options. Raises utils.InputError where a given one differs."""
-    free = ("resume", "out", "device", "compile")  # these don't change what is learned
-    for name, value in saved["options"].items():
-        if name not in free:
-            if given.get(name, value) != value:
-                was = "no" if value is None else f"--{name.replace('_', '-')} {value}"
-                raise utils.InputError(f"--resume goes on with a run that had {was}, not --{name.replace('_', '-')} "
-                                       f"{given[name]}; leave the option out, or start anew without --resume.")
-            setattr(args, name, value)
-
-
 def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
     saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
     if saved:
-        adopt_options(args, given, saved)
+        utils.adopt_options(args, given, saved["options"])
     device = utils.pick_device(args.device)
 
     ## Several processes: `torchrun --nproc_per_node=2 05_transformer/train.py` starts this script twice and tells each
