@@ -256,8 +256,13 @@ def main() -> None:
     add("--seeds", type=int, default=3, help="runs per row and budget, with seeds 0, 1, 2, ...")
     add("--seconds", type=float, default=30, help="the equal wall-clock: training time of each run")
     add("--characters", type=int, default=500_000, help="the equal number of characters that each run reads")
+    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; default: all")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
+    chosen = [row for row in recipes() if not args.rows or any(word in row[0] for word in args.rows)]
+    if not chosen:
+        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; the names are in "
+                               "the first lines of this script.")
     if args.seeds < 1 or args.seconds <= 0 or args.characters < CHARACTERS_PER_STEP:
         raise utils.InputError(f"--seeds and --seconds must be above 0, --characters {CHARACTERS_PER_STEP} or more.")
     utils.check_writable(args.out)
@@ -271,8 +276,8 @@ def main() -> None:
     ## Equal wall-clock: as many steps as a recipe makes in the given seconds, by its speed beside the others'. The
     ## learning rate falls to nearly zero in every run, so none is cut off in the middle of its schedule.
     steps = max(1, args.characters // CHARACTERS_PER_STEP // 50)
-    rows, per_second = [], speeds([recipe for _, _, recipe, _ in recipes()], data, device, dtype, steps)
-    for (name, source, recipe, kept), speed in zip(recipes(), per_second):
+    rows, per_second = [], speeds([recipe for _, _, recipe, _ in chosen], data, device, dtype, steps)
+    for (name, source, recipe, kept), speed in zip(chosen, per_second):
         by_characters, by_seconds = (
             [run(recipe, data, device, dtype, seed, max(1, round(characters / CHARACTERS_PER_STEP)))
              for seed in range(args.seeds)] for characters in (args.characters, args.seconds * speed))

@@ -1,6 +1,6 @@
 """Side by side with the usual way: ours, the peer's and the ratio, from one run on one machine.
 
-    python tests/benchmark.py                 all rows (about five minutes on two cores)
+    python tests/benchmark.py                 all rows (about ten minutes on two cores)
     python tests/benchmark.py --rows training generation
 
 The two sides take turns (A B A B ...), so that a machine that slows down slows both; figures are medians. The peers
@@ -8,6 +8,7 @@ are used as their documentation shows. pytest does not collect this file: timing
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -20,6 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, chapter
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import utils
@@ -198,12 +202,80 @@ def nanogpt_recipe(data, goal: float) -> tuple[float, float]:
     return seconds, loss
 
 
+class Pictures(torch.utils.data.Dataset):
+    """Pictures one by one with transforms, as torchvision.datasets.CIFAR10 gives them: from memory, through Pillow."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, transform):
+        self.x, self.y, self.transform = x.permute(0, 2, 3, 1).numpy(), y.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int):
+        return self.transform(Image.fromarray(self.x[i])), self.y[i]
+
+
+def pictures() -> None:
+    """Pictures per second of whole training steps of chapter 02's two networks, loading and augmentation included."""
+    cnn_load, cnn_train = chapter("02_cnn", "load", "train")
+    x, y = cnn_load.draw_shapes(10_000, 0)
+    mean, std = cnn_load.channel_statistics(x)
+    dtype = utils.pick_dtype(torch.device("cpu"))
+    usual = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    for name in ("simple", "resnet"):
+        preset = cnn_train.PRESETS[name]
+        B = preset["batch_size"]
+        steps = 8_000 // B
+        config = {"model": name, "classes": 10, "head_only": False, "dropout": 0.2}
+        model = cnn_train.build(config, mean, std).to(memory_format=torch.channels_last).train()
+        optimizers = cnn_train.make_optimizers(model, preset["lr"], preset["muon_lr"], preset["weight_decay"])
+        peer = cnn_train.build(config, mean, std).train()
+        first = {"simple": "0", "resnet": "normalise"}[name]
+        setattr(peer, first, torch.nn.Identity())  # its loader normalises
+        peer_optimizer = torch.optim.SGD(peer.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+        def ours_once(model=model, optimizers=optimizers, preset=preset, B=B, steps=steps):
+            start = time.perf_counter()
+            for rows in torch.randperm(len(y)).split(B)[:steps]:
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    logits = model(cnn_load.augment(x[rows], preset["pad"], preset["cutout"])).float()
+                F.cross_entropy(logits, y[rows], label_smoothing=0.1).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return steps * B / (time.perf_counter() - start)
+
+        def peer_once(workers, peer=peer, optimizer=peer_optimizer, B=B, steps=steps):
+            loader = DataLoader(Pictures(x, y, usual), B, shuffle=True, num_workers=workers)
+            batches = iter(loader)
+            inputs, labels = next(batches)  # the workers' start does not count
+            start = time.perf_counter()
+            for _ in range(steps):
+                F.cross_entropy(peer(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                inputs, labels = next(batches)
+            return steps * B / (time.perf_counter() - start)
+
+        for workers in (0, 2):  # worker processes help where cores are idle: the peer's better setting counts
+            ours, theirs = alternate(ours_once, functools.partial(peer_once, workers), 5)
+            note = f"same network and batch; DataLoader, {workers} workers, transforms, eager float32 ({dtype} here)"
+            row(f"02 {name} training, pictures/s", ours, theirs, note)
+
+
 def row(name: str, ours: float, peer: float, note: str, lower: bool = False) -> None:
     ratio = peer / ours if lower else ours / peer
     print(f"{name:40} ours {ours:10,.1f}   peer {peer:10,.1f}   {ratio:5.2f} x   {note}", flush=True)
 
 
-ROWS = {"training": training, "generation": generation, "time_to_loss": time_to_loss}
+ROWS = {"training": training, "generation": generation, "time_to_loss": time_to_loss, "pictures": pictures}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
