@@ -91,9 +91,11 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def set_seed(seed: int) -> None:
-    """Seed torch (all devices) and numpy."""
+    """Seed torch (all devices) and numpy. Raises InputError for what is no seed."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed {seed} must be from 0 to {2**32 - 1}.")
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
 
 
 def keep_memory() -> None:

@@ -273,7 +273,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     args = parser.parse_args()
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
     for name in ("epochs", "batch_size", "lr", "muon_lr"):
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
     for name in ("dropout", "label_smoothing"):
         if not 0 <= getattr(args, name) < 1:

@@ -202,6 +202,35 @@ def nanogpt_recipe(data, goal: float) -> tuple[float, float]:
     return seconds, loss
 
 
+def epoch() -> None:
+    """Seconds of one epoch of chapter 01: the same model, batch and optimizer; shuffling and loading included."""
+    mlp_load, mlp_train = chapter("01_basics", "load", "train")
+    x, y = mlp_load.typeset(55_000, "train", 0)
+    usual = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.13, 0.31)])
+    normal = mlp_load.normalise(x, 0.13, 0.31).flatten(1)
+
+    def once(batches, module, optimizer):
+        start = time.perf_counter()
+        for a, b in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(module(a.flatten(1)), b).backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+    model, peer = mlp_train.SimpleNN(), mlp_train.SimpleNN()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    peer_optimizer = torch.optim.AdamW(peer.parameters())
+    for workers in (0, 2):
+        loader = DataLoader(Pictures(x[:, None], y, usual), 64, shuffle=True, num_workers=workers)
+        ours, theirs = alternate(
+            lambda: once(mlp_train.epoch_batches(normal, y, 64, 0), model, optimizer),
+            lambda loader=loader: once(loader, peer, peer_optimizer),
+            3,
+        )
+        note = f"same model and batch 64; DataLoader, {workers} workers, ToTensor, Normalize"
+        row("01 seconds of one epoch", ours, theirs, note, lower=True)
+
+
 class Pictures(torch.utils.data.Dataset):
     """Pictures one by one with transforms, as torchvision.datasets.CIFAR10 gives them: from memory, through Pillow."""
 
@@ -212,7 +241,7 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.y)
 
     def __getitem__(self, i: int):
-        return self.transform(Image.fromarray(self.x[i])), self.y[i]
+        return self.transform(Image.fromarray(self.x[i].squeeze())), self.y[i]
 
 
 def pictures() -> None:
@@ -272,10 +301,16 @@ def pictures() -> None:
 
 def row(name: str, ours: float, peer: float, note: str, lower: bool = False) -> None:
     ratio = peer / ours if lower else ours / peer
-    print(f"{name:40} ours {ours:10,.1f}   peer {peer:10,.1f}   {ratio:5.2f} x   {note}", flush=True)
+    print(f"{name:40} ours {ours:10,.2f}   peer {peer:10,.2f}   {ratio:5.2f} x   {note}", flush=True)
 
 
-ROWS = {"training": training, "generation": generation, "time_to_loss": time_to_loss, "pictures": pictures}
+ROWS = {
+    "epoch": epoch,
+    "pictures": pictures,
+    "training": training,
+    "generation": generation,
+    "time_to_loss": time_to_loss,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
