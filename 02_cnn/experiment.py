@@ -26,7 +26,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import Data, augment, load_data  # noqa: E402
-from train import Conv, Normalise, Simple, make_optimizers, one_cycle, predict, score  # noqa: E402
+from train import Conv, Normalise, Simple, batch_norm, make_optimizers  # noqa: E402
+from train import one_cycle, predict, score, set_rates  # noqa: E402
 
 # Shapes: B batch, N pictures, C channels, M channels out (filters), H height, W width, K classes
 
@@ -57,7 +58,7 @@ class Stage(nn.Module):
 
     def __init__(self, C: int, M: int, stride: int, skip: bool):
         super().__init__()
-        self.conv1, self.norm1, self.conv2, self.norm2 = Conv(C, M), nn.BatchNorm2d(M), Conv(M, M), nn.BatchNorm2d(M)
+        self.conv1, self.norm1, self.conv2, self.norm2 = Conv(C, M), batch_norm(M), Conv(M, M), batch_norm(M)
         self.stride, self.skip, self.more = stride, skip, M - C
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def deep(depth: int, skip: bool, data: Data) -> nn.Module:
         for i in range(n):
             layers.append(Stage(C, M, stride if i == 0 else 1, skip))
             C = M
-    return nn.Sequential(Normalise(data.mean, data.std), Conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), *layers,
+    return nn.Sequential(Normalise(data.mean, data.std), Conv(3, 16), batch_norm(16), nn.ReLU(), *layers,
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(data.classes)))
 
 
@@ -104,7 +105,7 @@ class Bias(nn.Module):
 def optimizers_of(model: nn.Module, name: str, lr: float = 1.0) -> list[torch.optim.Optimizer]:
     """train.py's pair, AdamW, or SGD, each with a usual learning rate and decay; lr multiplies the learning rates."""
     if name == "muon":
-        return make_optimizers(model, 2e-3 * lr, 0.02 * lr, 0.1)
+        return make_optimizers(model, 5e-3 * lr, 0.12 * lr)
     trained = [p for p in model.parameters() if p.requires_grad]
     one = (torch.optim.AdamW(trained, lr=3e-3 * lr, weight_decay=0.05) if name == "adamw" else
            torch.optim.SGD(trained, lr=0.1 * lr, momentum=0.9, nesterov=True, weight_decay=5e-4))
@@ -118,22 +119,24 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, recipe: dict, pictures: int, bat
     generator = torch.Generator().manual_seed(seed)
     steps = max(1, pictures // batch_size)
     optimizers = optimizers_of(model, recipe["optimizer"], lr)
+    convs = [layer for layer in model.modules() if isinstance(layer, Conv) and layer.weight.requires_grad]
     order = torch.cat([torch.randperm(len(y), generator=generator)
                        for _ in range(-(-steps * batch_size // len(y)))]).to(x.device)
     model.train()
     for layer in model.modules():  # what is frozen keeps its running averages too
-        if isinstance(layer, nn.BatchNorm2d) and not layer.weight.requires_grad:
+        if isinstance(layer, nn.BatchNorm2d) and not layer.bias.requires_grad:
             layer.eval()
     for step, rows in zip(range(steps), order.split(batch_size)):
         batch = augment(x[rows], recipe["pad"], recipe["cutout"]) if recipe["augment"] else x[rows]
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["peak"] * one_cycle(step, steps)
+        set_rates(optimizers, one_cycle(step, steps))
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(batch).float()
         F.cross_entropy(logits, y[rows], label_smoothing=recipe["label_smoothing"]).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        for conv in convs:
+            conv.rescale()
     return model
 
 

@@ -296,10 +296,13 @@ def cutout(x: Tensor, top: Tensor, left: Tensor, size: int, fill: Tensor) -> Ten
     return torch.where((vertical[:, :, None] & horizontal[:, None])[:, None], fill.to(x.dtype), x)
 
 
-def augment(x: Tensor, pad: int = 2, cut: int = 0) -> Tensor:
-    """A random flip, a shift by up to pad pixels and a square hole of cut pixels for each picture of x (B, C, H, W)."""
+def augment(x: Tensor, pad: int = 2, cut: int = 0, mirrored: Tensor | None = None) -> Tensor:
+    """A flip, a shift by up to pad pixels and a square hole of cut pixels for each picture of x (B, C, H, W).
+
+    mirrored (B,) says which pictures are flipped; None draws it, as place of hole and shift are drawn.
+    """
     B, _, H, W = x.shape
-    x = flip(x, torch.rand(B, device=x.device) < 0.5)
+    x = flip(x, torch.rand(B, device=x.device) < 0.5 if mirrored is None else mirrored)
     if pad:
         x = shift(x, *torch.randint(-pad, pad + 1, (2, B), device=x.device), pad)
     if cut:

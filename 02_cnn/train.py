@@ -9,6 +9,10 @@ augmented on the device; what label smoothing and a one-cycle learning rate are 
     python 02_cnn/train.py --data path/to/folder            your own pictures (train/CLASS/*, test/CLASS/*), at 32 x 32
     python 02_cnn/train.py --resume                         after Ctrl-C
 
+You should see (CIFAR-10 as JPEG of quality 75, --data data/cifar10-jpg --tta; two cores of an AMD EPYC with
+AVX512-BF16; torch 2.15; bfloat16; seed 0), as share of the test pictures named right:
+    linear model on the pixels 39.4 %, simple 84.2 % after 400 s (20 epochs; 85.6 % as the mean over
+    six views), resnet 89.1 % after 610 s (90.2 %)
 Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
 Left out on purpose: DataLoader workers, several GPUs (chapter 05 has them), mixing pictures (mixup, CutMix).
 """
@@ -62,10 +66,32 @@ class Conv(nn.Module):
 
     def __init__(self, C: int, M: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(M, C * 9) * math.sqrt(2 / (C * 9)))  # He et al. 2015
+        self.weight = nn.Parameter(torch.randn(M, C * 9))
+        self.rescale()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.view(len(self.weight), -1, 3, 3), padding=1)
+
+    @torch.no_grad()
+    def rescale(self) -> None:
+        """Make the rows' mean square length 1; the loop calls this after each step.
+
+        ## Batch norm divides by the standard deviation: weights twice as large give the same output. All that their
+        ## size does is to decide how far a step turns them, and it grows with every step. Held fixed, a learning rate
+        ## means the same from the first step to the last (Jordan 2024; weight decay does it less directly).
+        """
+        self.weight *= len(self.weight) ** 0.5 / self.weight.norm()
+
+
+def batch_norm(M: int) -> nn.BatchNorm2d:
+    """Each of M channels to mean 0 and variance 1 over the batch, plus a bias that is learned; no learned scale.
+
+    ## The running averages, which evaluation uses, follow faster than PyTorch's default (0.1): in a short run the last
+    ## few dozen batches say more about the final weights than older ones do.
+    """
+    layer = nn.BatchNorm2d(M, momentum=0.4)
+    layer.weight.requires_grad_(False)
+    return layer
 
 
 class Simple(nn.Sequential):
@@ -74,7 +100,7 @@ class Simple(nn.Sequential):
     def __init__(self, classes: int, mean: Tensor, std: Tensor, widths=(64, 128, 256), dropout: float = 0.2):
         layers, C = [Normalise(mean, std)], 3
         for M in widths:
-            layers += [Conv(C, M), nn.BatchNorm2d(M), nn.ReLU(), nn.MaxPool2d(2)]  # half as high, half as wide
+            layers += [Conv(C, M), batch_norm(M), nn.ReLU(), nn.MaxPool2d(2)]  # half as high, half as wide
             C = M
         super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(C, classes))
 
@@ -89,8 +115,8 @@ class Residual(nn.Module):
 
     def __init__(self, C: int, M: int):
         super().__init__()
-        self.conv1, self.norm1 = Conv(C, M), nn.BatchNorm2d(M)
-        self.conv2, self.norm2 = Conv(M, M), nn.BatchNorm2d(M)
+        self.conv1, self.norm1 = Conv(C, M), batch_norm(M)
+        self.conv2, self.norm2 = Conv(M, M), batch_norm(M)
 
     def forward(self, x: Tensor) -> Tensor:
         ## Pooling before norm and activation: both then have a quarter of the numbers to work on. GELU is a ReLU with a
@@ -214,20 +240,31 @@ def score(logits: Tensor, y: Tensor) -> tuple[float, float]:
     return F.cross_entropy(logits, y).item(), (logits.argmax(-1) == y).float().mean().item()
 
 
-def make_optimizers(model: nn.Module, lr: float, muon_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the convolutions' matrices, AdamW for everything else that is trained.
 
     ## Muon (Jordan et al. 2024) averages gradients, then makes all directions of the averaged matrix equally long:
-    ## chapter 05 has more about it.
+    ## chapter 05 has more about it. Its momentum is low, as a short run has no time for a long memory.
     """
-    matrices = [m.weight for m in model.modules() if isinstance(m, Conv)]
+    matrices = [p for m in model.modules() if isinstance(m, Conv) for p in m.parameters() if p.requires_grad]
     others = [p for p in model.parameters() if p.requires_grad and all(p is not m for m in matrices)]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    ## A bias bears four times the learning rate of a matrix: it is one number alone, not one of many in a sum.
+    rates = [(4 if matrices and p.ndim == 1 else 1) * lr for p in others]
+    optimizers = [torch.optim.AdamW([{"params": [p], "lr": rate} for p, rate in zip(others, rates)],
+                                    betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=0.9, weight_decay=weight_decay))
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=0.6, weight_decay=0.0))
     for optimizer in optimizers:
-        optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
     return optimizers
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every learning rate to factor times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
 
 
 def one_cycle(step: int, steps: int) -> float:
@@ -237,9 +274,9 @@ def one_cycle(step: int, steps: int) -> float:
 
 # ---------------------------------------------------------------------------------------------- options
 PRESETS = {
-    "simple": dict(epochs=20, batch_size=500, lr=2e-3, muon_lr=0.02, weight_decay=0.1, pad=2, cutout=0),
-    "resnet": dict(epochs=12, batch_size=500, lr=2e-3, muon_lr=0.02, weight_decay=0.1, pad=2, cutout=0),
-    "transfer": dict(epochs=3, batch_size=250, lr=1e-3, muon_lr=0.02, weight_decay=0.0, pad=2, cutout=0),
+    "simple": dict(epochs=20, batch_size=500, lr=5e-3, muon_lr=0.12, pad=2, cutout=0, small=0.5),
+    "resnet": dict(epochs=12, batch_size=500, lr=5e-3, muon_lr=0.12, pad=2, cutout=0, small=0.5),
+    "transfer": dict(epochs=3, batch_size=250, lr=1e-3, muon_lr=0.12, pad=2, cutout=0, small=0.0),
 }
 
 
@@ -257,11 +294,11 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--batch-size", type=int, help="pictures per step; smaller learns more per picture, larger runs faster")
     add("--lr", type=float, help="AdamW's peak learning rate, for all but the 3 x 3 convolutions")
     add("--muon-lr", type=float, help="Muon's peak learning rate, for the 3 x 3 convolutions")
-    add("--weight-decay", type=float, help="Muon's: each step takes learning rate * this of every weight")
-    add("--label-smoothing", type=float, default=0.1, help="share of the target spread over all classes")
+    add("--label-smoothing", type=float, default=0.2, help="share of the target spread over all classes")
     add("--dropout", type=float, default=0.2, help="share of features zeroed before the last layer (simple)")
     add("--pad", type=int, help="augmentation: pictures move by up to so many pixels; 0 is off")
     add("--cutout", type=int, help="augmentation: side of a square that is painted over; 0 is off")
+    add("--small", type=float, help="share of the run with pictures shrunk to 24 x 24, in half the time")
     add("--head-only", action="store_true", help="transfer: train the last layer alone")
     add("--weights", type=Path, help="transfer: torchvision's resnet18 file; without it, it is downloaded")
     add("--tta", action="store_true", help="also report the mean over six views of each test picture")
@@ -278,11 +315,12 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     for name in ("dropout", "label_smoothing"):
         if not 0 <= getattr(args, name) < 1:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0 and below 1.")
-    if args.pad < 0 or args.cutout < 0 or args.weight_decay < 0 or args.pad > 16:
-        raise utils.InputError("--pad must be between 0 and 16, --cutout and --weight-decay at least 0.")
+    if not 0 <= args.small <= 1:
+        raise utils.InputError(f"--small {args.small} must be from 0 to 1.")
+    if args.pad < 0 or args.cutout < 0 or args.pad > 16:
+        raise utils.InputError("--pad must be between 0 and 16, --cutout at least 0.")
     given = {name: value for name, value in given.items() if value is not None}
-    of = {"dropout": ("simple",), "head_only": ("transfer",), "weights": ("transfer",), "muon_lr": ("simple", "resnet"),
-          "weight_decay": ("simple", "resnet")}
+    of = {"dropout": ("simple",), "head_only": ("transfer",), "weights": ("transfer",), "muon_lr": ("simple", "resnet")}
     for name in given.keys() & of.keys():
         if not args.resume and args.model not in of[name]:
             raise utils.InputError(f"--{name.replace('_', '-')} is for --model {' or '.join(of[name])}, not for "
@@ -324,7 +362,8 @@ def main() -> None:
     if args.model == "resnet" and not saved:
         model.whiten(data.train_x[:1000])
     model = model.to(device, memory_format=torch.channels_last)
-    optimizers = make_optimizers(model, args.lr, args.muon_lr, args.weight_decay)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    convs = [layer for layer in model.modules() if isinstance(layer, Conv)]
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_accuracy": -1.0}
     if saved:
         try:
@@ -371,6 +410,7 @@ def main() -> None:
                 for number in (signal.SIGINT, signal.SIGTERM)}
 
     # ------------------------------------------------------------------------------------------ the loop
+    mirrored_first = torch.rand(len(train_y), generator=torch.Generator().manual_seed(args.seed)).to(device) < 0.5
     bar, begun = utils.Progress(steps, "pictures", first_step), time.perf_counter()
     model.train()
     for step in range(first_step, steps):
@@ -382,10 +422,15 @@ def main() -> None:
             order = torch.randperm(len(train_y), generator=generator).to(device)
         torch.manual_seed(args.seed * 1_000_003 + step)
         rows = order[place * args.batch_size : (place + 1) * args.batch_size]
-        x, y = augment(train_x[rows], args.pad, args.cutout), train_y[rows]  # (B, 3, H, W) uint8, (B,)
-        for optimizer in optimizers:
-            group = optimizer.param_groups[0]
-            group["lr"] = group["peak"] * one_cycle(step, steps)
+        ## A picture mirrored at random in every epoch comes the same way twice in a row half of the time. Chosen at
+        ## random once, and turned around with every epoch, all come both ways equally often (Jordan 2024).
+        mirrored = mirrored_first[rows] ^ (epoch % 2 == 1)
+        x, y = augment(train_x[rows], args.pad, args.cutout, mirrored), train_y[rows]  # (B, 3, H, W) uint8, (B,)
+        ## Outlines first, details later: at 24 x 24 a step takes about half the time (progressive resizing, as in
+        ## fast.ai's DAWNBench entry of 2018).
+        if step < args.small * steps:
+            x = F.interpolate(x.float(), scale_factor=0.75, mode="bilinear", antialias=True)
+        set_rates(optimizers, one_cycle(step, steps))
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = step_model(x).float()  # (B, K)
@@ -396,6 +441,8 @@ def main() -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        for conv in convs:
+            conv.rescale()
         losses.append(loss.detach())
 
         done = step + 1

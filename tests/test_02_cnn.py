@@ -171,6 +171,12 @@ def test_augmentation_against_torchvision():
         assert torch.equal(holes[i], TF.erase(x, t, le, h, w, fill.expand(3, 1, 1)))
 
 
+def test_augment_mirrors_whom_it_is_told_to():
+    x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    out = load.augment(x, 0, 0, torch.tensor([True, False]))
+    assert torch.equal(out[0], TF.hflip(x[0])) and torch.equal(out[1], x[1])
+
+
 def test_augment_is_random_and_off_at_zero():
     torch.manual_seed(0)
     many = PICTURES[:1].repeat(400, 1, 1, 1)
@@ -209,7 +215,7 @@ def config(model, **more):
 def test_a_batch_can_be_overfitted(name):
     torch.manual_seed(0)
     model = train.build(config(name), MEAN, STD)
-    optimizers = train.make_optimizers(model, 3e-3, 0.02, 0.0)
+    optimizers = train.make_optimizers(model, 3e-3, 0.02)
     x, y = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 10
     for _ in range(40):
         loss = F.cross_entropy(model(x), y)
@@ -223,7 +229,7 @@ def test_a_batch_can_be_overfitted(name):
 @pytest.mark.parametrize("name", ["simple", "resnet", "transfer"])
 def test_every_trained_parameter_has_exactly_one_optimizer(name):
     model = train.build(config(name, head_only=True), MEAN, STD)
-    held = [p for o in train.make_optimizers(model, 1.0, 1.0, 0.0) for group in o.param_groups for p in group["params"]]
+    held = [p for o in train.make_optimizers(model, 1.0, 1.0) for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
@@ -234,6 +240,18 @@ def test_normalise_and_conv_against_torchvision_and_conv2d():
     layer, reference = train.Conv(3, 5), torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
     reference.weight.data = layer.weight.data.view(5, 3, 3, 3)
     torch.testing.assert_close(layer(expected), reference(expected))
+
+
+def test_behind_batch_norm_the_size_of_weights_changes_nothing():
+    torch.manual_seed(0)
+    conv, norm, x = train.Conv(3, 5), train.batch_norm(5), torch.randn(4, 3, 8, 8)
+    assert conv.weight.norm(dim=1).square().mean().item() == pytest.approx(1, abs=1e-5)
+    before, direction = norm(conv(x)), F.normalize(conv.weight.detach().flatten(), dim=0)
+    conv.weight.data *= 7
+    torch.testing.assert_close(norm(conv(x)), before, atol=1e-4, rtol=1e-4)
+    conv.rescale()
+    assert conv.weight.norm(dim=1).square().mean().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(F.normalize(conv.weight.detach().flatten(), dim=0), direction)
 
 
 def test_the_stem_whitens():
@@ -278,7 +296,7 @@ def test_transfer_takes_torchvisions_weights_and_a_frozen_body_stays(tmp_path):
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert torch.equal(model.body.conv1.weight, donor.conv1.weight) and model.body.fc.out_features == 10
-    optimizer, = train.make_optimizers(model, 1e-2, 1.0, 0.0)
+    optimizer, = train.make_optimizers(model, 1e-2, 1.0)
     F.cross_entropy(model(PICTURES), torch.arange(6)).backward()
     optimizer.step()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
@@ -412,11 +430,6 @@ def test_a_loss_that_becomes_nan_stops_the_run(tmp_path):
 def test_load_and_from_scratch_run_on_the_stand_in(tmp_path):
     out = run("load.py", "--data", "shapes", "--out", tmp_path)
     assert out.count("STAND-IN") == 2 and "9,000 pictures" in out and (tmp_path / "samples.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("script", ["load.py", "from_scratch.py", "train.py", "load_model.py"])
-def test_help_names_every_option(script):
-    assert "--data" in run(script, "--help")
 
 
 @pytest.mark.real("cifar10-jpg")

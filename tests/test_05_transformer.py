@@ -503,21 +503,6 @@ def test_experiment_runs(tmp_path):
     assert len(results["rows"]) == len(experiment.CHANGES) + 1
 
 
-@pytest.mark.parametrize("script", ["load.py", "from_scratch.py", "train.py", "load_model.py", "experiment.py"])
-def test_without_its_teaching_comments_a_script_still_runs(tmp_path, script):
-    for path in FOLDER.glob("*.py"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        lean = "".join(line for line in lines if not line.lstrip().startswith("##"))
-        assert len(lean) < len("".join(lines))
-        (tmp_path / "05_transformer").mkdir(exist_ok=True)
-        (tmp_path / "05_transformer" / path.name).write_text(lean, encoding="utf-8")
-    (tmp_path / "utils.py").write_text((ROOT / "utils.py").read_text(encoding="utf-8"), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "05_transformer" / script), "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "--out" in done.stdout
-
-
 @pytest.mark.real("tinyshakespeare.txt")
 def test_hash_of_the_real_text_is_the_one_the_script_names():
     assert hashlib.sha256((REAL / "tinyshakespeare.txt").read_bytes()).hexdigest() == load.SHA256

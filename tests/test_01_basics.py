@@ -1,0 +1,391 @@
+"""Chapter 01 against PyTorch, torchvision, scikit-learn and MNIST itself, and its scripts as users run them."""
+
+import gzip
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REAL, ROOT, chapter
+from PIL import Image
+from torchvision.datasets import MNIST
+
+import utils
+
+load, from_scratch, train, load_model, experiment = chapter(
+    "01_basics", "load", "from_scratch", "train", "load_model", "experiment"
+)
+FOLDER = ROOT / "01_basics"
+
+
+def run(script, *options, code=0, **kwargs):
+    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
+    command = [sys.executable, str(FOLDER / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- data
+def test_typeset_fonts_are_disjoint_and_the_digits_are_what_they_say():
+    fonts = sum(load.FONTS.values(), [])
+    assert len(fonts) == len(set(fonts))
+    x, y = load.typeset(1000, "train", 1)
+    assert x.shape == (1000, 28, 28) and x.dtype == torch.uint8 and y.bincount().min() > 70
+    again, other = load.typeset(1000, "train", 1)[0], load.typeset(1000, "train", 2)[0]
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    # a nearest-neighbour judge that knows nothing of fonts: most of the new digits look like the old ones
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    judge = neighbors.KNeighborsClassifier(3).fit(x.flatten(1).numpy(), y)
+    test_x, test_y = load.typeset(300, "test", 3)
+    assert judge.score(test_x.flatten(1).numpy(), test_y) > 0.5
+
+
+def test_the_split_and_its_statistics_come_from_train_alone(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x, test_x = (torch.randint(0, 256, (n, 28, 28), generator=g, dtype=torch.uint8) for n in (60_000, 10_000))
+    monkeypatch.setattr(load, "read_mnist", lambda: (x, torch.arange(60_000), test_x, torch.arange(10_000)))
+    data = load.load_data("mnist")
+    assert [len(data.train_y), len(data.val_y), len(data.test_y)] == [55_000, 5_000, 10_000]
+    assert torch.equal(torch.cat([data.train_y, data.val_y]), torch.arange(60_000))
+    pixels = x[:55_000].numpy() / 255
+    assert data.mean == pytest.approx(pixels.mean()) and data.std == pytest.approx(pixels.std(), rel=1e-6)
+    normal = load.normalise(data.train_x[:1000], data.mean, data.std)
+    assert torch.allclose(normal, (torch.from_numpy(pixels[:1000]).float() - data.mean) / data.std, atol=1e-5)
+
+
+def write_idx(folder, name, array):
+    """A file of MNIST's format: two zero bytes, type (8: bytes), number of dimensions, sizes, numbers."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(header + array.tobytes())
+
+
+def test_mnist_that_is_damaged_or_incomplete_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    rng = np.random.default_rng(0)
+    names = [name.removesuffix(".gz") for name, _ in MNIST.resources]
+    for name in names:
+        shape = (20, 28, 28) if "images" in name else (20,)
+        write_idx(raw, name, rng.integers(0, 10, shape, dtype=np.uint8))
+    with pytest.raises(utils.InputError, match="not the original"):
+        load.load_data()
+    (raw / names[0]).write_bytes((raw / names[0]).read_bytes()[:5000])
+    with pytest.raises(utils.InputError, match="damaged"):
+        load.load_data()
+    (raw / names[1]).unlink()
+    with pytest.raises(utils.InputError, match="train-labels.*delete"):
+        load.load_data("mnist")
+
+
+def test_without_a_network_the_stand_in_takes_over_unless_mnist_was_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    assert load.load_data().name == "typeset" and "STAND-IN" in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match="--data typeset"):
+        load.load_data("mnist")
+    with pytest.raises(utils.InputError, match="--data letters"):
+        load.load_data("letters")
+
+
+def test_mnist_is_downloaded_from_a_mirror(tmp_path, monkeypatch):
+    """torchvision's download, from files served here; the hashes are those of these files."""
+    import hashlib
+    import http.server
+    import threading
+
+    rng = np.random.default_rng(0)
+    resources = []
+    for name, _ in MNIST.resources:
+        stem = name.removesuffix(".gz")
+        write_idx(tmp_path / "www", stem, rng.integers(0, 10, (20, 28, 28) if "images" in name else (20,), np.uint8))
+        with gzip.open(tmp_path / "www" / name, "wb") as file:
+            file.write((tmp_path / "www" / stem).read_bytes())
+        resources.append((name, hashlib.md5((tmp_path / "www" / name).read_bytes()).hexdigest()))
+    handler = lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=str(tmp_path / "www"))  # noqa: E731
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(MNIST, "resources", resources)
+        monkeypatch.setattr(utils, "DATA_DIR", tmp_path / "data")
+        with pytest.raises(utils.InputError, match="not the original"):  # it came, and is not MNIST
+            load.read_mnist()
+        monkeypatch.setattr(utils, "DATA_DIR", tmp_path / "other")
+        monkeypatch.setattr(MNIST, "resources", [(name, "0" * 32) for name, _ in resources])
+        with pytest.raises(utils.InputError, match="a mirror sent"):
+            load.load_data()
+        assert not (tmp_path / "other" / "MNIST").exists()
+        server.shutdown()
+    assert (tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte").exists()
+
+
+# ---------------------------------------------------------------------------------------------- by hand
+def test_from_scratch_agrees_with_autograd_and_finite_differences():
+    differences = from_scratch.check(torch.device("cpu"))
+    assert len(differences) == 3 and max(differences.values()) < 1e-8
+
+
+def test_cross_entropy_by_hand_survives_large_scores():
+    logits, y = torch.tensor([[1000.0, 0.0, -1000.0]]), torch.tensor([1])
+    loss, p = from_scratch.cross_entropy(logits, y)
+    assert loss == F.cross_entropy(logits, y) and torch.equal(p, logits.softmax(1))
+
+
+def test_from_scratch_learns(tmp_path):
+    out = run("from_scratch.py", "--data", "typeset", "--epochs", 3, "--out", tmp_path)
+    assert "STAND-IN" in out and float(out.split("by hand ")[1].split("%")[0]) > 75
+    assert (tmp_path / "first_layer.png").stat().st_size > 1000
+    assert "--lr" in run("from_scratch.py", "--data", "typeset", "--lr", 1e9, "--out", tmp_path, code=1)
+
+
+# ---------------------------------------------------------------------------------------------- model and loop
+def test_the_model_has_the_size_it_says_and_is_two_linear_layers():
+    model, x = train.SimpleNN(), torch.randn(3, 784)
+    assert utils.count_parameters(model) == 101_770
+    W1, b1, W2, b2 = model.parameters()
+    by_hand, _ = from_scratch.forward(x, [W1.T, b1, W2.T, b2])
+    assert torch.allclose(model(x), by_hand, atol=1e-6)
+    three = experiment.build((256, 128), torch.nn.ReLU, 784)
+    assert utils.count_parameters(three) == 235_146
+
+
+def test_an_epoch_shows_every_picture_once_with_its_label():
+    x, y = torch.arange(1000.0)[:, None], torch.arange(1000)
+    parts = list(train.epoch_batches(x, y, 64, 5))
+    seen_x, seen_y = torch.cat([a for a, _ in parts])[:, 0], torch.cat([b for _, b in parts])
+    assert torch.equal(seen_x.long(), seen_y) and torch.equal(seen_y.sort()[0], y) and not torch.equal(seen_y, y)
+    assert not torch.equal(seen_y, torch.cat([b for _, b in train.epoch_batches(x, y, 64, 6)]))
+
+
+def test_gradients_add_up_unless_they_are_cleared():
+    """What train.py says of zero_grad, forward, backward and step."""
+    torch.manual_seed(0)
+    model, x, y = train.SimpleNN(), torch.randn(8, 784), torch.arange(8)
+    optimizer = torch.optim.Adam(model.parameters())
+    before = [p.clone() for p in model.parameters()]
+    F.cross_entropy(model(x), y).backward()
+    once = [p.grad.clone() for p in model.parameters()]
+    F.cross_entropy(model(x), y).backward()
+    assert all(torch.allclose(p.grad, 2 * g) for p, g in zip(model.parameters(), once))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))  # backward changes no weight
+    optimizer.step()
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):  # the record is freed
+        loss.backward()
+
+
+def test_a_batch_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    model, x, y = train.SimpleNN(), torch.randn(64, 784), torch.randint(10, (64,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert train.evaluate(model, x, y)[1] == 1.0 and train.evaluate(model, x, y)[0] < 0.01
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    printed = run("train.py", "--data", "typeset", "--epochs", 6, "--out", out)
+    return out, printed
+
+
+def test_train_learns_and_leaves_what_it_should(trained):
+    out, printed = trained
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["metrics"]["test_accuracy"] > 0.8 > 0.3 > metrics["metrics"]["majority_accuracy"]
+    assert metrics["stand_in"] and metrics["data"] == "typeset" and len(metrics["history"]) == 6
+    assert metrics["parameters"] == 101_770 and printed.count("STAND-IN") == 2
+    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "metrics.json", "history.png"}
+    saved = utils.load_checkpoint(out / "model.pt", train.SCRIPT)
+    model = train.SimpleNN(**saved["config"])
+    model.load_state_dict(saved["model"])
+    data = load.load_data("typeset")
+    x = load.normalise(data.test_x, saved["mean"], saved["std"]).flatten(1)
+    assert train.evaluate(model, x, data.test_y)[1] == pytest.approx(metrics["metrics"]["test_accuracy"])
+
+
+def test_resume_after_ctrl_c_is_bit_identical(trained, tmp_path):
+    command = [sys.executable, "-u", FOLDER / "train.py", "--data", "typeset", "--epochs", 6, "--out", tmp_path]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch  2"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    assert "resumed after" in run("train.py", "--resume", "--out", tmp_path)
+    whole, cut = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (trained[0], tmp_path))
+    assert all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
+    assert [r["val_loss"] for r in whole["history"]] == [r["val_loss"] for r in cut["history"]]
+    assert "--lr" in run("train.py", "--lr", 0.5, "--resume", "--out", tmp_path, code=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--epochs", 0], "--epochs"),
+        (["--lr", "nan"], "--lr"),
+        (["--weight-decay", -1], "--weight-decay"),
+        (["--seed", 2**40], "--seed"),
+        (["--data", "nowhere"], "--data nowhere"),
+        (["--device", "tpu"], "--device"),
+        (["--data", "typeset", "--lr", 1e30], "smaller --lr"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, options, words):
+    assert words in run("train.py", *options, "--out", tmp_path, code=1)
+    assert not (tmp_path / "model.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the model in use
+def test_load_model_runs_and_counts_as_scikit_learn_does(trained, tmp_path):
+    metrics = pytest.importorskip("sklearn.metrics")
+    out, _ = trained
+    printed = run("load_model.py", "--model", out / "model.pt", "--out", tmp_path)
+    for name in ("confusion.png", "mistakes.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    saved = utils.load_checkpoint(out / "model.pt", train.SCRIPT)
+    model = train.SimpleNN(**saved["config"])
+    model.load_state_dict(saved["model"])
+    data = load.load_data("typeset")
+    said = model(load.normalise(data.test_x, saved["mean"], saved["std"]).flatten(1)).argmax(1)
+    theirs = metrics.confusion_matrix(data.test_y, said)
+    rows = printed.split("found\n")[1].split("\n")[:10]
+    assert np.array_equal(np.array([row.split()[1:11] for row in rows]).astype(int), theirs)
+    assert f"{metrics.accuracy_score(data.test_y, said):.2%} of 1,000" in printed and "is refused" in printed
+    # train mode with dropout is worse, and no_grad keeps nothing
+    worse, again, right = map(float, re.findall(r"([\d.]+)%", printed.split("dropout 0.5")[1])[:3])
+    assert max(worse, again) < right
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
+@pytest.mark.parametrize("dark_on_light", [True, False])
+def test_a_picture_of_any_kind_comes_out_as_mnist_has_it(tmp_path, mode, dark_on_light):
+    """Digits of the stand-in, enlarged and pasted somewhere: what comes out is centred by mass, 20 pixels long, and the
+    same ink as what went in."""
+    glyph = load.glyph("DejaVuSans", 4, 200)  # (200, 200), 0 to 1
+    canvas = torch.zeros(420, 300)
+    canvas[150:350, 30:230] = glyph
+    grey = (235 - 200 * canvas if dark_on_light else 20 + 200 * canvas).to(torch.uint8).numpy()
+    picture = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    picture.save(tmp_path / "four.png")
+    x = load_model.read_image(tmp_path / "four.png").double() / 255
+    rows, columns = (torch.where((x > 0.3).any(axis))[0] for axis in (1, 0))
+    assert rows[-1] - rows[0] + 1 in (19, 20, 21)
+    for axis in (0, 1):
+        center = (x.sum(1 - axis) * torch.arange(28)).sum() / x.sum()
+        assert abs(center - 13.5) <= 0.75
+    rows, columns = (torch.where((glyph > 0.3).any(axis))[0] for axis in (1, 0))
+    cut = glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert abs(cut.shape[1] / cut.shape[0] - (x > 0.3).any(0).sum() / (x > 0.3).any(1).sum()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (lambda: None, "no such file"),
+        (lambda: b"not a picture", "can't be read"),
+        (lambda: Image.new("RGB", (300, 200), "white"), "blank"),
+        (lambda: Image.new("RGBA", (30, 20), (0, 0, 0, 0)), "blank"),
+        (lambda: Image.new("L", (1, 1), 7), "blank"),
+        (lambda: two_digits(1), "2 things"),
+        (lambda: two_digits(0), "2 things"),
+        (lambda: Image.fromarray(np.pad(np.full((90, 90), 250, np.uint8), 5)), "one shade"),
+    ],
+)
+def test_pictures_that_are_no_digit_are_named(tmp_path, picture, words):
+    path = tmp_path / "odd.png"
+    made = picture()
+    if isinstance(made, bytes):
+        path.write_bytes(made)
+    elif made is not None:
+        made.save(path)
+    with pytest.raises(utils.InputError, match=words):
+        load_model.read_image(path)
+
+
+def two_digits(axis):
+    glyphs = torch.cat([load.glyph("DejaVuSans", digit, 60) for digit in (4, 2)], axis)
+    return Image.fromarray((255 - 255 * glyphs).to(torch.uint8).numpy())
+
+
+def test_light_ink_on_nothing_and_an_edge_in_view(tmp_path):
+    glyph = load.glyph("DejaVuSans", 3, 200).numpy()
+    light = np.full((200, 200, 4), 255, np.uint8)
+    light[..., 3] = glyph * 255
+    Image.fromarray(light).save(tmp_path / "light.png")
+    dark = (255 - 255 * glyph).astype(np.uint8)
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    dark[:, :6] = 0  # the table beside the paper
+    Image.fromarray(dark).save(tmp_path / "edge.png")
+    light, dark, edge = (load_model.read_image(tmp_path / f"{name}.png") for name in ("light", "dark", "edge"))
+    assert (light.int() - dark.int()).abs().max() < 20 and torch.equal(edge, dark)
+
+
+def test_a_linear_model_against_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = load.typeset(1500, "train", 5)
+    data = load.Data(x[:1000], y[:1000], x[:9], y[:9], x[1000:], y[1000:], 0.12, 0.25, "typeset", True)
+    flat = [load.normalise(part, 0.12, 0.25).flatten(1).numpy() for part in (x[:1000], x[1000:])]
+    theirs = linear_model.LogisticRegression(C=1e3, max_iter=40).fit(flat[0], y[:1000]).score(flat[1], y[1000:])
+    assert load.linear_baseline(data) == pytest.approx(theirs, abs=0.05)
+    assert load.majority_baseline(data) == pytest.approx((y[1000:] == y[:1000].mode()[0]).float().mean())
+
+
+def test_a_users_digit_is_read(trained, tmp_path):
+    out, _ = trained
+    glyph = 255 - 255 * load.glyph("DejaVuSans", 7, 300)
+    Image.fromarray(glyph.to(torch.uint8).numpy()).save(tmp_path / "seven.png")
+    printed = run("load_model.py", "--model", out / "model.pt", "--image", tmp_path / "seven.png", "--out", tmp_path)
+    assert printed.count("@@") > 10 and "-> " in printed and (tmp_path / "image.png").stat().st_size > 1000
+    missing = run("load_model.py", "--model", out / "model.pt", "--image", "x", "--out", tmp_path, code=1)
+    assert "no such file" in missing
+
+
+def test_another_models_checkpoint_is_refused(trained, tmp_path):
+    saved = utils.load_checkpoint(trained[0] / "model.pt", train.SCRIPT)
+    utils.save_checkpoint(tmp_path / "model.pt", saved | {"config": saved["config"] | {"hidden": 9}})
+    assert "another network" in run("load_model.py", "--model", tmp_path / "model.pt", "--out", tmp_path, code=1)
+    utils.save_checkpoint(tmp_path / "model.pt", {"script": "05_transformer/train.py"})
+    assert "05_transformer" in run("load_model.py", "--model", tmp_path / "model.pt", "--out", tmp_path, code=1)
+
+
+# ---------------------------------------------------------------------------------------------- experiment, real data
+def test_load_and_experiment_run(tmp_path):
+    assert "STAND-IN" in run("load.py", "--data", "typeset", "--out", tmp_path)
+    printed = run("experiment.py", "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
+    table = json.loads((tmp_path / "choices.json").read_text())
+    found = {row["name"]: row["mean"] for row in table["rows"]}
+    assert len(found) == len(experiment.CHANGES) and "lowest validation loss" in printed
+    assert found["sorted by digit"] < found["the same order in every epoch"]  # what shuffling is for
+    assert (tmp_path / "choices.png").exists() and (tmp_path / "fitting.png").exists()
+
+
+@pytest.mark.real("MNIST/raw/train-images-idx3-ubyte")
+def test_real_mnist(monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "DATA_DIR", REAL)
+    data = load.load_data("mnist")
+    assert [len(data.train_y), len(data.val_y), len(data.test_y)] == [55_000, 5_000, 10_000]
+    # the published mean and standard deviation of all 60,000 are 0.1307 and 0.3081
+    assert data.mean == pytest.approx(0.1307, abs=5e-4) and data.std == pytest.approx(0.3081, abs=5e-4)
+    # a real digit, printed large and dark on light, comes back as it was
+    close = 0
+    for i in range(20):
+        picture = Image.fromarray(255 - data.test_x[i].numpy()).resize((280, 280), Image.BICUBIC)
+        picture.save(tmp_path / "digit.png")
+        x = load_model.read_image(tmp_path / "digit.png").float()
+        shifts = [x.roll((down, right), (0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]  # centred to a pixel
+        close += max(F.cosine_similarity(s.flatten(), data.test_x[i].float().flatten(), 0) for s in shifts) > 0.85
+    assert close >= 17

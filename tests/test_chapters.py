@@ -1,0 +1,34 @@
+"""What DESIGN asks of every chapter alike."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+CHAPTERS = sorted(path.name for path in ROOT.glob("[0-9][0-9]_*"))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_without_their_teaching_comments_the_scripts_still_run(tmp_path, chapter):
+    """`grep -v '^ *##'` leaves lean programs: all of a chapter's scripts answer --help, in one process to save time."""
+    (tmp_path / chapter).mkdir()
+    scripts = [path.name for path in (ROOT / chapter).glob("*.py")]
+    for path in [*(ROOT / chapter).glob("*.py"), ROOT / "utils.py"]:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lean = [line for line in lines if not line.lstrip().startswith("##")]
+        assert len(lean) < len(lines)
+        (tmp_path / path.relative_to(ROOT)).write_text("".join(lean), encoding="utf-8")
+    program = """if True:
+        import contextlib, io, runpy, sys
+        folder, *scripts = sys.argv[1:]
+        sys.path.insert(0, folder)
+        for script in scripts:
+            sys.argv = [f"{folder}/{script}", "--help"]
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            assert "--out" in out.getvalue(), script
+    """
+    command = [sys.executable, "-c", program, str(tmp_path / chapter), *scripts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
