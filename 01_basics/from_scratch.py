@@ -29,14 +29,15 @@ from load import linear_baseline, load_data, majority_baseline, normalise  # noq
 
 
 # ---------------------------------------------------------------------------------------------- the network
-def init(I: int, M: int, K: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[Tensor]:  # noqa: E741
-    """Weights and biases [W1 (I, M), b1 (M,), W2 (M, K), b2 (K,)].
+def init(sizes: tuple[int, int, int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Weights and biases [W1 (I, M), b1 (M,), W2 (M, K), b2 (K,)] for sizes (I, M, K).
 
     ## All weights equal would stay equal: every hidden unit would get the same gradient. So they start at random. Their
     ## size keeps the variance of what passes through: a sum over I inputs has I times the variance of one product, and
     ## ReLU halves it, hence sqrt(2 / I) (He et al. 2015). The last layer starts small: large scores at random would be
     ## confident nonsense.
     """
+    I, M, K = sizes  # noqa: E741
     W1 = torch.randn(I, M, generator=generator, dtype=dtype) * (2 / I) ** 0.5
     W2 = torch.randn(M, K, generator=generator, dtype=dtype) * 0.01
     return [W1, torch.zeros(M, dtype=dtype), W2, torch.zeros(K, dtype=dtype)]
@@ -96,7 +97,7 @@ def backward(p: Tensor, y: Tensor, params: list[Tensor], cache: tuple[Tensor, ..
 def check(device: torch.device) -> dict[str, float]:
     """Largest difference of our gradients to autograd's and, at 40 weights, to finite differences; in float64."""
     generator = torch.Generator().manual_seed(0)
-    params = [p.to(device) for p in init(784, 128, 10, generator, torch.float64)]
+    params = [p.to(device) for p in init((784, 128, 10), generator, torch.float64)]
     x = torch.randn(32, 784, generator=generator, dtype=torch.float64).to(device)
     y = torch.randint(10, (32,), generator=generator).to(device)
     logits, cache = forward(x, params)
@@ -155,7 +156,7 @@ def main() -> None:
                               for x in (data.train_x, data.val_x, data.test_x))
     train_y, val_y, test_y = (y.to(device) for y in (data.train_y, data.val_y, data.test_y))
     generator = torch.Generator().manual_seed(args.seed)
-    params = [p.to(device) for p in init(train_x.shape[1], 128, 10, generator)]
+    params = [p.to(device) for p in init((train_x.shape[1], 128, 10), generator)]
     first, _ = cross_entropy(forward(val_x, params)[0], val_y)
     print(f"\n{label}: {len(train_y):,} pictures; {sum(p.numel() for p in params):,} parameters; before training: "
           f"validation loss {first:.3f} (guessing: ln 10 = 2.303), accuracy {accuracy(val_x, val_y, params):.1%}\n")
