@@ -17,7 +17,7 @@ You should see (Tiny Shakespeare, seeds 0 to 2, two cores of an AMD EPYC, torch 
     + token shift                               22,200              1.781 ± 0.002   1.700 ± 0.011
     + embeddings start at 1, not 0.02           22,000              1.804 ± 0.005   1.719 ± 0.013   not kept
     + zero-initialised projections              22,300              1.793 ± 0.005   1.707 ± 0.010   not kept
-and from a second run, in which the machine was about a tenth faster (so the last column is lower by about 0.02):
+and from a second run, on a faster hour of the same machine, so that the last column can't be compared with the above:
     + ReLU squared                              25,200              1.753 ± 0.004   1.655 ± 0.010
     + context 128                               24,500              1.757 ± 0.008   1.655 ± 0.004
     + context 256                               23,100              1.772 ± 0.005   1.663 ± 0.008
