@@ -87,6 +87,8 @@ def simple(recipe: dict, data: Data, K: int) -> nn.Module:
         for i, layer in enumerate(model):
             if isinstance(layer, nn.BatchNorm2d):
                 model[i] = Bias(layer.num_features)
+    if recipe["optimizer"] != "muon":  # train.py's head is made for its own learning rates
+        model[-1] = nn.Linear(model[-1].in_features, K)
     return model
 
 
@@ -102,13 +104,16 @@ class Bias(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- one run
-def optimizers_of(model: nn.Module, name: str, lr: float = 1.0) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: nn.Module, name: str, batch_size: int, lr: float = 1.0) -> list[torch.optim.Optimizer]:
     """train.py's pair, AdamW, or SGD, each with a usual learning rate and decay; lr multiplies the learning rates."""
     if name == "muon":
-        return make_optimizers(model, 5e-3 * lr, 0.12 * lr)
+        return make_optimizers(model, 0.053 * lr, 0.12 * lr, batch_size)
     trained = [p for p in model.parameters() if p.requires_grad]
-    one = (torch.optim.AdamW(trained, lr=3e-3 * lr, weight_decay=0.05) if name == "adamw" else
-           torch.optim.SGD(trained, lr=0.1 * lr, momentum=0.9, nesterov=True, weight_decay=5e-4))
+    if name == "adamw":
+        one = torch.optim.AdamW(trained, lr=3e-3 * lr, weight_decay=0.05)
+    else:  # SGD's usual 0.1 and 5e-4 are for the mean over a batch, and the loss here is a sum
+        one = torch.optim.SGD(trained, lr=0.1 / batch_size * lr, momentum=0.9, nesterov=True,
+                              weight_decay=5e-4 * batch_size)
     one.param_groups[0]["peak"] = one.param_groups[0]["lr"]
     return [one]
 
@@ -118,7 +123,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, recipe: dict, pictures: int, bat
     """Train model on x (N, 3, H, W) uint8 with labels y (N,), in shuffled passes, until it has seen `pictures`."""
     generator = torch.Generator().manual_seed(seed)
     steps = max(1, pictures // batch_size)
-    optimizers = optimizers_of(model, recipe["optimizer"], lr)
+    optimizers = optimizers_of(model, recipe["optimizer"], batch_size, lr)
     convs = [layer for layer in model.modules() if isinstance(layer, Conv) and layer.weight.requires_grad]
     order = torch.cat([torch.randperm(len(y), generator=generator)
                        for _ in range(-(-steps * batch_size // len(y)))]).to(x.device)
@@ -131,7 +136,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, recipe: dict, pictures: int, bat
         set_rates(optimizers, one_cycle(step, steps))
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(batch).float()
-        F.cross_entropy(logits, y[rows], label_smoothing=recipe["label_smoothing"]).backward()
+        F.cross_entropy(logits, y[rows], label_smoothing=recipe["label_smoothing"], reduction="sum").backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -202,12 +207,11 @@ def transfer(data: Data, args, device: torch.device, dtype: torch.dtype):
             x, y = data.train_x[rows], data.train_y[rows] - (K - 2)
             for way in ("from scratch", "all layers", "last layer"):
                 utils.set_seed(seed)
-                model = simple(BASE, data, 2).to(device) if way == "from scratch" else copy.deepcopy(teacher)
-                if way != "from scratch":
-                    model[-1] = nn.Linear(model[-1].in_features, 2).to(device)
+                recipe = BASE | {"optimizer": "adamw"}
+                model = simple(recipe, data, 2).to(device) if way == "from scratch" else copy.deepcopy(teacher)
+                model[-1] = nn.Linear(model[-1].in_features, 2).to(device)
                 if way == "last layer":
                     model.requires_grad_(False)[-1].requires_grad_(True)
-                recipe = BASE | {"optimizer": "adamw"}
                 fit(model, x, y, recipe, 60 * 50, 50 if n > 20 else 20, seed, dtype, lr=0.3)
                 found.setdefault((n, way), []).append(
                     accuracy(model, data.val_x[val], data.val_y[val] - (K - 2), dtype))

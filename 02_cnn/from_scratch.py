@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
-from load import grid, linear_baseline, load_data  # noqa: E402
+from load import grid, linear_baseline, load_data, majority_baseline  # noqa: E402
 
 # Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes,
 #         S side of a filter in pixels, L = H * W places
@@ -296,9 +296,9 @@ def main() -> None:
         bar.update(step + 1, f"loss {loss:.3f}", args.batch_size)
     bar.clear()
     seconds = time.perf_counter() - begun
-    majority = test_y.bincount().max().item() / len(test_y)
-    print(f"\ntest accuracy ({label}): most frequent class {majority:.1%}, linear model on pixels {linear:.1%}, "
-          f"this network {accuracy(test_x, test_y, w, running):.1%} after {seconds:.0f} s")
+    print(f"\ntest accuracy ({label}): most frequent class {majority_baseline(data):.1%}, "
+          f"linear model on pixels {linear:.1%}, this network {accuracy(test_x, test_y, w, running):.1%} after "
+          f"{seconds:.0f} s")
 
     filters = w["conv1"]
     filters = (filters - filters.amin((1, 2, 3), keepdim=True)) / (

@@ -266,6 +266,11 @@ def linear_baseline(data: Data, epochs: int = 5, seed: int = 0) -> float:
     return best[1]
 
 
+def majority_baseline(data: Data) -> float:
+    """Test accuracy of always naming the class that is most frequent in the training part."""
+    return (data.test_y == data.train_y.bincount().argmax()).float().mean().item()
+
+
 # ---------------------------------------------------------------------------------------------- augmentation
 ## A cat that looks to the other side, stands two pixels further left, or hides a corner behind a box is still a cat.
 ## Each function changes a whole batch at once, on whatever device it lies, which is many times faster than changing
@@ -332,8 +337,7 @@ def main() -> None:
     print(f"{'class':14}{'train':>8}{'val':>8}{'test':>8}")
     for k, name in enumerate(data.classes):
         print(f"{name:14}" + "".join(f"{(y == k).sum():8,}" for y in (data.train_y, data.val_y, data.test_y)))
-    share = max((data.test_y == k).double().mean().item() for k in range(K))
-    print(f"\nalways naming the most frequent class: {share:.1%} of the test pictures; "
+    print(f"\nalways naming the most frequent class: {majority_baseline(data):.1%} of the test pictures; "
           f"guessing: loss ln {K} = {math.log(K):.4f}")
     print(f"a linear model on the pixels: {linear_baseline(data):.1%}")
 

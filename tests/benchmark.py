@@ -264,7 +264,7 @@ def pictures() -> None:
         steps = 8_000 // B
         config = {"model": name, "classes": 10, "head_only": False, "dropout": 0.2}
         model = cnn_train.build(config, mean, std).to(memory_format=torch.channels_last).train()
-        optimizers = cnn_train.make_optimizers(model, preset["lr"], preset["muon_lr"])
+        optimizers = cnn_train.make_optimizers(model, preset["lr"], preset["muon_lr"], preset["batch_size"])
         peer = cnn_train.build(config, mean, std).train()
         first = {"simple": "0", "resnet": "normalise"}[name]
         setattr(peer, first, torch.nn.Identity())  # its loader normalises

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from conftest import REAL, ROOT, chapter
 from PIL import Image
 from torchvision.datasets import MNIST
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 import utils
 
@@ -363,6 +365,56 @@ def test_another_models_checkpoint_is_refused(trained, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- experiment, real data
+# ---------------------------------------------------------------------------------------------- how far an MLP can go
+def test_straightened_digits_stand_upright_in_the_middle():
+    x, _ = load.typeset(50, "train", 3)
+    x[x < 60] = 0  # no noise: what bilinear sampling loses at the edges would count as ink
+    leaning = TF.affine(x[:, None], 0, [2, -1], 1.0, [20, 0], interpolation=InterpolationMode.BILINEAR)[:, 0]
+    upright = experiment.straighten(leaning)
+    assert upright.shape == (50, 28, 28) and upright.min() >= 0 and upright.max() <= 255
+    where = np.indices((28, 28)).reshape(2, -1)
+    lean = lambda x: [abs(np.cov(where, aweights=ink.flatten().double().numpy())[0, 1]) for ink in x]  # noqa: E731
+    assert np.mean(lean(upright)) < 0.1 * np.mean(lean(leaning))
+    centres = [np.average(where, axis=1, weights=ink.flatten().double().numpy()) for ink in upright]
+    assert np.abs(np.array(centres) - 13.5).max() < 0.3
+    assert experiment.straighten(torch.zeros(1, 28, 28, dtype=torch.uint8)).isfinite().all()  # a blank sheet
+
+
+def test_distortions_against_torchvision():
+    x = load.typeset(1, "train", 0)[0].float()
+    still = dict(turn=0.0, stretch=0.0, slant=0.0, move=0.0, bend=0.0)
+    torch.testing.assert_close(experiment.distort(x, **still), x, atol=1e-3, rtol=0)
+
+    torch.manual_seed(5)
+    turned = experiment.distort(x, **still | {"turn": 0.5})
+    torch.manual_seed(5)
+    degrees = np.rad2deg(0.5 * (2 * torch.rand(1).item() - 1))
+    expected = TF.rotate(x, degrees, interpolation=InterpolationMode.BILINEAR)
+    torch.testing.assert_close(turned, expected, atol=0.05, rtol=0)
+
+    torch.manual_seed(6)
+    bent = experiment.distort(x, **still | {"bend": 2.0})
+    torch.manual_seed(6)
+    for _ in range(6):
+        torch.rand(1)  # turn, two stretches, slant, two moves
+    points = torch.randn(1, 2, 6, 6) * 2.0 * 2 / 28
+    field = F.interpolate(points, size=28, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    torch.testing.assert_close(bent, TF.elastic_transform(x[None], field)[0], atol=0.05, rtol=0)
+    assert (bent - x).abs().mean() > 1
+
+
+def test_smoothness_finds_the_worst_direction():
+    """With two classes and a linear model, the KL for a small r is p (1 - p) (r . (w1 - w0))^2 / 2."""
+    torch.manual_seed(0)
+    model, x, size = torch.nn.Linear(6, 2).double(), torch.randn(5, 6).double(), 1e-3
+    logits = model(x)
+    p = logits.softmax(1)
+    w = model.weight[1] - model.weight[0]
+    expected = (p[:, 0] * p[:, 1] * size**2 * w.square().sum() / 2).mean().item()
+    found = experiment.smoothness(model, x, logits, size).item()
+    assert found == pytest.approx(expected, rel=0.05)
+
+
 def test_load_and_experiment_run(tmp_path):
     assert "STAND-IN" in run("load.py", "--data", "typeset", "--out", tmp_path)
     printed = run("experiment.py", "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
@@ -370,7 +422,11 @@ def test_load_and_experiment_run(tmp_path):
     found = {row["name"]: row["mean"] for row in table["rows"]}
     assert len(found) == len(experiment.CHANGES) and "lowest validation loss" in printed
     assert found["sorted by digit"] < found["the same order in every epoch"]  # what shuffling is for
-    assert (tmp_path / "choices.png").exists() and (tmp_path / "fitting.png").exists()
+    limits = json.loads((tmp_path / "limits.json").read_text())["rows"]
+    assert [row["name"] for row in limits] == [name for name, _ in experiment.LIMITS]
+    assert all(0.2 < row["test_accuracy"] <= 1 for row in limits)
+    for part in experiment.PARTS:
+        assert (tmp_path / f"{part}.png").stat().st_size > 1000
 
 
 @pytest.mark.real("MNIST/raw/train-images-idx3-ubyte")
