@@ -515,8 +515,8 @@ def main() -> None:
         utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
 
 
-## Try this. Each was run once (--model simple --epochs 3, the JPEG copy, seed 0); as it is: 75.12 % of the test pictures
-## after 53 s.
+## Try this. Each was run once (--model simple --epochs 3, the JPEG copy, seed 0); as it is: 75.12 % of the test
+## pictures after 53 s.
 ##   --small 0            74.60 %, 66 s   all of the run at 32 x 32: a quarter more time for nothing
 ##   --batch-size 200     76.44 %, 57 s   five times as many steps for the same pictures
 ##   --pad 0              76.39 %, 54 s   in three epochs nothing is learned by heart: shifts only make it harder
