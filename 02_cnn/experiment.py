@@ -124,7 +124,10 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, recipe: dict, pictures: int, bat
     generator = torch.Generator().manual_seed(seed)
     steps = max(1, pictures // batch_size)
     optimizers = optimizers_of(model, recipe["optimizer"], batch_size, lr)
-    convs = [layer for layer in model.modules() if isinstance(layer, Conv) and layer.weight.requires_grad]
+    ## Weights of a fixed size belong to train.py's recipe, and do no harm behind batch norm alone; the other optimizers
+    ## have weight decay instead.
+    fixed = recipe["optimizer"] == "muon" and recipe["batch_norm"]
+    convs = [layer for layer in model.modules() if fixed and isinstance(layer, Conv)]
     order = torch.cat([torch.randperm(len(y), generator=generator)
                        for _ in range(-(-steps * batch_size // len(y)))]).to(x.device)
     model.train()

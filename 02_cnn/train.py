@@ -98,7 +98,6 @@ class Head(nn.Linear):
     """Scores of K classes from C numbers a picture, as a mean over the channels and not a sum: (B, C) -> (B, K).
 
     ## With weights of size 1, the division keeps scores small until the channels agree with each other about a class.
-    ## So it is a brake on learning by heart, as label smoothing is.
     """
 
     def __init__(self, C: int, classes: int):
@@ -260,7 +259,8 @@ def make_optimizers(model: nn.Module, lr: float, muon_lr: float, batch_size: int
     ## Muon (Jordan et al. 2024) averages gradients, then makes all directions of the averaged matrix equally long:
     ## chapter 05 has more about it. Its momentum is low, as a short run has no time for a long memory.
     ## SGD with momentum is enough for what is left, a bias per channel and the head. The loss is summed over the batch,
-    ## so `lr` is per picture, whatever the batch size; weight decay too: it takes two millionths per picture.
+    ## so `lr` is per picture, whatever the batch size; weight decay too: at the peak, two millionths per picture,
+    ## before momentum repeats it.
     """
     convs = [layer.weight for layer in model.modules() if isinstance(layer, Conv)]
     matrices = [p for p in convs if p.requires_grad]
@@ -519,7 +519,7 @@ def main() -> None:
 ## pictures after 53 s.
 ##   --small 0            74.60 %, 66 s   all of the run at 32 x 32: a quarter more time for nothing
 ##   --batch-size 200     76.44 %, 57 s   five times as many steps for the same pictures
-##   --pad 0              76.39 %, 54 s   in three epochs nothing is learned by heart: shifts only make it harder
+##   --pad 0              76.39 %, 54 s   no shifts: in so short a run they cost more than they bring
 
 if __name__ == "__main__":
     utils.run(main)
