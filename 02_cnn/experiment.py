@@ -231,7 +231,7 @@ def main() -> None:
     parts = {"ingredients": ingredients, "depth": depth, "transfer": transfer}
     add("--parts", nargs="+", choices=parts, default=list(parts), help="which tables to make")
     add("--seeds", type=int, default=3, help="runs per row, with seeds 0, 1, 2, ...")
-    add("--pictures", type=int, default=150_000, help="pictures that each run sees; the deep networks see half as many")
+    add("--pictures", type=int, default=100_000, help="pictures that each run sees; the deep networks see half as many")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
     if args.seeds < 1 or args.pictures < 500:

@@ -299,6 +299,105 @@ def pictures() -> None:
             row(f"02 {name} training, pictures/s", ours, theirs, note)
 
 
+def gpt2_folder(folder: Path) -> None:
+    """Random weights of GPT-2's 124 M shape, and an adapter of rank 8 for c_attn, in the files of hub and PEFT."""
+    gpt2, lora = chapter("06_finetune", "gpt2", "lora")
+    torch.manual_seed(0)
+    model = gpt2.GPT2(gpt2.SIZES["gpt2"])
+    gpt2.save_model(model, folder, end=50256)
+    lora.add_lora(model, 8, 16, 0.0, ["c_attn"])
+    lora.save_adapter(model, folder / "adapter", str(folder))
+
+
+def lora_side(side: str, folder: Path, steps: int = 6) -> None:
+    """One side of the row `lora`, in a process of its own, for memory is counted by the process. Prints JSON."""
+    utils.keep_memory() if side == "ours" else None
+    B, T = 4, 256
+    gpt2, lora, ft = chapter("06_finetune", "gpt2", "lora", "train")
+    dtype = utils.pick_dtype(torch.device("cpu")) if side == "ours" else torch.float32
+    if side == "ours":
+        model = gpt2.read_model(folder, gpt2.read_config(folder / "config.json"))
+        lora.load_adapter(model, folder / "adapter")
+        if dtype == torch.bfloat16:
+            gpt2.shrink(model)
+        forward = model.train()
+        options = {"fused": True}
+    else:
+        import peft
+
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel.from_pretrained(folder, **none)
+        model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True).train()
+        forward = lambda x: model(x).logits  # noqa: E731
+        options = {}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, **options)
+    text = torch.randint(50257, (steps, B, T + 1), generator=torch.Generator().manual_seed(0))
+    seconds, losses = [], []
+    for window in text:
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = forward(window[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "memory": ft.peak_memory(torch.device("cpu")),
+                      "losses": losses, "trained": sum(p.numel() for p in trained), "dtype": str(dtype)}))
+
+
+def lora() -> None:
+    """A training step of LoRA (r = 8, c_attn) on GPT-2's 124 M shape, batch 4 x 256: seconds, peak memory, losses."""
+    with tempfile.TemporaryDirectory() as folder:
+        gpt2_folder(Path(folder))
+        runs = {"ours": [], "peer": []}
+        for side in ["ours", "peer"] * 3:
+            command = [sys.executable, __file__, "--side", side, "--folder", folder]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+    seconds, memory = ([statistics.median(run[key] for run in side) for side in runs.values()]
+                       for key in ("seconds", "memory"))
+    ours, peer = runs["ours"][0], runs["peer"][0]
+    note = f"transformers + peft, float32 ({ours['dtype']} here); {ours['trained']:,} and {peer['trained']:,} trained"
+    row("06 seconds per LoRA step, 124 M", *seconds, note, lower=True)
+    difference = max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"]))
+    note = f"same runs; losses differ by up to {difference:.4f} of {peer['losses'][0]:.2f}, {len(peer['losses'])} steps"
+    row("06 peak memory of LoRA, GB", memory[0] / 1e9, memory[1] / 1e9, note, lower=True)
+
+
+def gpt2_generation(length: int = 256) -> None:
+    """Tokens per second, greedy, from GPT-2's 124 M shape with random weights, cache on both sides."""
+    gpt2 = chapter("06_finetune", "gpt2")
+    dtype = utils.pick_dtype(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        gpt2_folder(Path(folder))
+        peer = GPT2LMHeadModel.from_pretrained(folder).eval()
+        model = gpt2.read_model(Path(folder), gpt2.SIZES["gpt2"]).requires_grad_(False)
+        if dtype == torch.bfloat16:
+            gpt2.shrink(model)
+        ids = torch.randint(50257, (8,), generator=torch.Generator().manual_seed(0)).tolist()
+
+        def ours_once():
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                n = len(list(gpt2.generate(model, ids, length, temperature=0)))
+            assert n == length
+            return length / (time.perf_counter() - start)
+
+        def peer_once():
+            start, prompt = time.perf_counter(), torch.tensor([ids])
+            with torch.no_grad():
+                out = peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
+                                    min_new_tokens=length, max_new_tokens=length, pad_token_id=0)
+            assert out.shape[1] == length + len(ids)
+            return length / (time.perf_counter() - start)
+
+        ours, theirs = alternate(ours_once, peer_once, 3)
+    row("06 generation, 124 M, tokens/s", ours, theirs, f"transformers' generate with cache, float32 ({dtype} here)")
+
+
 def row(name: str, ours: float, peer: float, note: str, lower: bool = False) -> None:
     ratio = peer / ours if lower else ours / peer
     print(f"{name:40} ours {ours:10,.2f}   peer {peer:10,.2f}   {ratio:5.2f} x   {note}", flush=True)
@@ -310,11 +409,19 @@ ROWS = {
     "training": training,
     "generation": generation,
     "time_to_loss": time_to_loss,
+    "lora": lora,
+    "gpt2_generation": gpt2_generation,
 }
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)  # lora starts this script anew
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        lora_side(args.side, args.folder)
+        sys.exit()
     utils.keep_memory()
-    for name in parser.parse_args().rows:
+    for name in args.rows:
         ROWS[name]()

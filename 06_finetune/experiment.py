@@ -1,0 +1,169 @@
+"""Full fine-tuning against LoRA, rank by rank, and both against training from scratch, on one text.
+
+You learn here: what each way of fine-tuning costs in parameters, memory and time, and what it reaches; which of LoRA's
+numbers matter; and what pre-training was worth.
+
+    python 06_finetune/experiment.py                       all tables (GPT-2 if it can be had, else the stand-in)
+    python 06_finetune/experiment.py --parts scratch       one of: methods alpha targets scratch
+
+Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json,
+experiment.png, and scratch.png (part scratch). Left out on purpose: a search for each row's best learning rate.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import bpe  # noqa: E402
+import utils  # noqa: E402
+from gpt2 import GPT2, save_model  # noqa: E402
+from load import Base, find_base, read_text  # noqa: E402
+from train import LR  # noqa: E402
+
+SCRIPT = "06_finetune/experiment.py"
+TRAIN = Path(__file__).parent / "train.py"
+RANKS, ALPHAS = (1, 2, 4, 8, 16, 64), (4, 8, 16, 32, 64)
+TARGETS = (["c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"], ["c_attn", "attn.c_proj"],
+           ["c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+
+
+def rows_of(part: str, n_embd: int) -> list[tuple[str, list[str]]]:
+    """(name, train.py's options) for each row of a table; ranks that the base is too small for are left out."""
+    if part == "methods":
+        ranks = [r for r in RANKS if r <= n_embd]
+        return [("full", ["--method", "full"]), ("last block alone", ["--method", "head"]),
+                *((f"LoRA, rank {r}", ["--lora-rank", str(r)]) for r in ranks)]
+    if part == "alpha":
+        return [(f"rank 8, alpha {alpha}", ["--lora-alpha", str(alpha)]) for alpha in ALPHAS]
+    if part == "targets":
+        return [(" + ".join(names), ["--lora-targets", *names]) for names in TARGETS]
+    return [("fine-tuned, full", ["--method", "full"]), ("fine-tuned, LoRA", []),
+            ("from scratch", ["--method", "full", "--lr", "2e-3", "--model", "SCRATCH"])]
+
+
+def from_scratch(base: Base, folder: Path, seed: int) -> None:
+    """Write a network of the base's shape that has learned nothing, in GPT-2's files.
+
+    ## So that the peer is fair, it has all that the base has but its training: the shape, the vocabulary, the same
+    ## text, the same number of steps, and train.py itself with the learning rate that suits a fresh network.
+    """
+    torch.manual_seed(seed)
+    base.tokenizer.save(folder)
+    save_model(GPT2(base.config), folder, base.tokenizer.vocab[bpe.END])
+
+
+def train(options: list[str], out: Path) -> dict:
+    """Run train.py and return its metrics.json. Raises utils.InputError with its last words where it failed."""
+    done = subprocess.run([sys.executable, str(TRAIN), *options, "--out", str(out)], capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or ["no message"]
+        raise utils.InputError(f"train.py {' '.join(options)} failed: {words[-1].removeprefix('error: ')}")
+    return json.loads((out / "metrics.json").read_text())
+
+
+def draw_tables(tables: dict, label: str, path: Path) -> None:
+    """One panel per table: validation loss of each row, mean and spread."""
+    heights = [len(rows) for rows in tables.values()]
+    figure, axes = plt.subplots(len(tables), 1, squeeze=False, height_ratios=heights,
+                                figsize=(8, 0.36 * sum(heights) + 1.1 * len(tables)))
+    for a, (part, rows) in zip(axes[:, 0], tables.items()):
+        a.errorbar([row["mean"] for row in rows], range(len(rows)), xerr=[row["std"] for row in rows], fmt="o")
+        a.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+        a.invert_yaxis()
+        a.set_title(f"{part} ({label})", fontsize=10)
+    axes[-1, 0].set_xlabel("validation loss, nats per token")
+    figure.tight_layout()
+    utils.save_figure(figure, path)
+
+
+def draw_scratch(rows: list[dict], label: str, path: Path) -> None:
+    """Bits per character over steps, seed 0: fine-tuned from the base, and from nothing."""
+    figure, a = plt.subplots(figsize=(7, 4))
+    for row in rows:
+        a.plot(*zip(*row["curve"]), marker="o", markersize=3, label=row["name"])
+    a.set(title=label, xlabel="step", ylabel="bits per character, validation")
+    a.legend()
+    utils.save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    parts = ["methods", "alpha", "targets", "scratch"]
+    add("--parts", nargs="+", choices=parts, default=parts, help="which tables to make")
+    add("--model", help="as in train.py; without it gpt2, or the stand-in if that is out of reach")
+    add("--data", help="as in train.py; without it Tiny Shakespeare, or python if that is out of reach")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--seeds", type=int, default=3, help="runs per row, with seeds 0, 1, 2, ...")
+    add("--steps", type=int, default=300, help="updates in each run")
+    add("--batch-size", type=int, default=4, help="windows per step")
+    add("--block-size", type=int, default=256, help="tokens in a window")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for tables and plots")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.steps < 1:
+        raise utils.InputError("--seeds and --steps must be at least 1.")
+    utils.check_writable(args.out)
+    base = find_base(args.model)  # made or downloaded here, once
+    text, text_stand_in = read_text(args.data)[1:]
+    label = f"{base.label()}, on {text}{', stand-in' * text_stand_in}"
+    print(f"{label}; {args.steps} steps; mean ± std of {args.seeds} seeds\n")
+
+    common = ["--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 6)), "--patience", "100",
+              "--batch-size", str(args.batch_size), "--micro-batch-size", str(args.batch_size), "--device", args.device,
+              "--block-size", str(args.block_size), *(["--data", args.data] if args.data else [])]
+    tables, done = {}, {}  # options -> what came of them: some rows stand in two tables
+    stem = "experiment" if args.parts == parts else "experiment_" + "_".join(args.parts)
+    print(f"{'':36}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}")
+    print(f"{'':36}{'parameters':>12}  {'nats per token':^17}  {'character':>9}  {'at most':>8}{'per run':>9}")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch, out = Path(folder) / "scratch", Path(folder) / "out"
+        for part in args.parts:
+            print(part)
+            for name, options in rows_of(part, base.config["n_embd"]):
+                if tuple(options) not in done:
+                    done[tuple(options)] = found = []
+                    for seed in range(args.seeds):
+                        if "SCRATCH" in options:
+                            from_scratch(base, scratch, seed)
+                        own = [str(scratch) if word == "SCRATCH" else word for word in options]
+                        own = own if "--model" in own else ["--model", base.name, *own]
+                        found.append(train([*common, *own, "--seed", str(seed)], out))
+                runs = [run["metrics"] for run in done[tuple(options)]]
+                first = done[tuple(options)][0]
+                per_nat = first["metrics"]["before_bits_per_character"] / first["metrics"]["before_val_loss"]
+                losses = [run["val_loss"] for run in runs]
+                row = {"name": name, "options": options, "losses": losses, "mean": statistics.mean(losses),
+                       "std": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+                       "bits_per_character": statistics.mean(run["bits_per_character"] for run in runs),
+                       "trained_parameters": runs[0]["trained_parameters"],
+                       "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+                       "seconds": statistics.median(run["seconds"] for run in done[tuple(options)]),
+                       "curve": [[0, first["metrics"]["before_bits_per_character"]],
+                                 *([h["step"], h["val_loss"] * per_nat] for h in first["history"])]}
+                tables.setdefault(part, []).append(row)
+                spread = f" ± {row['std']:.4f}" if len(losses) > 1 else ""
+                print(f"  {name:34}{row['trained_parameters']:12,}  {row['mean']:.4f}{spread:10}  "
+                      f"{row['bits_per_character']:9.4f}  {row['peak_memory_bytes'] / 1e9:5.2f} GB"
+                      f"{row['seconds']:9.1f}", flush=True)
+                utils.write_atomically(args.out / f"{stem}.json", json.dumps({
+                    "script": SCRIPT, "model": base.name, "data": text, "stand_in": base.stand_in or text_stand_in,
+                    "steps": args.steps, "torch": str(torch.__version__), "lr": LR, "tables": tables},
+                    indent=1).encode())
+    draw_tables(tables, label, args.out / f"{stem}.png")
+    if "scratch" in tables:
+        draw_scratch(tables["scratch"], label, args.out / "scratch.png")
+    print(f"\nwrote {stem}.json, {stem}.png{' and scratch.png' * ('scratch' in tables)} to {args.out}")
+    if base.stand_in or text_stand_in:
+        utils.notice(f"STAND-IN: these figures are for {label}, and not for GPT-2 on Tiny Shakespeare.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,385 @@
+"""GPT-2 by hand, named as in its weight files: the network, its memory of what was read, and the writing of text.
+
+You learn here: what OpenAI's weight files expect of a network, down to each tensor's name; why a cache of keys and
+values makes writing fast; how a token is drawn from scores.
+
+    python 06_finetune/gpt2.py                 the four sizes, and a text through a random network, shape by shape
+    python 06_finetune/gpt2.py --model DIR     the same for a folder with config.json and weights
+
+You should see: gpt2 124,439,808, gpt2-medium 354,823,168, gpt2-large 774,030,080, gpt2-xl 1,557,611,200 parameters; and
+that reading a text at once and token by token gives the same scores, to 1e-6.
+Writes: nothing; `save_model` writes folders that transformers opens. Left out on purpose: beam search; batches of
+texts of different lengths; GPT-2's relatives with other attention or activation functions, which are refused.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from weights import open_weights, save_safetensors  # noqa: E402
+
+# Shapes: B batch, T time (new tokens), S time (all tokens, S >= T), C channels (n_embd), H heads, D channels per head
+#         (C = H * D), V vocabulary
+
+SIZES = {  # Radford et al. 2019, table 2; the heads are in OpenAI's hparams.json
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+COMMON = {"vocab_size": 50257, "n_positions": 1024, "layer_norm_epsilon": 1e-5}  # the same in all four
+
+
+# ---------------------------------------------------------------------------------------------- the network
+class Conv1D(nn.Module):
+    """y = x W + b: (..., n_in) -> (..., n_out).
+
+    ## A linear layer. OpenAI wrote it as a convolution of width 1, and so its weight is (n_in, n_out), where nn.Linear
+    ## has (n_out, n_in): loaded into nn.Linear, the square ones would fit, and compute nonsense.
+    """
+
+    def __init__(self, n_in: int, n_out: int, std: float = 0.02):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_in, n_out) * std)
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention: (B, T, C) -> (B, T, C). Chapter 05 derives it step by step."""
+
+    def __init__(self, n_embd: int, n_head: int, n_layer: int, dropout: float):
+        super().__init__()
+        self.n_head = n_head
+        self.c_attn = Conv1D(n_embd, 3 * n_embd)  # queries, keys and values in one product
+        ## Each block adds to the sum that runs through the network, twice. Starting with these weights smaller by
+        ## sqrt(number of terms) keeps the sum's variance the same in a deep network (Radford et al. 2019, section 2.3).
+        self.c_proj = Conv1D(n_embd, n_embd, 0.02 / math.sqrt(2 * n_layer))
+        self.dropout = nn.Dropout(dropout)
+        self.keep_weights, self.weights = False, None  # load_model.py turns this on to draw them
+
+    def forward(self, x: Tensor, kv: Tensor | None, t: int) -> Tensor:
+        """kv (2, B, H, n_positions, D): keys and values of the t tokens before x, to which those of x are added."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if kv is not None:
+            kv[:, :, :, t : t + T] = torch.stack([k, v])
+            k, v = kv[:, :, :, : t + T].to(q.dtype)  # (B, H, S, D) each, S = t + T
+        S, p = k.shape[2], self.dropout.p if self.training else 0.0
+        if q.is_cuda and not self.keep_weights and (T == S or T == 1):
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)  # one fused kernel
+        else:
+            ##     y = softmax(q k^T / sqrt(D) + mask) v        (Vaswani et al. 2017, equation 1)
+            ## Spelled out, this beats the fused kernel on a CPU, whose backward pass is slow there.
+            future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+            weights = torch.add(future, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)  # (B, H, T, S)
+            self.weights = weights.detach() if self.keep_weights else None
+            y = self.dropout(weights).to(v.dtype) @ v  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two layers with GELU between them, on each position alone: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
+
+    def __init__(self, n_embd: int, n_layer: int):
+        super().__init__()
+        self.c_fc = Conv1D(n_embd, 4 * n_embd)
+        self.c_proj = Conv1D(4 * n_embd, n_embd, 0.02 / math.sqrt(2 * n_layer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ## GELU(x) = x Phi(x), with Phi the normal distribution (Hendrycks & Gimpel 2016). GPT-2 was trained with its
+        ## approximation by tanh: the exact one differs by up to 5e-4 at each unit, and every layer adds to that.
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added after: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        C, epsilon = config["n_embd"], config["layer_norm_epsilon"]
+        self.ln_1 = nn.LayerNorm(C, epsilon)
+        self.attn = Attention(C, config["n_head"], config["n_layer"], config["dropout"])
+        self.ln_2 = nn.LayerNorm(C, epsilon)
+        self.mlp = MLP(C, config["n_layer"])
+        self.dropout = nn.Dropout(config["dropout"])
+
+    def forward(self, x: Tensor, kv: Tensor | None = None, t: int = 0) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), kv, t))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class Cache:
+    """Keys and values of all that a model has read so far, for texts of up to n_positions tokens.
+
+    ## Without it the whole text would pass through all layers for every new token, though the keys and values of the
+    ## earlier ones can't have changed: no position sees a later one. So they are kept, and only the new token computed.
+    """
+
+    def __init__(self, model: "GPT2", B: int = 1):
+        c, w = model.config, model.wte.weight
+        D = c["n_embd"] // c["n_head"]
+        self.kv = torch.zeros(c["n_layer"], 2, B, c["n_head"], c["n_positions"], D, dtype=w.dtype, device=w.device)
+        self.length = 0  # tokens read
+
+
+class GPT2(nn.Module):
+    """Radford et al. 2019: token ids (B, T) -> logits (B, T, V), the scores of each position's next token.
+
+    config: vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon and, while training, dropout. Weights
+    may be float32, or bfloat16 for the matrices; torch.autocast outside decides in what precision they are multiplied.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = COMMON | {"dropout": 0.0} | config
+        c = self.config
+        if c["n_embd"] % c["n_head"]:
+            raise utils.InputError(f"n_embd {c['n_embd']} can't be shared evenly by {c['n_head']} heads; change one.")
+        V, n, C = c["vocab_size"], c["n_positions"], c["n_embd"]
+        self.wte = nn.Embedding.from_pretrained(0.02 * torch.randn(V, C), freeze=False)  # tokens; the last layer too
+        self.wpe = nn.Embedding.from_pretrained(0.01 * torch.randn(n, C), freeze=False)  # positions
+        self.h = nn.ModuleList(Block(c) for _ in range(c["n_layer"]))
+        self.ln_f = nn.LayerNorm(C, c["layer_norm_epsilon"])
+        self.dropout = nn.Dropout(c["dropout"])
+        self.checkpointing = False
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the last block says of each token: ids (B, T) -> (B, T, C). With a cache, ids go on where it ends."""
+        t, T = cache.length if cache else 0, ids.shape[1]
+        if t + T > self.config["n_positions"]:
+            raise utils.InputError(f"{t + T} tokens are more than the {self.config['n_positions']} positions of this "
+                                   "model; shorten the text.")
+        positions = torch.arange(t, t + T, device=ids.device)
+        ## The sum that runs through the network stays in float32, whatever the matrices are in: it collects 2 n_layer
+        ## small terms, and bfloat16 has three digits.
+        x = self.dropout((self.wte(ids) + self.wpe(positions)).float())  # (B, T, C)
+        for i, block in enumerate(self.h):
+            if self.checkpointing and self.training:
+                ## Activation checkpointing (Chen et al. 2016): keep a block's input alone, and compute the inside again
+                ## in the backward pass. Memory for activations falls to one block's and the other blocks' inputs; a
+                ## step takes one more forward pass.
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache.kv[i] if cache else None, t)
+        if cache:
+            cache.length += T
+        return self.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) from hidden (..., C), with the token embedding as last layer (Press & Wolf 2017)."""
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.logits(self.hidden(ids, cache))
+
+
+def shrink(model: GPT2, dtype: torch.dtype = torch.bfloat16) -> GPT2:
+    """Keep the frozen matrices in dtype: half the memory, and nothing to convert at each step. Returns the model.
+
+    ## Not for weights that are trained: an update is often less than 1/256 of its weight, and would be rounded away.
+    """
+    for layer in model.modules():
+        if isinstance(layer, (Conv1D, nn.Embedding)) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(dtype)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- files
+def read_config(path: Path) -> dict:
+    """Our config from a config.json of GPT-2's. Raises utils.InputError for another kind of model."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
+                               "config.json, model.safetensors, vocab.json and merges.txt.") from error
+    found = found if isinstance(found, dict) else {}
+    expected = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
+    for name, value in expected.items():
+        if found.get(name, None if name == "model_type" else value) != value:
+            raise utils.InputError(f"{path}: {name} is {found.get(name)!r:.60}, and this GPT-2 has {value!r}; take "
+                                   "another model.")
+    config = COMMON | {name: found.get(name) for name in ("n_layer", "n_head", "n_embd")}
+    config |= {name: found[name] for name in COMMON if name in found}
+    for name, value in config.items():
+        whole = name != "layer_norm_epsilon"
+        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 2**24:  # products fit 64 bits
+            raise utils.InputError(f"{path}: {name} is {value!r:.60}, and must be a positive {'whole ' * whole}number "
+                                   "below 2^24; take the model's own config.json.")
+    if found.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise utils.InputError(f"{path}: n_inner is {found['n_inner']!r:.60}, and this GPT-2 has 4 n_embd; take "
+                               "another model.")
+    ## load.py's stand-in says so in its config, and so does whatever is fine-tuned from it.
+    return config | ({"stand_in": True} if found.get("stand_in") is True else {})
+
+
+def read_model(path: Path, config: dict) -> GPT2:
+    """GPT-2 with the weights of a file or folder, in float32. Raises utils.InputError for tensors that don't fit.
+
+    ## The network is built without memory (the meta device) and then takes the file's tensors as they are: those are
+    ## views of a memory map, so that nothing is read or copied before it is used. Copied is only what has to be
+    ## converted, or lies at an odd address: as all of the published file of the smallest GPT-2.
+    """
+    weights = open_weights(path)
+    if 12 * config["n_layer"] > len(weights):  # 12 tensors each; asked first, as a config may claim a million layers
+        raise utils.InputError(f"{path} holds {len(weights)} tensors, too few for {config['n_layer']} layers; take the "
+                               "weights that belong to the config.")
+    with torch.device("meta"):
+        model = GPT2(config)
+    ## transformers saves the same tensors under "transformer.", and older files hold each layer's causal mask.
+    found = {name.removeprefix("transformer."): name for name in weights}
+    if len(found) < len(weights):
+        raise utils.InputError(f"{path} holds a tensor with and without \"transformer.\"; take another file.")
+    masks = {f"h.{i}.attn.{name}" for i in range(model.config["n_layer"]) for name in ("bias", "masked_bias")}
+    found = {short: name for short, name in found.items() if short not in masks}
+    head = found.pop("lm_head.weight", None)
+    expected = model.state_dict()
+    for short in expected | found:
+        if short not in found or short not in expected:
+            fault = (f"lacks {short}, which it needs" if short in expected else
+                     f"holds {found[short]!r:.80}, which it has no use for")
+            raise utils.InputError(f"{path} {fault}; take the weights of a GPT-2 with {config['n_layer']} layers.")
+    for short, tensor in expected.items():
+        given = weights[found[short]]
+        if given.shape != tensor.shape or not given.is_floating_point():
+            raise utils.InputError(f"{path}: {found[short]} is {tuple(given.shape)} of {given.dtype}, and this model "
+                                   f"needs {tuple(tensor.shape)} of floats; take the weights that belong to the "
+                                   "config.")
+    if head and not torch.equal(weights[head], weights[found["wte.weight"]]):
+        raise utils.InputError(f"{path}: {head} differs from wte.weight, and GPT-2 uses one for both; take another.")
+    state = {short: weights[found[short]].float() for short in expected}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_().eval()
+
+
+def save_model(model: GPT2, folder: Path, end: int) -> None:
+    """Write model.safetensors and config.json as GPT-2's are, so that transformers' from_pretrained reads them too.
+
+    end: the id of <|endoftext|>. The vocabulary's files come from Tokenizer.save.
+    """
+    c = {name: value for name, value in model.config.items() if name != "dropout"}
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", **c,
+              "n_ctx": c["n_positions"], "bos_token_id": end, "eos_token_id": end}
+    save_safetensors(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    utils.write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+
+
+# ---------------------------------------------------------------------------------------------- measuring, writing text
+@torch.no_grad()
+def loss_on(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch_size: int = 4) -> float:
+    """Mean loss in nats per token on ids (N,): windows of block_size one after another, every token counted once."""
+    training, total = model.training, 0.0
+    model.eval()  # no dropout
+    n = (len(ids) - 1) // block_size * block_size
+    x, y = (part.view(-1, block_size).split(batch_size) for part in (ids[:n], ids[1 : n + 1]))
+    parts = list(zip(x, y))
+    if n < len(ids) - 1:
+        parts.append((ids[None, n:-1], ids[None, n + 1 :]))  # the last window is shorter
+    for x, y in parts:  # (B, T) each
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(x)  # (B, T, V)
+        total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
+    model.train(training)
+    return total / (len(ids) - 1)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Set all but the k largest logits of each row to -inf: (..., V) -> (..., V) (Fan et al. 2018)."""
+    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of tokens that sum to probability p or more: (..., V) -> same (Holtzman et al. 2020)."""
+    values, order = logits.sort(descending=True, stable=True)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones sum to already; 0 for the first
+    values = values.masked_fill(before >= p, -math.inf)
+    return torch.empty_like(logits).scatter_(-1, order, values)
+
+
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
+         generator: torch.Generator | None = None) -> int:
+    """One token id from logits (V,). temperature 0 is greedy: always the likeliest."""
+    if temperature == 0:
+        return logits.argmax().item()
+    logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
+    logits = logits if top_k is None else keep_top_k(logits, top_k)
+    logits = logits if top_p >= 1 else keep_top_p(logits, top_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).item()
+
+
+@torch.inference_mode()
+def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0, top_k: int | None = None,
+             top_p: float = 1.0, stop: int | None = None, cache: bool = True,
+             generator: torch.Generator | None = None) -> Iterator[int]:
+    """Yield up to `length` ids that continue ids (at least one), until `stop` is drawn; cache changes the speed alone.
+
+    ## Position embeddings end at n_positions. When they are used up, the later half of the text becomes the whole
+    ## memory and moves to position 0: once in n_positions / 2 tokens, half a text is read again.
+    """
+    n, device = model.config["n_positions"], model.wte.weight.device
+    text, memory = list(ids), None
+    start = max(0, len(text) - n)
+    for _ in range(length):
+        if len(text) - start > n:
+            start, memory = len(text) - max(1, n // 2), None
+        if cache and memory is None:
+            memory = Cache(model)
+        new = text[start + (memory.length if cache else 0) :]
+        hidden = model.hidden(torch.tensor([new], device=device), memory)  # (1, T, C)
+        text.append(draw(model.logits(hidden[0, -1]).float(), temperature, top_k, top_p, generator))
+        if text[-1] == stop:
+            return
+        yield text[-1]
+
+
+# ---------------------------------------------------------------------------------------------- as a script
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show GPT-2's sizes, and a text's way through the network.")
+    parser.add_argument("--model", type=Path, help="a folder with config.json and weights; without it, random weights")
+    args = parser.parse_args()
+    print(f"{'':12} layers  heads  channels     parameters   float32")
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            n = utils.count_parameters(GPT2(size))
+        print(f"{name:12}{size['n_layer']:7}{size['n_head']:7}{size['n_embd']:10}{n:15,}{n * 4 / 1e9:7.2f} GB")
+
+    torch.manual_seed(0)
+    small = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 1000, "n_positions": 64}
+    model = read_model(args.model, read_config(args.model / "config.json")) if args.model else GPT2(small).eval()
+    B, T, n = 2, 10, model.config["n_positions"]
+    T = min(T, n)
+    ids = torch.randint(model.config["vocab_size"], (B, T))
+    print(f"\n{args.model or 'a small network with random weights'}: {B} texts of {T} tokens, {tuple(ids.shape)}")
+    show = lambda name: lambda _, x, y: print(f"  {name:16}{tuple(x[0].shape)!s:14} -> {tuple(y.shape)}")  # noqa: E731
+    hooks = [layer.register_forward_hook(show(name)) for name, layer in model.named_modules()
+             if name and (not name.startswith("h.") or name.startswith("h.0.")) and not isinstance(layer, nn.Dropout)]
+    with torch.inference_mode():
+        whole = model(ids)
+        for hook in hooks:
+            hook.remove()
+        memory = Cache(model, B)
+        steps = torch.cat([model(ids[:, i : i + 1], memory) for i in range(T)], 1)
+    print(f"  {'logits':16}{'':14} -> {tuple(whole.shape)}")
+    print(f"\nread at once and token by token, with the cache: the scores differ by {(whole - steps).abs().max():.1e}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,198 @@
+"""Use a fine-tuned GPT-2: base and adapter, or a whole model; let it write, and look at what its heads look at.
+
+You learn here: what is kept of a fine-tuning, and how it goes back into its base; how sampling turns scores into text;
+how tokens become characters while they arrive; how to read attention.
+
+    python 06_finetune/load_model.py --prompt "ROMEO:"            what train.py left in outputs/
+    python 06_finetune/load_model.py --model gpt2                 a model without fine-tuning, for comparison
+    python 06_finetune/load_model.py --model my_adapter/          an adapter in PEFT's format
+    python 06_finetune/load_model.py --save merged/               write base and adapter as one model
+
+You should see: text as it is written, tokens per second, and a table of what each head looks at.
+Writes: outputs/attention.png; with --save a folder that transformers opens. Left out on purpose: beam search, several
+prompts at once, several adapters at once.
+"""
+
+import argparse
+import codecs
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import bpe  # noqa: E402
+import utils  # noqa: E402
+from gpt2 import GPT2, SIZES, generate, read_model, save_model, shrink  # noqa: E402
+from load import Base, find_base  # noqa: E402
+from lora import load_adapter, merge, read_config, remove  # noqa: E402
+from train import PREFIX, SCRIPT  # noqa: E402
+
+# Shapes: T time (tokens), H heads, L layers; the batch is 1
+
+OUTPUTS = Path(__file__).parent / "outputs"
+
+
+def newest(outputs: Path) -> Path:
+    """What train.py wrote last: outputs/adapter or outputs/model. Raises utils.InputError where there is neither."""
+    found = [path.parent for path in (outputs / "adapter" / "adapter_config.json", outputs / "model" / "config.json")
+             if path.exists()]
+    if not found:
+        raise utils.InputError(f"{outputs} holds neither adapter/ nor model/; make one with: python {SCRIPT}")
+    return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))
+
+
+def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str]:
+    """(model, its base with the tokenizer, what it is in words) for an adapter's folder, a model's, or a name.
+
+    base_name: for an adapter whose config names a base that is not to be found here. Raises utils.InputError.
+    """
+    config_path = Path(name) / "adapter_config.json"
+    if not config_path.exists():
+        base = find_base(name)
+        return read_model(base.path, base.config), base, f"{name}, without adapter"
+    ## An adapter is a fraction of a model, and its config names the rest. The hub's name for GPT-2 has its owner before
+    ## it.
+    named = read_config(config_path)["base_model_name_or_path"]
+    base_name = base_name or str(named).removeprefix("openai-community/")
+    if base_name not in (*SIZES, "stand-in") and not Path(base_name).is_dir():
+        raise utils.InputError(f"{name} is an adapter for {named!r}, which is not here; name its folder with --base.")
+    base = find_base(base_name)
+    model = read_model(base.path, base.config)
+    config = load_adapter(model, name, PREFIX)
+    ## Merged, the adapter costs nothing more: what is written is an ordinary GPT-2 from here on.
+    merge(model)
+    remove(model)
+    return model.eval(), base, f"{base.name} with the adapter {name} (rank {config['r']}) merged into it"
+
+
+# ---------------------------------------------------------------------------------------------- attention
+@torch.inference_mode()
+def attention_weights(model: GPT2, ids: Tensor) -> Tensor:
+    """Every head's weights for ids (1, T): (L, H, T, T); row t is a distribution over what position t looks at."""
+    for block in model.h:
+        block.attn.keep_weights = True
+    model.hidden(ids)
+    for block in model.h:
+        block.attn.keep_weights = False
+    return torch.cat([block.attn.weights.float().cpu() for block in model.h])
+
+
+def where_heads_look(weights: Tensor) -> dict[str, Tensor]:
+    """Mean share of attention, (L, H) each, that goes to the token itself, to the one before, and to the first of all.
+
+    ## Many heads of a trained GPT-2 rest on the first token, which carries nothing of interest: weights have to sum to
+    ## 1, and a head that finds nothing to do has to put them somewhere (the attention sink, Xiao et al. 2023).
+    """
+    T = weights.shape[-1]
+    rows = torch.arange(T)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return {"itself": weights[..., rows, rows].mean(-1), "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
+            "first": weights[..., 0].mean(-1), "future": weights[..., future].sum(-1)}
+
+
+def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
+    """Heatmaps of one layer's heads: weights (L, H, T, T), one row per token, one column per token looked at."""
+    H, T = weights.shape[1], min(len(tokens), 40)
+    columns = min(H, 4)
+    figure, axes = plt.subplots(-(-H // columns), columns, squeeze=False,
+                                figsize=(4 * columns, 4 * -(-H // columns)))
+    for head, a in enumerate(axes.flat):
+        a.set_visible(head < H)
+        if head < H:
+            a.imshow(weights[layer, head, :T, :T], cmap="viridis", vmin=0, vmax=1)
+            a.set_xticks(range(T), tokens[:T], fontsize=5, rotation=90)
+            a.set_yticks(range(T), tokens[:T], fontsize=5)
+            a.set_title(f"layer {layer}, head {head}", fontsize=9)
+            a.grid(False)
+    figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1\n{title}", y=0.995, fontsize=10)
+    figure.tight_layout()
+    utils.save_figure(figure, path)
+
+
+def main() -> None:
+    utils.keep_memory()
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a folder with an adapter or a model, gpt2, gpt2-medium, gpt2-large, gpt2-xl or stand-in; "
+        "without it, what train.py wrote last")
+    add("--base", help="an adapter's base, where it is not what its config names")
+    add("--prompt", default="\n", help="the text to continue")
+    add("--length", type=int, default=200, help="tokens to write at most")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as the model believes; above "
+        "that: wilder")
+    add("--top-k", type=int, help="draw from the k likeliest only")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to p only")
+    add("--no-cache", action="store_true", help="compute everything again for every token, to see the difference")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
+    add("--layer", type=int, default=0, help="whose heads are drawn")
+    add("--save", type=Path, help="write the model, adapter merged in, to this folder")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--seed", type=int, default=0, help="decides what is drawn")
+    add("--out", type=Path, default=OUTPUTS, help="folder for the plot, and of what train.py wrote")
+    args = parser.parse_args()
+    if args.length < 1 or args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < args.top_p <= 1:
+        raise utils.InputError("--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and "
+                               "at most 1.")
+    utils.check_writable(args.out)
+    device = utils.pick_device(args.device)
+    dtype = utils.pick_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+
+    model, base, what = load_model(args.model or str(newest(args.out)), args.base)
+    L = model.config["n_layer"]
+    if not 0 <= args.layer < L:
+        raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {L - 1}.")
+    ids = base.tokenizer.encode(args.prompt, special=False)
+    if not ids:
+        raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
+    print(f"{what}; {sum(p.numel() for p in model.parameters()):,} parameters; {dtype} on {device.type}\n")
+    if args.save:
+        base.tokenizer.save(args.save)
+        save_model(model, args.save, base.tokenizer.vocab[bpe.END])
+        print(f"wrote {args.save}, which transformers opens with from_pretrained\n")
+    model.requires_grad_(False).to(device)
+    if dtype == torch.bfloat16:
+        ## One token is a vector: multiplying it with a matrix takes as long as fetching the matrix from memory. In
+        ## bfloat16 that is half as much.
+        shrink(model)
+
+    ## A character may be spread over several tokens, so bytes wait here until they make one.
+    text = codecs.getincrementaldecoder("utf-8")("replace")
+    print(args.prompt, end="", flush=True)
+    written, start = [], time.perf_counter()
+    generator = torch.Generator(device).manual_seed(args.seed)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for i in generate(model, ids, args.length, args.temperature, args.top_k, args.top_p,
+                          base.tokenizer.vocab[bpe.END], not args.no_cache, generator):
+            written.append(i)
+            print(text.decode(base.tokenizer.decode_bytes([i])), end="", flush=True)
+        seconds = time.perf_counter() - start
+        print(text.decode(b"", final=True))
+        rate = f"{len(written) / seconds:,.1f} tokens per second" if written else "the text ended at once"
+        print(f"\n{rate}\n")
+
+        ## The same text, read in one pass, with all weights kept.
+        window = torch.tensor([(ids + written)[-model.config["n_positions"] :][:128]], device=device)  # (1, T)
+        weights = attention_weights(model, window)
+    shares, T = where_heads_look(weights), window.shape[1]
+    even = where_heads_look((torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None])[None, None])
+    print(f"share of attention that goes to ...\n{'layer head':12}{'itself':>10}{'previous':>10}{'first':>10}")
+    for layer in range(L):
+        for head in range(weights.shape[1]):
+            itself, previous, first = (shares[name][layer, head].item() for name in ("itself", "previous", "first"))
+            print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{first:10.1%}")
+    print("spread evenly" + "".join(f"{even[name].item():{width}.1%}" for name, width in
+                                    (("itself", 9), ("previous", 10), ("first", 10))))
+    assert not shares["future"].any(), "the causal mask leaks"
+    tokens = [base.tokenizer.decode([i]).replace("\n", "\\n").replace(" ", "_") for i in window[0].tolist()]
+    draw_attention(weights, tokens, args.layer, what, args.out / "attention.png")
+    print(f"\nwrote {args.out / 'attention.png'}")
+    if base.stand_in:
+        utils.notice("STAND-IN: this is a small model pre-trained on Python's manual, not GPT-2.")
+
+
+if __name__ == "__main__":
+    utils.run(main)

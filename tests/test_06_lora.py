@@ -1,0 +1,499 @@
+"""lora.py of chapter 06 against PEFT on transformers' models: values, gradients, files both ways; what it refuses."""
+
+import copy
+import json
+import math
+import re
+import sys
+import warnings
+
+import peft
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import chapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
+
+import utils
+
+gpt2, lora, weights = chapter("06_finetune", "gpt2", "lora", "weights")
+SMALL = {"vocab_size": 61, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+ALL = ["c_attn", "c_proj", "c_fc"]
+IDS = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
+warnings.filterwarnings("ignore", module="peft|transformers")
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    """Our GPT-2 and transformers' with the same random weights, none of them zero."""
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(**SMALL, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0,
+                                        eos_token_id=0, attn_implementation="eager")).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    state = {name.removeprefix("transformer."): tensor.clone() for name, tensor in theirs.state_dict().items()}
+    ours = gpt2.GPT2(SMALL).eval()
+    ours.load_state_dict({name: state[name] for name in ours.state_dict()})
+    return ours, theirs
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Random numbers instead of the zeros in B, as after training."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def adapted(targets: list[str], rank: int = 4, alpha: float = 8, dropout: float = 0.0) -> nn.Module:
+    model = pair()[0]
+    lora.add_lora(model, rank, alpha, dropout, targets)
+    return fill(model)
+
+
+def with_peft(base: nn.Module, task_type: str | None = "CAUSAL_LM", **options) -> peft.PeftModel:
+    with warnings.catch_warnings(action="ignore"):
+        return fill(peft.get_peft_model(base, peft.LoraConfig(task_type=task_type, **options)).eval())
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    equal = lambda a, b: a.dtype == b.dtype and torch.equal(a, b)  # noqa: E731
+    return before.keys() == after.keys() and all(equal(before[name], after[name]) for name in before)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+# ---------------------------------------------------------------------------------------------- PEFT, both ways
+@pytest.mark.parametrize(("rank", "targets", "rslora"), [
+    (1, ["c_attn"], False), (8, ["c_attn"], True), (5, ALL, False), (16, ["h.1.mlp.c_proj", "attn.c_proj"], True)])
+def test_peft_loads_what_we_wrote(tmp_path, rank, targets, rslora):
+    ours, theirs = pair()
+    base = ours(IDS)
+    lora.install(ours, lora.build(ours, targets, rank, 12, 0.1, rslora))
+    lora.save_adapter(fill(ours), tmp_path, "gpt2-small")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        loaded = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    assert not [w for w in seen if "keys" in str(w.message) or "fan_in" in str(w.message)]
+    with torch.no_grad():
+        assert close(ours(IDS), loaded(IDS).logits) and not close(ours(IDS), base, 0.01)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(("rank", "targets", "rslora"), [
+    (1, ["c_attn"], False), (8, ["c_attn"], True), (5, ALL, False), (2, "all-linear", False), (2, None, False),
+    (3, ["transformer.h.1.attn.c_attn"], False), (4, ["c_fc", "q_proj"], True)])
+def test_we_load_what_peft_wrote(tmp_path, rank, targets, rslora):
+    """PEFT writes "all-linear" out as names, replaces None by c_attn, and passes over targets that match nothing."""
+    ours, theirs = pair()
+    model = with_peft(theirs, r=rank, lora_alpha=6, lora_dropout=0.2, target_modules=targets, use_rslora=rslora,
+                      init_lora_weights=rank % 2 == 0)
+    model.save_pretrained(tmp_path / "theirs")
+    config = lora.load_adapter(ours, tmp_path / "theirs")
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (rank, 6, 0.2)
+    assert not any(module.training for module in ours.modules())  # as the base
+    with torch.no_grad():
+        assert close(ours(IDS), model(IDS).logits)
+    lora.save_adapter(ours, tmp_path / "ours", "name")
+    a, b = (tmp_path / who / "adapter_model.safetensors" for who in ("ours", "theirs"))
+    assert a.read_bytes() == b.read_bytes()
+    mine, peft_s = (peft.LoraConfig.from_pretrained(tmp_path / who).to_dict() for who in ("ours", "theirs"))
+    for name in ("base_model_name_or_path", "auto_mapping", "init_lora_weights"):
+        mine.pop(name), peft_s.pop(name)
+    peft_s["target_modules"] = {name for name in peft_s["target_modules"] if name != "q_proj"}
+    assert mine == peft_s
+
+
+@pytest.mark.parametrize(("cls", "prefix", "task_type"), [
+    (BertModel, "", "FEATURE_EXTRACTION"), (BertForSequenceClassification, "bert.", None)])
+def test_linear_layers_of_bert(tmp_path, cls, prefix, task_type):
+    """BERT's layers are nn.Linear, so that our LoRA fits transformers' own; under "bert." ours lacks the head."""
+    torch.manual_seed(0)
+    theirs = cls(BertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=48, max_position_embeddings=16)).eval()
+    whole = copy.deepcopy(theirs)
+    ours = whole.bert if prefix else whole
+    model = with_peft(theirs, task_type, r=3, lora_alpha=9, target_modules=["query", "value", "output.dense"])
+    model.save_pretrained(tmp_path / "theirs")
+    lora.load_adapter(ours, tmp_path / "theirs", prefix)
+    assert len(lora.adapters(ours)) == 8
+    run = lambda model: model(IDS, torch.ones_like(IDS))[0]  # noqa: E731
+    with torch.no_grad():
+        assert close(run(whole), run(model))
+        lora.merge(ours)
+        assert close(run(whole), run(model))
+    lora.save_adapter(ours, tmp_path / "ours", "bert", prefix, task_type)
+    a, b = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
+    assert a["fan_in_fan_out"] is b["fan_in_fan_out"] is False and a["task_type"] == b["task_type"] == task_type
+    assert load_file(tmp_path / "ours/adapter_model.safetensors").keys() == load_file(
+        tmp_path / "theirs/adapter_model.safetensors").keys()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_as_pefts(tmp_path, dropout):
+    """With dropout too: from the same seed the same inputs are dropped."""
+    ours, theirs = pair()
+    model = with_peft(theirs, r=4, lora_alpha=8, lora_dropout=dropout, target_modules=ALL)
+    model.save_pretrained(tmp_path)
+    lora.load_adapter(ours, tmp_path)
+    logits = []
+    for each in (ours, model):
+        torch.manual_seed(1)
+        y = each.train()(IDS)
+        logits.append(y if each is ours else y.logits)
+        F.cross_entropy(logits[-1].flatten(0, 1), IDS.flatten()).backward()
+    assert close(*logits)
+    theirs = {name.replace(".default.weight", ""): p.grad for name, p in model.named_parameters() if "lora_" in name}
+    grads = {f"base_model.model.transformer.{name}": p.grad for name, p in ours.named_parameters() if "lora_" in name}
+    assert theirs.keys() == grads.keys() and len(theirs) == 16
+    assert all(close(grads[name], theirs[name], 1e-4) and theirs[name].any() for name in theirs)
+
+
+def test_parameters_of_gpt2_as_pefts():
+    with torch.device("meta"):
+        ours, theirs = gpt2.GPT2(gpt2.SIZES["gpt2"]), GPT2LMHeadModel(GPT2Config())
+    names = lora.add_lora(ours, 8, 16, 0.0, ["c_attn"])
+    assert names == [f"h.{i}.attn.c_attn" for i in range(12)]
+    trainable, total = utils.count_parameters(ours), sum(p.numel() for p in ours.parameters())
+    assert (trainable, total, f"{trainable / total:.4%}") == (294_912, 124_734_720, "0.2364%")
+    with warnings.catch_warnings(action="ignore"):
+        model = peft.get_peft_model(theirs, peft.LoraConfig(r=8, target_modules=["c_attn"]), low_cpu_mem_usage=True)
+    assert model.get_nb_trainable_parameters() == (trainable, total)
+
+
+def test_first_values_as_pefts():
+    """Uniform with the same bounds: kaiming_uniform_ with a = sqrt(5) is 1 / sqrt(n_in)."""
+    torch.manual_seed(0)
+    layer = lora.LoRA(gpt2.Conv1D(100, 50), 40, 8)
+    torch.manual_seed(0)
+    gpt2.Conv1D(100, 50)
+    expected = nn.init.kaiming_uniform_(torch.empty(40, 100), a=math.sqrt(5))
+    assert torch.allclose(layer.lora_A, expected) and layer.lora_A.abs().max() <= 0.1 and not layer.lora_B.any()
+
+
+# ---------------------------------------------------------------------------------------------- training
+def test_a_new_adapter_changes_nothing_and_a_has_no_gradient_at_first():
+    model = pair()[0]
+    before = model(IDS)
+    names = lora.add_lora(model, 4, 8, 0.5, ALL)
+    assert len(names) == 8 and names == list(lora.adapters(model))
+    assert torch.equal(model(IDS), before) and torch.equal(model.train()(IDS), before)
+    F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten()).backward()
+    for layer in lora.adapters(model).values():
+        assert not layer.lora_A.grad.any() and layer.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "linear"])
+def test_training_moves_a_and_b_and_nothing_else(kind):
+    torch.manual_seed(0)
+    model = pair()[0] if kind == "gpt2" else nn.Sequential(nn.Embedding(61, 32), nn.Linear(32, 61))
+    lora.add_lora(model, 4, 8, 0.1, ALL if kind == "gpt2" else ["1"])
+    before, losses = bits(model), []
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01, weight_decay=0.1)
+    for _ in range(10):
+        losses.append(F.cross_entropy(model.train()(IDS).flatten(0, 1), IDS.flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != ("lora_" in name), name
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n in before if "lora_" in n}
+    after, state = bits(model), copy.deepcopy(lora.trainable_state(model))
+    assert state.keys() == {name for name in before if "lora_" in name}
+    model.load_state_dict(before)
+    model.load_state_dict(state, strict=False)
+    assert same(after, bits(model))
+
+
+def test_one_layer_by_the_formula():
+    """y = x W + b + (alpha / r) x A^T B^T, for alpha of its own and both kinds of layer."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7)
+    for base in (nn.Linear(7, 11), nn.Linear(7, 11, bias=False), gpt2.Conv1D(7, 11)):
+        for rslora, scale in ((False, 1.5), (True, 3.0)):
+            layer = fill(lora.LoRA(base, 4, 6, 0.0, rslora))
+            expected = base(x) + scale * (x @ layer.lora_A.T @ layer.lora_B.T)
+            assert close(layer(x), expected) and layer(x).shape == (2, 5, 11)
+
+
+def test_dropout_is_of_the_low_rank_path_alone_and_off_in_evaluation():
+    layer = fill(lora.LoRA(nn.Linear(64, 8), 2, 4, 0.5))
+    x = torch.randn(3, 64)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+    nn.init.zeros_(layer.lora_B)
+    assert torch.equal(layer.train()(x), layer.base(x))
+
+
+def test_less_is_kept_for_the_backward_pass_but_not_much():
+    """As install says: activations stay, but for the inputs of frozen layers."""
+    def kept(model):
+        storages, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = model.hidden(IDS.repeat(8, 1))
+        assert y.requires_grad
+        return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in own)
+
+    full = kept(gpt2.GPT2(SMALL))
+    assert 0.4 * full < kept(adapted(["c_attn"])) < 0.9 * full
+
+
+# ---------------------------------------------------------------------------------------------- merging
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["c_attn"], ALL])
+def test_merge_and_unmerge(targets):
+    model = adapted(targets, dropout=0.3)
+    before, apart, keys = bits(model), model(IDS), pair()[0].state_dict().keys()
+    lora.merge(model)
+    merged, once = model(IDS), bits(model)
+    assert close(merged, apart) and torch.equal(model.train()(IDS), merged)
+    changed = {name for name in before if not torch.equal(before[name], once[name])}
+    assert changed == {f"{name}.base.weight" for name in lora.adapters(model)}
+    lora.merge(model)
+    assert same(once, bits(model))
+    plain = copy.deepcopy(model)
+    lora.remove(plain)
+    assert plain.state_dict().keys() == keys and torch.equal(plain(IDS), merged) and not lora.adapters(plain)
+    for _ in range(2):
+        lora.unmerge(model)
+        assert same(before, bits(model)) and torch.equal(model.eval()(IDS), apart)
+    lora.remove(model)
+    assert same(bits(model), bits(pair()[0])) and not any(p.requires_grad for p in model.parameters())
+
+
+def test_merged_under_autocast_is_the_same():
+    model, other = adapted(ALL), adapted(ALL)
+    other.load_state_dict(model.state_dict())
+    lora.merge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        lora.merge(other)
+    assert same(bits(model), bits(other))
+
+
+def test_unmerge_after_a_move():
+    model = adapted(["c_attn"])
+    before = bits(model)
+    lora.merge(model)
+    model.double()
+    lora.unmerge(model)
+    assert same(bits(model), {name: tensor.double() for name, tensor in before.items()})
+
+
+# ---------------------------------------------------------------------------------------------- bfloat16
+@pytest.mark.parametrize("how", ["shrink", "all"])
+def test_a_bfloat16_base(how):
+    """shrink's base under autocast, and a model all in bfloat16 without it: near to float32, and trainable."""
+    expected = adapted(ALL)
+    model = pair()[0]
+    model = gpt2.shrink(model.requires_grad_(False)) if how == "shrink" else model.bfloat16()
+    lora.add_lora(model, 4, 8, 0.0, ALL)
+    model.load_state_dict(lora.trainable_state(expected), strict=False)
+    before = bits(model)
+    layers = lora.adapters(model).values()
+    assert all(p.dtype == torch.float32 for layer in layers for p in (layer.lora_A, layer.lora_B))
+    assert all(layer.base.weight.dtype == torch.bfloat16 for layer in layers)
+    x = expected.h[0].ln_1(torch.randn(5, 32))
+    x, want = x.to(torch.float32 if how == "shrink" else torch.bfloat16), expected.h[0].attn.c_attn(x)
+    layer = model.h[0].attn.c_attn
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "shrink"):
+        y = layer(x)
+        y.float().square().sum().backward()
+        assert y.dtype == torch.bfloat16 and close(y.float(), want, 0.02)
+        layer.merge()
+        assert close(layer(x).float(), want, 0.02)
+        layer.unmerge()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32 and layer.lora_B.grad.any()
+    assert same(before, bits(model))
+
+
+def test_a_small_update_is_lost_in_a_merged_bfloat16_weight_and_counts_apart():
+    """As merge says: below 1/512 of the weight."""
+    layer = lora.LoRA(nn.Linear(1, 1, bias=False, dtype=torch.bfloat16), 1, 1)
+    x = torch.ones(1, 1)
+    nn.init.ones_(layer.lora_A)
+    for weight in torch.linspace(1, 2, 129)[:-1]:
+        for part, lost in ((1 / 513, True), (1 / 128, False)):
+            nn.init.constant_(layer.base.weight, weight)
+            update = nn.init.constant_(layer.lora_B, part * weight)
+            layer.merge()
+            assert (layer.base.weight == weight) == lost
+            layer.unmerge()
+            assert F.linear(F.linear(x, layer.lora_A), update).item() == pytest.approx(part * weight.item())
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+def refused(call, *parts: str) -> str:
+    with pytest.raises(utils.InputError) as error:
+        call()
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message and message.endswith(".") and ";" in message
+    return message
+
+
+@pytest.mark.parametrize(("options", "parts"), [
+    ({"targets": ["c_atn"]}, ["'c_atn' is no", "choose from attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj."]),
+    ({"targets": ["c_attn", "attn.c_fc"]}, ["'attn.c_fc' is no layer's name"]),
+    ({"targets": ["_attn"]}, ["'_attn' is no layer's name"]),
+    ({"targets": [""]}, ["'' is no layer's name"]),
+    ({"targets": []}, ["'' is no layer's name"]),
+    ({"targets": ["\x1b[31m" + "a" * 999]}, [r"'\x1b[31maaa"]),
+    ({"targets": ["attn"]}, ["'attn' is h.0.attn, of type Attention, not Linear or Conv1D; choose from attn.c"]),
+    ({"targets": ["c_attn", "wte"]}, ["'wte' is wte, of type Embedding, not"]),
+    ({"targets": ["ln_f"]}, ["ln_f, of type LayerNorm"]),
+    ({"rank": 0}, ["rank 0 must be a whole number of at least 1"]),
+    ({"rank": -1}, ["rank -1"]),
+    ({"rank": 2.0}, ["rank 2.0"]),
+    ({"rank": True}, ["rank True"]),
+    ({"rank": 33}, ["rank 33 is above the smaller side of h.0.attn.c_attn, which is 32 x 96; choose 32 or less."]),
+    ({"alpha": math.nan}, ["alpha nan must be a finite number other than 0"]),
+    ({"alpha": -math.inf}, ["alpha -inf"]),
+    ({"alpha": 10**400}, ["alpha 1000"]),
+    ({"alpha": 0}, ["alpha 0"]),
+    ({"alpha": "16"}, ["alpha '16'"]),
+    ({"dropout": 1.0}, ["dropout 1.0 must be at least 0 and less than 1"]),
+    ({"dropout": -0.1}, ["dropout -0.1"]),
+    ({"dropout": math.nan}, ["dropout nan"]),
+])
+def test_what_add_lora_refuses(options, parts):
+    model = pair()[0].requires_grad_(True)
+    modules = dict(model.named_modules())
+    options = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["c_attn"]} | options
+    message = refused(lambda: lora.add_lora(model, **options), "LoRA", *parts)
+    assert len(message) < 400 and "\x1b" not in message
+    assert all(p.requires_grad for p in model.parameters()) and dict(model.named_modules()) == modules
+
+
+def test_what_else_is_refused(tmp_path):
+    model = adapted(["c_attn"], rank=32)  # the largest rank there is
+    refused(lambda: lora.add_lora(model, 4, 8, 0.0, ["c_fc"]), "already has LoRA layers", "remove")
+    lora.save_adapter(model, tmp_path, "gpt2")
+    refused(lambda: lora.load_adapter(model, tmp_path), "already has LoRA layers")
+    refused(lambda: lora.save_adapter(pair()[0], tmp_path, "gpt2"), "no LoRA layers to save", "add_lora")
+    refused(lambda: lora.add_lora(nn.Sequential(nn.ReLU()), 4, 8, 0.0, ["0"]), "ReLU", "another model")
+    (tmp_path / "file").touch()
+    refused(lambda: lora.save_adapter(model, tmp_path / "file", "gpt2"), "cannot write")
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"use_dora": True}, "use_dora"), ({"bias": "lora_only"}, "bias"),
+    ({"modules_to_save": ["wte"]}, "modules_to_save"), ({"exclude_modules": ["h.0.attn.c_attn"]}, "exclude_modules"),
+    ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"), ({"alpha_pattern": {"c_attn": 2}}, "alpha_pattern"),
+    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"target_modules": ".*c_attn"}, "target_modules"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"lora_bias": True}, "lora_bias"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+])
+def test_what_peft_wrote_and_we_do_not_support_is_named(tmp_path, options, name):
+    model = with_peft(pair()[1], **{"r": 4, "target_modules": ["c_attn"], **options})
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(tmp_path)
+    refused(lambda: lora.load_adapter(pair()[0], tmp_path), "adapter_config.json", f"{name!r} is ", "not supported")
+
+
+EDITS = [
+    (b"", "can't be read as JSON (JSONDecodeError)"), (b"\xff", "can't be read as JSON (UnicodeDecodeError)"),
+    (b"[" * 100_000, "can't be read as JSON (RecursionError)"), (b"[1]", "'peft_type' is None"),
+    (b"{}", "'peft_type' is None"),
+    (None, "can't be read as JSON (FileNotFoundError)"), ({"peft_type": "LOHA"}, "'peft_type' is 'LOHA'"),
+    ({"peft_type": ""}, "'peft_type' is ''"), ({"peft_type": ["LORA"]}, "'peft_type' is ['LORA']"),
+    ({"target_modules": "all-linear"}, "'target_modules' is 'all-linear'"),
+    ({"target_modules": None}, "'target_modules' is None"), ({"target_modules": [1]}, "'target_modules' is [1]"),
+    ({"target_modules": ["attn"]}, "h.0.attn, of type Attention"), ({"target_modules": []}, "'target_modules' is []"),
+    ({"from_the_future": {"a": 1}}, "'from_the_future' is"), ({"target_parameters": ["a"]}, "'target_parameters' is"),
+    ({"r": "8"}, "rank '8' must"), ({"r": 10**300}, "above the smaller side"), ({"r": None}, "rank None must"),
+    ({"lora_alpha": math.nan}, "alpha nan must"), ({"lora_alpha": None}, "alpha None must"),
+    ({"lora_dropout": 2}, "dropout 2 must"), ({"lora_dropout": None}, "dropout None must"),
+    ({"target_modules": ["h.0.attn.c_attn"]}, "for another base: 'base_model.model.transformer.h.1.attn.c_attn."
+     "lora_A.weight' is (4, 32) in the file and missing in this model"),
+    ({"target_modules": ["c_attn", "mlp.c_fc"]}, "h.0.mlp.c_fc.lora_A.weight' is missing in the file and (4, 32) in"),
+    ({"target_modules": ["query"]}, "is (4, 32) in the file and missing in this model"),
+    ({"r": 5}, "h.0.attn.c_attn.lora_A.weight' is (4, 32) in the file and (5, 32) in this model"),
+]
+
+
+@pytest.mark.parametrize(("edit", "part"), EDITS, ids=range(len(EDITS)))
+def test_a_bad_config_is_refused(tmp_path, edit, part):
+    lora.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
+    path = tmp_path / "adapter_config.json"
+    if edit is None:
+        path.unlink()
+    else:
+        path.write_bytes(edit if isinstance(edit, bytes) else json.dumps(json.loads(path.read_text()) | edit).encode())
+    untouched(tmp_path, "transformer.", part)
+
+
+def untouched(folder, prefix: str, *parts: str) -> None:
+    """Refused, and the model is as it was."""
+    model = pair()[0].requires_grad_(True)
+    before = bits(model)
+    refused(lambda: lora.load_adapter(model, folder, prefix), *parts)
+    assert same(before, bits(model)) and all(p.requires_grad for p in model.parameters()) and not lora.adapters(model)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    path, name = tmp_path / "adapter_model.safetensors", "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
+    lora.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
+    good = load_file(path)
+    lora.load_adapter(pair()[0], tmp_path)
+    last = ("another base", "load it into the model that it was trained on")
+    for bad, parts in [
+        (good | {name: torch.zeros(96, 5)}, [f"{name!r} is (96, 5) in the file and (96, 4) in this model"]),
+        (good | {name: torch.zeros(96 * 4)}, [f"{name!r} is (384,) in the file and (96, 4) in this model"]),
+        (good | {name: torch.zeros(96, 4, dtype=torch.long)}, [f"{name!r} is torch.int64 in the file and (96, 4)"]),
+        ({n: t for n, t in good.items() if n != name}, [f"{name!r} is missing in the file and (96, 4) in this model"]),
+        (good | {"\x1b[2J": torch.zeros(2)}, [r"'\x1b[2J' is (2,) in the file and missing in this model"]),
+        ({}, ["lora_A.weight' is missing in the file"]),
+    ]:
+        save_file(bad, path)
+        untouched(tmp_path, "transformer.", *parts, *last)
+    save_file(good, path)
+    untouched(tmp_path, "", "'base_model.model.h.0.attn.c_attn.lora_A.weight' is missing in the file", *last)
+    path.write_bytes(path.read_bytes()[:-1])
+    untouched(tmp_path, "transformer.", "is refused")
+    path.unlink()
+    untouched(tmp_path, "transformer.", "adapter_model.safetensors is not there")
+
+
+def test_an_adapter_in_bfloat16_is_loaded_as_float32(tmp_path):
+    lora.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
+    path, model = tmp_path / "adapter_model.safetensors", pair()[0]
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    lora.load_adapter(model, tmp_path)
+    stored = weights.open_weights(path)
+    for name, parameter in lora.named_tensors(lora.adapters(model), "transformer.").items():
+        assert parameter.dtype == torch.float32 and parameter.requires_grad
+        assert torch.equal(parameter, stored[name].float())
+
+
+# ---------------------------------------------------------------------------------------------- the script
+def test_the_script_shows_what_its_header_says(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lora.py"])
+    lora.main()
+    out = capsys.readouterr().out
+    row = re.search(r"^ +8 +12,288 +2.1% +([\d.]+)% +([\d.]+)%$", out, re.MULTILINE)
+    assert f"rank 8 misses {row[1]} %" in lora.__doc__ and f"and {row[2]} %" in lora.__doc__
+    assert "24,576 parameters to train instead of 1,771,776" in out and "changes its output by 0.0e+00" in out
+    assert re.search(r"step 1: the gradient of A has length +0.00, that of B +\d", out)
+    assert float(re.search(r"merged and apart differ by (\S+),", out)[1]) < 1e-5
+
+
+def test_missing_share_is_that_of_the_best_approximation():
+    torch.manual_seed(0)
+    matrix = torch.randn(20, 20)
+    U, S, V = torch.linalg.svd(matrix)
+    for r in (1, 7, 19):
+        nearest = U[:, :r] @ S[:r].diag() @ V[:r]
+        share = (matrix - nearest).norm() / matrix.norm()
+        assert lora.missing(matrix)[r - 1].item() == pytest.approx(share.item(), 1e-4)

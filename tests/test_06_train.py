@@ -1,0 +1,435 @@
+"""Chapter 06, load, train, load_model and experiment, against transformers, peft, and what fine-tuning promises."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, chapter
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import utils
+
+bpe, gpt2, weights, load, lora, train, load_model, experiment = chapter(
+    "06_finetune", "bpe", "gpt2", "weights", "load", "lora", "train", "load_model", "experiment"
+)
+FOLDER = ROOT / "06_finetune"
+T = 32
+STEPS = ["--steps", 40, "--eval-every", 10, "--device", "cpu"]
+# Around random weights adapters have little to work with: all layers, a high learning rate. Dropout, to test resuming.
+LORA = ["--lr", 3e-2, "--dropout", 0.1, "--lora-targets", "c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(script, *options, code=0, env=None, launcher=()):
+    """Run a script as a user does; check its exit status, and that a failure is one sentence."""
+    command = [*(launcher or [sys.executable]), str(FOLDER / script), *map(str, options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}  # one thread: these matrices are small
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+def call(script, *options):
+    """What a script's main prints: as `run`, without the seconds that a new process takes."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", [script.__file__, *map(str, options)])
+        script.main()
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(options that name a tiny GPT-2 and a short text, the GPT-2's folder, the text)."""
+    folder = tmp_path_factory.mktemp("small")
+    manual = bpe.read_text("pydocs")
+    tokenizer = bpe.Tokenizer(*bpe.train_bpe(manual[:40_000], 400))
+    torch.manual_seed(0)
+    size = {"vocab_size": 400, "n_positions": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = gpt2.GPT2(size)
+    torch.nn.init.constant_(model.ln_f.weight, 8.0)  # scores far enough from zero for adapters to work with
+    gpt2.save_model(model, folder / "base", tokenizer.vocab[bpe.END])
+    tokenizer.save(folder / "base")
+    (folder / "text.txt").write_text(manual[40_000:70_000])
+    options = ["--model", folder / "base", "--data", folder / "text.txt", "--block-size", T, "--batch-size", 8]
+    return options, folder / "base", folder / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """Method -> (folder, what train.py printed), each run once."""
+    made = {}
+    for method, more in (("lora", LORA), ("full", ["--lr", 5e-3]), ("head", ["--lr", 5e-3])):
+        out = tmp_path_factory.mktemp(method)
+        made[method] = out, call(train, *small[0], *STEPS, "--method", method, *more, "--out", out)
+    return made
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- load.py
+def test_batches_are_windows_with_targets_moved_by_one():
+    ids = torch.arange(1000)
+    stream = load.batches(ids, 10, 4, seed=1)
+    seen = []
+    for _ in range(24):  # a pass has at least 24 full batches
+        x, y = next(stream)
+        assert x.shape == (4, 10) and torch.equal(y, x + 1)
+        seen += x.flatten().tolist()
+    assert len(set(seen)) == len(seen)  # within a pass no token comes twice
+    assert seen != sorted(seen)
+    with pytest.raises(utils.InputError, match="use a longer text"):
+        next(load.batches(torch.arange(50), 20, 4, 0))
+
+
+def test_the_text_is_cut_in_order_and_before_encoding(small):
+    tokenizer = bpe.Tokenizer.from_files(small[1] / "vocab.json", small[1] / "merges.txt")
+    text = load.load_text(str(small[2]), tokenizer, T)
+    whole = small[2].read_text()
+    assert tokenizer.decode(text.train.tolist()) == whole[:27_000]
+    assert tokenizer.decode(text.val.tolist()) == whole[27_000:] and text.val_characters == 3_000
+    assert not text.stand_in and load.load_text("pydocs", tokenizer, T).stand_in
+
+
+def test_loss_on_counts_every_token_once(small):
+    model = gpt2.read_model(small[1], gpt2.read_config(small[1] / "config.json"))
+    ids = torch.randint(400, (5 * T + 7,), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForCausalLM.from_pretrained(small[1]).eval()
+    total = 0.0
+    for i in range(0, len(ids) - 1, T):
+        x, y = ids[i : i + T][: len(ids) - 1 - i], ids[i + 1 : i + T + 1]
+        with torch.no_grad():
+            total += F.cross_entropy(reference(x[None]).logits[0], y, reduction="sum").item()
+    assert gpt2.loss_on(model, ids, T, torch.float32, batch_size=2) == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+
+
+def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path, monkeypatch, capsys):
+    out = run("load.py", "--model", "stand-in", "--steps", 2, "--data", "python", "--out", tmp_path / "out",
+              env={"DATA_DIR": str(tmp_path)})
+    folder = tmp_path / "gpt2-stand-in"
+    assert {p.name for p in folder.iterdir()} == {"config.json", "merges.txt", "model.safetensors", "vocab.json"}
+    assert "h.3.mlp.c_proj.weight" in out and "wpe.weight" in out and out.count("STAND-IN") == 2
+    assert (tmp_path / "out" / "pretraining.png").exists()
+    reference, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    before = digest(folder / "model.safetensors")
+    base = load.find_base("stand-in")
+    assert base.stand_in and digest(folder / "model.safetensors") == before  # found, not made again
+    text = "Naïve text: x = [1, 2]\n\n  return"
+    ids = base.tokenizer.encode(text)
+    assert ids == tokenizer(text)["input_ids"]
+    model = gpt2.read_model(base.path, base.config)
+    with torch.no_grad():
+        assert (model(torch.tensor([ids])) - reference(torch.tensor([ids])).logits).abs().max() < 1e-4
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network.")
+
+    monkeypatch.setattr(utils, "download", unreachable)
+    capsys.readouterr()
+    assert load.find_base(None).name == "stand-in" and "STAND-IN" in capsys.readouterr().out
+    assert load.read_text(None)[1:] == ("python", True)
+    for ask in (lambda: load.find_base("gpt2"), lambda: load.read_text("tinyshakespeare")):
+        with pytest.raises(utils.InputError, match="no network"):  # asked for by name: never replaced
+            ask()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves one file as the hub does: its hash stands in the first answer's X-Linked-Etag."""
+
+    body, etag = b"weights" * 1000, None
+
+    def do_HEAD(self, send=False):
+        self.send_response(200 if send else 302)
+        self.send_header("X-Linked-Etag", f'"{self.etag or hashlib.sha256(self.body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(self.body)) if send else "0")
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD(send=True)
+        self.wfile.write(self.body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_larger_models_are_checked_against_the_hubs_hash(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+        monkeypatch.setattr(load, "HUB", f"http://127.0.0.1:{server.server_port}/")
+        path = load._download("gpt2-medium")
+        assert path.read_bytes() == Hub.body and load._download("gpt2-medium") == path
+        monkeypatch.setattr(Hub, "etag", "0" * 64)
+        with pytest.raises(utils.InputError, match="wrong hash"):
+            load._download("gpt2-large")
+        assert not (tmp_path / "gpt2-large" / "model.safetensors").exists()
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(ConnectionError, match="could not be asked"):
+        load._download("gpt2-xl")
+
+
+# ---------------------------------------------------------------------------------------------- train.py
+def test_every_method_learns_and_leaves_everything(runs):
+    for method, (out, text) in runs.items():
+        metrics = json.loads((out / "metrics.json").read_text())["metrics"]
+        assert metrics["val_loss"] < metrics["before_val_loss"] - 0.3, method
+        assert metrics["before_val_loss"] == pytest.approx(math.log(400), abs=1.0)
+        result = {"lora": "adapter"}.get(method, "model")
+        assert {p.name for p in out.iterdir()} == {result, "checkpoint.pt", "history.png", "metrics.json"}
+        assert f"wrote {result}/" in text and metrics["peak_memory_bytes"] > 1e8
+
+
+def test_what_is_frozen_stays_bit_identical(small, runs):
+    before = weights.open_weights(small[1])
+    head = weights.open_weights(runs["head"][0] / "model")
+    changed = {name for name in before if not torch.equal(before[name], head[name])}
+    assert changed == {name for name in before if name.startswith(("h.1.", "ln_f"))}
+    full = weights.open_weights(runs["full"][0] / "model")
+    assert all(not torch.equal(before[name], full[name]) for name in before)
+    assert {p.name for p in (runs["lora"][0] / "adapter").iterdir()} == {"adapter_config.json",
+                                                                        "adapter_model.safetensors"}
+
+
+def test_results_open_in_transformers_and_peft_with_equal_logits(small, runs):
+    ids = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
+    base = AutoModelForCausalLM.from_pretrained(small[1])
+    for method, (out, _) in runs.items():
+        if method == "lora":
+            reference = PeftModel.from_pretrained(base, out / "adapter").eval()
+            ours = [load_model.load_model(str(out / "adapter"))[0],
+                    train.load_result(load.find_base(str(small[1])), out, "lora")]
+        else:
+            reference = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+            ours = [load_model.load_model(str(out / "model"))[0]]
+        for model in ours:
+            with torch.no_grad():
+                assert (model(ids) - reference(ids).logits).abs().max() < 1e-4, method
+
+
+def test_the_result_gives_the_reported_loss_and_bits(small, runs):
+    base = load.find_base(str(small[1]))
+    text = load.load_text(str(small[2]), base.tokenizer, T)
+    for method, (out, _) in runs.items():
+        dtype = getattr(torch, torch.load(out / "checkpoint.pt", weights_only=True)["options"]["dtype"])
+        model = train.load_result(base, out, method)
+        metrics = json.loads((out / "metrics.json").read_text())["metrics"]
+        loss = gpt2.loss_on(model, text.val, T, dtype)
+        assert loss == pytest.approx(metrics["val_loss"], abs=5e-3)  # then the base may have been in bfloat16
+        bits = metrics["val_loss"] * (len(text.val) - 1) / 3_000 / math.log(2)
+        assert metrics["bits_per_character"] == pytest.approx(bits, abs=1e-6)
+
+
+def test_parts_of_a_batch_and_checkpointing_change_nothing_but_memory(small, tmp_path):
+    options = [*small[0], "--steps", 6, "--eval-every", 3, "--dtype", "float32", "--method", "full", "--device", "cpu"]
+    histories = []
+    for i, more in enumerate(([], ["--micro-batch-size", 3], ["--activation-checkpointing", "--micro-batch-size", 8])):
+        call(train, *options, *more, "--out", tmp_path / str(i))
+        histories.append(json.loads((tmp_path / str(i) / "metrics.json").read_text())["history"])
+    for other in histories[1:]:
+        for a, b in zip(histories[0], other, strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
+            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_resumes_bit_identically(small, runs, tmp_path, number, code):
+    options = [*small[0], *STEPS, "--method", "lora", *LORA, "--out", tmp_path]
+    command = [sys.executable, "-u", str(FOLDER / "train.py"), *map(str, options)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in child.stdout:
+        if line.startswith("step    20"):
+            break
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in errors
+    stopped = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
+    assert 20 <= stopped < 40
+    assert f"resumed after step {stopped}" in run("train.py", "--resume", "--out", tmp_path)
+    name = "adapter/adapter_model.safetensors"
+    assert digest(tmp_path / name) == digest(runs["lora"][0] / name)
+
+
+def test_resume_refuses_other_options_and_other_text(small, runs, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(runs["lora"][0], out)
+    before = digest(out / "checkpoint.pt")
+    assert "--lora-rank 8, not --lora-rank 4" in run("train.py", "--resume", "--lora-rank", 4, "--out", out, code=1)
+    small[2].write_text(small[2].read_text() + "more " * 100)
+    try:
+        assert "not what the run had" in run("train.py", "--resume", "--out", out, code=1)
+    finally:
+        small[2].write_text(small[2].read_text()[:30_000])
+    assert digest(out / "checkpoint.pt") == before
+
+
+def test_two_processes_learn_as_one_does(small, tmp_path):
+    options = [*small[0], "--steps", 10, "--eval-every", 5, "--dtype", "float32", "--micro-batch-size", 2, "--device",
+               "cpu", "--lr", 5e-3]
+    call(train, *options, "--out", tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29573"]
+    run("train.py", *options, "--out", tmp_path / "two", launcher=torchrun)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-3)
+
+
+def test_early_stopping_keeps_the_best(small, tmp_path):
+    options = ["--method", "full", "--steps", 400, "--eval-every", 10, "--lr", 1e-2, "--patience", 2, "--device", "cpu"]
+    text = call(train, *small[0], *options, "--out", tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    last, best = found["history"][-1]["step"], found["metrics"]["best_step"]
+    assert last == best + 20 < 400 and f"full, step {best}" in text  # a short text, learned by heart
+    assert found["metrics"]["val_loss"] == min(row["val_loss"] for row in found["history"])
+
+
+def test_one_batch_can_be_learned_by_heart(small):
+    model = gpt2.read_model(small[1], gpt2.read_config(small[1] / "config.json"))
+    x, y = torch.randint(400, (2, 4, T), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
+def test_schedule_rises_then_falls_to_a_tenth():
+    factors = [train.schedule(step, 100, 10) for step in range(100)]
+    assert factors[0] == 0.1 and factors[9] == 1.0 and max(factors) <= 1.0
+    assert all(a > b for a, b in zip(factors[10:], factors[11:])) and 0.1 < factors[-1] < 0.11
+
+
+def refused(monkeypatch, script, *options):
+    """What a script's main says of bad input, without the seconds that a new process takes."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, options)])
+    with pytest.raises(utils.InputError) as error:
+        script.main()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--steps", 0], "--steps 0"), (["--dropout", 1], "--dropout"), (["--prompt", ""], "--prompt is empty"),
+    (["--lora-targets", "attention"], "attn.c_attn"), (["--lora-rank", 64], "rank 64 is above"),
+    (["--block-size", 65], "64 positions"), (["--model", "nowhere"], "no folder"), (["--data", "no.txt"], "no.txt"),
+    (["--device", "abacus"], "abacus"), (["--seed", -1], "--seed"), (["--batch-size", 5000], "use a longer text"),
+])
+def test_bad_input_gets_one_sentence(small, tmp_path, monkeypatch, options, words):
+    assert words in refused(monkeypatch, train, *small[0], *options, "--out", tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(small, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(small[1], folder)
+    bpe.Tokenizer(*bpe.train_bpe("some other text, short", 260)).save(folder)
+    assert "its vocabulary has" in run("train.py", *small[0], "--model", folder, "--out", tmp_path, code=1)
+    short = tmp_path / "short.txt"
+    short.write_text("too short a text")
+    assert "too few for windows" in refused(monkeypatch, train, *small[0], "--data", short, "--out", tmp_path)
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(small, runs, tmp_path):
+    shutil.copytree(runs["full"][0], tmp_path / "out")
+    before = digest(tmp_path / "out" / "model" / "model.safetensors")
+    options = [*small[0], "--method", "full", "--lr", 1e30, "--device", "cpu", "--dtype", "float32"]
+    assert "smaller --lr" in run("train.py", *options, "--out", tmp_path / "out", code=1)
+    assert digest(tmp_path / "out" / "model" / "model.safetensors") == before
+
+
+# ---------------------------------------------------------------------------------------------- load_model.py
+def test_load_model_writes_draws_and_saves(small, runs, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(runs["lora"][0], out)
+    options = ["--out", out, "--prompt", "The ", "--length", 40, "--dtype", "float32", "--device", "cpu"]
+    texts = [call(load_model, *options, *more) for more in (["--save", tmp_path / "merged"], ["--no-cache"],
+                                                            ["--model", tmp_path / "merged"])]
+    written = [re.search(r"The .*?(?=\n[\d.,]+ tokens per second)", text, re.S)[0] for text in texts]
+    assert len(set(written)) == 1 and len(written[0]) > 20  # the same text with and without cache, and merged to disk
+    assert (out / "attention.png").stat().st_size > 1000
+    assert "tokens per second" in run("load_model.py", *options, "--temperature", 0)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = weights.open_weights(small[1])
+    merged = weights.open_weights(tmp_path / "merged")
+    changed = {n for n in base if not torch.equal(base[n], merged[n])}
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert changed == {f"h.{i}.{name}.weight" for i in (0, 1) for name in layers}
+
+
+def test_the_newest_result_is_taken(tmp_path):
+    with pytest.raises(utils.InputError, match="neither adapter/ nor model/"):
+        load_model.newest(tmp_path)
+    for i, (name, file) in enumerate((("adapter", "adapter_config.json"), ("model", "config.json"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        os.utime(tmp_path / name / file, (i + 1, i + 1))
+        assert load_model.newest(tmp_path) == tmp_path / name
+    os.utime(tmp_path / "adapter" / "adapter_config.json", (time.time(), time.time()))
+    assert load_model.newest(tmp_path) == tmp_path / "adapter"
+
+
+def test_load_model_refuses(runs, tmp_path, monkeypatch):
+    adapter = runs["lora"][0] / "adapter"
+    options = ["--model", adapter, "--out", tmp_path]
+    for more, words in ((["--top-p", 0], "--top-p"), (["--layer", 2], "--layer 2"), (["--prompt", ""], "--prompt is")):
+        assert words in refused(monkeypatch, load_model, *options, *more)
+    assert "neither adapter/ nor model/" in run("load_model.py", "--out", tmp_path, code=1)
+    shutil.copytree(adapter, tmp_path / "far")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "far" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "far/away"}))
+    assert "'far/away'" in refused(monkeypatch, load_model, "--model", tmp_path / "far", "--out", tmp_path)
+
+
+def test_where_heads_look_on_weights_with_known_answers():
+    eye, back = torch.eye(4), torch.eye(4).roll(-1, 1)
+    back[0], back[3] = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 0, 1, 0])
+    back[1], back[2] = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 1, 0, 0])
+    shares = load_model.where_heads_look(torch.stack([eye, back])[None])
+    assert shares["itself"].tolist() == [[1.0, 0.25]] and shares["previous"].tolist() == [[0.0, 1.0]]
+    assert shares["first"].tolist() == [[0.25, 0.5]] and not shares["future"].any()
+    assert load_model.where_heads_look(torch.full((1, 1, 2, 2), 0.5))["future"].item() == 0.5
+
+
+# ---------------------------------------------------------------------------------------------- experiment.py
+def test_experiment_runs(small, tmp_path):
+    options = [*small[0], "--steps", 4, "--seeds", 1, "--device", "cpu", "--out", tmp_path]
+    text = run("experiment.py", *options, "--parts", "scratch")
+    found = json.loads((tmp_path / "experiment_scratch.json").read_text())
+    assert [len(rows) for rows in found["tables"].values()] == [3] and "from scratch" in text
+    for rows in found["tables"].values():
+        for row in rows:
+            assert row["curve"][0][0] == 0 and row["curve"][-1][0] == 4 and math.isfinite(row["mean"])
+    assert (tmp_path / "scratch.png").exists() and (tmp_path / "experiment_scratch.png").exists()
+    assert [len(experiment.rows_of(part, 768)) for part in ("methods", "alpha", "targets")] == [8, 5, 6]
+    assert experiment.rows_of("methods", 16)[-1][0] == "LoRA, rank 16"  # 64 does not fit
