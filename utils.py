@@ -6,7 +6,6 @@ To take a chapter into a project of your own, copy its folder and this file.
 import contextlib
 import ctypes
 import hashlib
-import io
 import json
 import math
 import os
@@ -38,6 +37,7 @@ class InputError(ValueError):
 
 def run(main) -> None:
     """Call main(). What a user can cause ends in one sentence and a non-zero exit status; a bug keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal can't show becomes a code, and no error
     try:
         main()
     except KeyboardInterrupt as stop:
@@ -49,7 +49,7 @@ def run(main) -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the device ran out of memory; try a smaller --batch-size.")
+        sys.exit("error: the device ran out of memory; try a smaller --batch-size, or what else --help says of memory.")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right and "
                  "writable, and that the disk has free space.")
@@ -82,7 +82,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     ## two take turns, and the fastest of each counts: another program may be busy for a while.
     """
     if device.type != "cpu":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
     for dtype in list(seconds) * 20:
         x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
@@ -208,14 +208,17 @@ def _hash(path: Path, expected: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- files
-def write_atomically(path: Path, data: bytes) -> None:
-    """Whatever happens, and whenever, `path` holds the old bytes or the new ones: write beside it, flush, rename."""
+def write_atomically(path: Path, data) -> None:
+    """Whatever happens, and whenever, `path` holds the old bytes or the new ones: write beside it, flush, rename.
+
+    data: bytes, or a function that writes them to the open file it is given.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(data) if isinstance(data, bytes) else data(file)
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only in the system's cache, before the name moves
         os.replace(temporary, path)
@@ -234,9 +237,7 @@ def check_writable(folder: Path) -> None:
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write a dict of tensors and plain Python values (nothing else, so that it loads with weights_only=True)."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu") -> dict:
@@ -260,7 +261,8 @@ def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu")
 def adopt_options(args, given: dict, saved: dict) -> None:
     """For --resume: set args (argparse's) to the saved run's options; one given with another value is an InputError."""
     for name, value in saved.items():
-        if name not in ("resume", "out", "device", "compile", "tta"):  # these don't change what is learned
+        if name not in ("resume", "out", "device", "compile", "tta", "micro_batch_size", "activation_checkpointing"):
+            # those don't change what is learned
             if str(given.get(name, value)) != str(value):
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"--resume goes on with a run that had {option} {value}, not {option} {given[name]}; "
@@ -287,7 +289,5 @@ def plot_history(path: Path, history: list[dict], curves: list[str], title: str,
 
 def save_figure(figure, path: Path) -> None:
     """Write a matplotlib figure as PNG, atomically, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
-    write_atomically(path, buffer.getvalue())

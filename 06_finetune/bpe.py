@@ -380,7 +380,6 @@ def main() -> None:
                         help="tokens to learn; more make a text shorter, and a model's embedding larger")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a symbol gets its code instead
 
     tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)
     print(f"{name}: {len(tokenizer.vocab):,} tokens, {len(tokenizer.merges):,} merges\n")

@@ -12,6 +12,7 @@ experiment.png, and scratch.png (part scratch). Left out on purpose: a search fo
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,15 +37,18 @@ TARGETS = (["c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"], ["c_attn",
 
 
 def rows_of(part: str, n_embd: int) -> list[tuple[str, list[str]]]:
-    """(name, train.py's options) for each row of a table; ranks that the base is too small for are left out."""
+    """(name, train.py's options) for each row of a table; ranks that the base is too small for are left out.
+
+    No options are train.py's defaults, LoRA of rank 8 with alpha 16 for c_attn, which stand in every table.
+    """
     if part == "methods":
         ranks = [r for r in RANKS if r <= n_embd]
         return [("full", ["--method", "full"]), ("last block alone", ["--method", "head"]),
-                *((f"LoRA, rank {r}", ["--lora-rank", str(r)]) for r in ranks)]
+                *((f"LoRA, rank {r}", [] if r == 8 else ["--lora-rank", str(r)]) for r in ranks)]
     if part == "alpha":
-        return [(f"rank 8, alpha {alpha}", ["--lora-alpha", str(alpha)]) for alpha in ALPHAS]
+        return [(f"rank 8, alpha {a}", [] if a == 16 else ["--lora-alpha", str(a)]) for a in ALPHAS]
     if part == "targets":
-        return [(" + ".join(names), ["--lora-targets", *names]) for names in TARGETS]
+        return [(" + ".join(names), [] if names == ["c_attn"] else ["--lora-targets", *names]) for names in TARGETS]
     return [("fine-tuned, full", ["--method", "full"]), ("fine-tuned, LoRA", []),
             ("from scratch", ["--method", "full", "--lr", "2e-3", "--model", "SCRATCH"])]
 
@@ -53,19 +57,20 @@ def from_scratch(base: Base, folder: Path, seed: int) -> None:
     """Write a network of the base's shape that has learned nothing, in GPT-2's files.
 
     ## So that the peer is fair, it has all that the base has but its training: the shape, the vocabulary, the same
-    ## text, the same number of steps, and train.py itself with the learning rate that suits a fresh network.
+    ## text, the same number of steps, and train.py itself with the learning rate that pre-trains the stand-in.
     """
     torch.manual_seed(seed)
     base.tokenizer.save(folder)
     save_model(GPT2(base.config), folder, base.tokenizer.vocab[bpe.END])
 
 
-def train(options: list[str], out: Path) -> dict:
+def train(options: list, out: Path) -> dict:
     """Run train.py and return its metrics.json. Raises utils.InputError with its last words where it failed."""
-    done = subprocess.run([sys.executable, str(TRAIN), *options, "--out", str(out)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, [TRAIN, *options, "--out", out])], capture_output=True,
+                          encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no message"]
-        raise utils.InputError(f"train.py {' '.join(options)} failed: {words[-1].removeprefix('error: ')}")
+        raise utils.InputError(f"train.py {' '.join(map(str, options))} failed: {words[-1].removeprefix('error: ')}")
     return json.loads((out / "metrics.json").read_text())
 
 
@@ -113,12 +118,13 @@ def main() -> None:
     utils.check_writable(args.out)
     base = find_base(args.model)  # made or downloaded here, once
     text, text_stand_in = read_text(args.data)[1:]
+    dtype = utils.pick_dtype(utils.pick_device(args.device))  # once: it is a matter of timing, and rows are compared
     label = f"{base.label()}, on {text}{', stand-in' * text_stand_in}"
     print(f"{label}; {args.steps} steps; mean ± std of {args.seeds} seeds\n")
 
-    common = ["--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 6)), "--patience", "100",
-              "--batch-size", str(args.batch_size), "--micro-batch-size", str(args.batch_size), "--device", args.device,
-              "--block-size", str(args.block_size), *(["--data", args.data] if args.data else [])]
+    common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 6), "--patience", 100, "--batch-size",
+              args.batch_size, "--micro-batch-size", args.batch_size, "--block-size", args.block_size, "--device",
+              args.device, "--dtype", str(dtype).removeprefix("torch."), *(["--data", args.data] if args.data else [])]
     tables, done = {}, {}  # options -> what came of them: some rows stand in two tables
     stem = "experiment" if args.parts == parts else "experiment_" + "_".join(args.parts)
     print(f"{'':36}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}")
@@ -135,7 +141,7 @@ def main() -> None:
                             from_scratch(base, scratch, seed)
                         own = [str(scratch) if word == "SCRATCH" else word for word in options]
                         own = own if "--model" in own else ["--model", base.name, *own]
-                        found.append(train([*common, *own, "--seed", str(seed)], out))
+                        found.append(train([*common, *own, "--seed", seed], out))
                 runs = [run["metrics"] for run in done[tuple(options)]]
                 first = done[tuple(options)][0]
                 per_nat = first["metrics"]["before_bits_per_character"] / first["metrics"]["before_val_loss"]

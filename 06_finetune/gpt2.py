@@ -225,8 +225,8 @@ def read_config(path: Path) -> dict:
     if found.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise utils.InputError(f"{path}: n_inner is {found['n_inner']!r:.60}, and this GPT-2 has 4 n_embd; take "
                                "another model.")
-    ## load.py's stand-in says so in its config, and so does whatever is fine-tuned from it.
-    return config | ({"stand_in": True} if found.get("stand_in") is True else {})
+    ## load.py's stand-in tells in its config how long it was trained, and what is fine-tuned from it keeps that.
+    return config | {name: found[name] for name in ("stand_in",) if name in found}
 
 
 def read_model(path: Path, config: dict) -> GPT2:
@@ -276,8 +276,11 @@ def save_model(model: GPT2, folder: Path, end: int) -> None:
     c = {name: value for name, value in model.config.items() if name != "dropout"}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", **c,
               "n_ctx": c["n_positions"], "bos_token_id": end, "eos_token_id": end}
+    data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
+    if path.exists() and path.read_bytes() != data:
+        path.unlink()  # a kill between the two writes shall leave no folder with new weights and an old config
     save_safetensors(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    utils.write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+    utils.write_atomically(path, data)
 
 
 # ---------------------------------------------------------------------------------------------- measuring, writing text
@@ -329,7 +332,9 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
 def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0, top_k: int | None = None,
              top_p: float = 1.0, stop: int | None = None, cache: bool = True,
              generator: torch.Generator | None = None) -> Iterator[int]:
-    """Yield up to `length` ids that continue ids (at least one), until `stop` is drawn; cache changes the speed alone.
+    """Yield up to `length` ids that continue ids (at least one), until `stop` is drawn.
+
+    The cache changes the speed and, by rounding, the last digits of the scores.
 
     ## Position embeddings end at n_positions. When they are used up, the later half of the text becomes the whole
     ## memory and moves to position 0: once in n_positions / 2 tokens, half a text is read again.

@@ -44,7 +44,7 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # The stand-in: GPT-2 in all but size
-STAND_IN = {"vocab_size": 2000, "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "stand_in": True}
+STAND_IN = {"vocab_size": 2000, "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
 STAND_IN_STEPS = 900
 SENTENCE = "To be, or not to be: that is the question."
 
@@ -79,19 +79,21 @@ def find_base(name: str | None = None) -> Base:
                                    f"vocab.json and merges.txt, or {', '.join(SIZES)} or stand-in.")
         return _base(folder, read_config(folder / "config.json"), _tokenizer(folder), name)
     if name != "stand-in":
+        weights_here = (utils.DATA_DIR / (name or "gpt2") / "model.safetensors").exists()
         try:
             path, tokenizer = _download(name or "gpt2"), bpe.load_gpt2()
             return _base(path, COMMON | SIZES[name or "gpt2"], tokenizer, name or "gpt2")
         except ConnectionError as error:
-            if name:  # asked for by name: never replaced by something else
+            if name or weights_here:  # asked for by name, or half there: never replaced by something else
                 raise utils.InputError(f"{error} Use --model stand-in to work without a network.") from error
             print(error)
     folder = utils.DATA_DIR / "gpt2-stand-in"
-    utils.notice("STAND-IN: in place of GPT-2 this run uses a small one, pre-trained on Python's manual.",
-                 "Its figures are not GPT-2's and can't be compared with them.")
     if not (folder / "config.json").exists():
         pretrain(folder)
-    return _base(folder, read_config(folder / "config.json"), _tokenizer(folder), "stand-in")
+    config = read_config(folder / "config.json")
+    utils.notice("STAND-IN: in place of GPT-2 this run uses a small one, pre-trained on Python's manual",
+                 f"for {config.get('stand_in', 0)} steps. Its figures can't be compared with GPT-2's.")
+    return _base(folder, config, _tokenizer(folder), "stand-in")
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
@@ -103,7 +105,7 @@ def _base(path: Path, config: dict, tokenizer: Tokenizer, name: str) -> Base:
     if len(tokenizer.vocab) != V:
         raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.vocab):,} tokens, and the model {V:,}; take "
                                "vocab.json and merges.txt from where the weights are from.")
-    return Base(path, config, tokenizer, name, config.get("stand_in", False))
+    return Base(path, config, tokenizer, name, "stand_in" in config)
 
 
 def _download(name: str) -> Path:
@@ -111,8 +113,8 @@ def _download(name: str) -> Path:
     path = utils.DATA_DIR / name / "model.safetensors"
     if name == "gpt2":
         return utils.download([GPT2_URL], path, GPT2_SHA256)
-    ## The hash of gpt2 was written down here by people who looked at the file. For the larger ones we ask the hub for
-    ## the hash that it keeps with the file: that finds a broken download, though not a hub that was broken into.
+    ## The hash of gpt2 stands above. For the larger ones we ask the hub for the hash that it keeps with the file: that
+    ## finds a broken download, though not a hub that was broken into.
     if path.exists():
         return path  # it was verified when it came
     url = f"{HUB}{name}/resolve/main/model.safetensors"
@@ -200,7 +202,7 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
     dtype, T, B = utils.pick_dtype(torch.device("cpu")), STAND_IN["n_positions"], 8
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GPT2(STAND_IN | {"vocab_size": len(tokenizer.vocab), "dropout": 0.1})
+        model = GPT2(STAND_IN | {"vocab_size": len(tokenizer.vocab), "dropout": 0.1, "stand_in": steps})
         print(f"pre-training a GPT-2 with {utils.count_parameters(model):,} parameters on {len(train):,} tokens of "
               f"Python's manual ({dtype})")
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -221,11 +223,10 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
                                 "val_loss": loss_on(model, val, T, dtype)})
                 losses = []
     bar.clear()
-    best = history[-1]
-    print(f"{time.perf_counter() - begun:.0f} s; validation loss {best['val_loss']:.3f} nats per token "
+    print(f"{time.perf_counter() - begun:.0f} s; validation loss {history[-1]['val_loss']:.3f} nats per token "
           f"(uniform {math.log(len(tokenizer.vocab)):.3f})")
     tokenizer.save(folder)
-    save_model(model, folder, tokenizer.vocab[bpe.END])  # config.json comes last: where it is, all is
+    save_model(model, folder, tokenizer.vocab[bpe.END])  # config.json comes last
     print(f"wrote model.safetensors, config.json, vocab.json and merges.txt to {folder}")
     if plot:
         utils.plot_history(plot, history, ["train_loss", "val_loss"], "Pre-training the stand-in (pydocs, stand-in)",
@@ -242,11 +243,12 @@ def main() -> None:
     add("--steps", type=int, help=f"pre-train the stand-in anew, with so many steps (as it comes: {STAND_IN_STEPS})")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the pre-training's plot")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a symbol gets its code instead
     if args.steps is not None:
         if args.model != "stand-in" or args.steps < 1:
             raise utils.InputError("--steps must be at least 1, and goes with --model stand-in, which it makes anew.")
         pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps, args.out / "pretraining.png")
+    if not args.sentence:
+        raise utils.InputError("--sentence is empty; give one of a few words.")
     base = find_base(args.model)
 
     # the model: what is in its files

@@ -53,20 +53,21 @@ def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str
     config_path = Path(name) / "adapter_config.json"
     if not config_path.exists():
         base = find_base(name)
-        return read_model(base.path, base.config), base, f"{name}, without adapter"
+        return read_model(base.path, base.config), base, f"{base.label()}, without adapter"
     ## An adapter is a fraction of a model, and its config names the rest. The hub's name for GPT-2 has its owner before
     ## it.
     named = read_config(config_path)["base_model_name_or_path"]
     base_name = base_name or str(named).removeprefix("openai-community/")
     if base_name not in (*SIZES, "stand-in") and not Path(base_name).is_dir():
-        raise utils.InputError(f"{name} is an adapter for {named!r}, which is not here; name its folder with --base.")
+        raise utils.InputError(f"{name} is an adapter for {named!r}, and {base_name} is not here; give the folder of "
+                               "its base with --base.")
     base = find_base(base_name)
     model = read_model(base.path, base.config)
     config = load_adapter(model, name, PREFIX)
     ## Merged, the adapter costs nothing more: what is written is an ordinary GPT-2 from here on.
     merge(model)
     remove(model)
-    return model.eval(), base, f"{base.name} with the adapter {name} (rank {config['r']}) merged into it"
+    return model.eval(), base, f"{base.label()} with the adapter {name} (rank {config['r']}) merged into it"
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -89,9 +90,8 @@ def where_heads_look(weights: Tensor) -> dict[str, Tensor]:
     """
     T = weights.shape[-1]
     rows = torch.arange(T)
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
     return {"itself": weights[..., rows, rows].mean(-1), "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
-            "first": weights[..., 0].mean(-1), "future": weights[..., future].sum(-1)}
+            "first": weights[..., 0].mean(-1)}
 
 
 def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
@@ -103,12 +103,13 @@ def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, p
     for head, a in enumerate(axes.flat):
         a.set_visible(head < H)
         if head < H:
-            a.imshow(weights[layer, head, :T, :T], cmap="viridis", vmin=0, vmax=1)
-            a.set_xticks(range(T), tokens[:T], fontsize=5, rotation=90)
-            a.set_yticks(range(T), tokens[:T], fontsize=5)
+            a.imshow(weights[layer, head, :T, :T].numpy(), cmap="viridis", vmin=0, vmax=1)
+            a.set_xticks(range(T), tokens[:T], fontsize=5, rotation=90, parse_math=False)  # "$" is a token here
+            a.set_yticks(range(T), tokens[:T], fontsize=5, parse_math=False)
             a.set_title(f"layer {layer}, head {head}", fontsize=9)
             a.grid(False)
-    figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1\n{title}", y=0.995, fontsize=10)
+    figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1\n{title}", y=0.995, fontsize=10,
+                    parse_math=False)
     figure.tight_layout()
     utils.save_figure(figure, path)
 
@@ -134,9 +135,11 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides what is drawn")
     add("--out", type=Path, default=OUTPUTS, help="folder for the plot, and of what train.py wrote")
     args = parser.parse_args()
-    if args.length < 1 or args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < args.top_p <= 1:
+    top_k = 1 if args.top_k is None else args.top_k
+    if args.length < 1 or not 0 <= args.temperature < 1e6 or top_k < 1 or not 0 < args.top_p <= 1:
         raise utils.InputError("--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and "
                                "at most 1.")
+    utils.set_seed(args.seed)
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     dtype = utils.pick_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -156,7 +159,8 @@ def main() -> None:
     model.requires_grad_(False).to(device)
     if dtype == torch.bfloat16:
         ## One token is a vector: multiplying it with a matrix takes as long as fetching the matrix from memory. In
-        ## bfloat16 that is half as much.
+        ## bfloat16 that is half as much. What the adapter added may be lost where it is below 1/512 of a weight: for
+        ## scores to the last digit, take --dtype float32.
         shrink(model)
 
     ## A character may be spread over several tokens, so bytes wait here until they make one.
@@ -186,7 +190,6 @@ def main() -> None:
             print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{first:10.1%}")
     print("spread evenly" + "".join(f"{even[name].item():{width}.1%}" for name, width in
                                     (("itself", 9), ("previous", 10), ("first", 10))))
-    assert not shares["future"].any(), "the causal mask leaks"
     tokens = [base.tokenizer.decode([i]).replace("\n", "\\n").replace(" ", "_") for i in window[0].tolist()]
     draw_attention(weights, tokens, args.layer, what, args.out / "attention.png")
     print(f"\nwrote {args.out / 'attention.png'}")

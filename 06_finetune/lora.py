@@ -239,8 +239,11 @@ def save_adapter(model: nn.Module, folder: Path | str, base_name: str, prefix: s
               "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p, "use_rslora": layer.rslora, "bias": "none",
               "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
               "inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_dora": False}
+    data, path = json.dumps(config, indent=2, sort_keys=True).encode(), Path(folder) / "adapter_config.json"
+    if path.exists() and path.read_bytes() != data:
+        path.unlink()  # a kill between the two writes shall leave no folder with new weights and an old config
     save_safetensors(named_tensors(layers, prefix), Path(folder) / "adapter_model.safetensors", {"format": "pt"})
-    utils.write_atomically(Path(folder) / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+    utils.write_atomically(path, data)
 
 
 def read_config(path: Path) -> dict:

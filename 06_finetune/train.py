@@ -4,7 +4,7 @@ You learn here: what changes when training starts from somebody else's weights; 
 percent of the parameters; and how a batch that does not fit is taken in parts.
 
     python 06_finetune/train.py                                         GPT-2 and Tiny Shakespeare, LoRA
-    python 06_finetune/train.py --method full --lr 3e-5                 every weight
+    python 06_finetune/train.py --method full                           every weight
     python 06_finetune/train.py --model stand-in --data my_novel.txt    without GPT-2's weights; any UTF-8 text
     python 06_finetune/train.py --resume                                after Ctrl-C
     torchrun --nproc_per_node=2 06_finetune/train.py                    two processes, for example on two GPUs
@@ -17,6 +17,7 @@ Left out on purpose: quantised weights (QLoRA), instruction formats, several doc
 
 import argparse
 import contextlib
+import datetime
 import math
 import os
 import signal
@@ -33,9 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe  # noqa: E402
 import utils  # noqa: E402
-from gpt2 import GPT2, generate, loss_on, read_model, save_model, shrink  # noqa: E402
+from gpt2 import GPT2, SIZES, generate, loss_on, read_model, save_model, shrink  # noqa: E402
 from load import Base, batches, find_base, load_text, warn  # noqa: E402
-from lora import add_lora, load_adapter, save_adapter  # noqa: E402
+from lora import add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
 
@@ -91,8 +92,8 @@ def load_result(base: Base, out: Path, method: str) -> GPT2:
 def schedule(step: int, steps: int, warmup: int) -> float:
     """Factor on the learning rate: up in a line, then down as half a cosine to a tenth (Loshchilov & Hutter 2016).
 
-    ## The warm-up matters more here than when starting from nothing: AdamW's first steps are all equally long, however
-    ## small the gradient, and the weights that they would spoil are good ones.
+    ## AdamW's first steps are all equally long, however small the gradient, and the weights that they could spoil are
+    ## good ones: hence the warm-up.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -103,11 +104,13 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held so far: of the GPU's memory, or of the machine's; 0 if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(ImportError):  # Windows has no such module
+    with contextlib.suppress(OSError):  # Linux; getrusage's figure would be that of the process that started this one
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024  # KiB
+    with contextlib.suppress(ImportError):  # macOS; Windows has no such module
         import resource
 
-        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return size if sys.platform == "darwin" else size * 1024  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 0
 
 
@@ -124,9 +127,15 @@ def sample(model: GPT2, base: Base, prompt: str, length: int, dtype: torch.dtype
 
 
 # ---------------------------------------------------------------------------------------------- options
-# Method -> AdamW's peak learning rate for the stand-in and for GPT-2: the first was measured (see experiment.py), the
-# second is a usual one, not measured here.
+# Method -> AdamW's peak learning rate for the stand-in and for GPT-2: the first is the best of three by the loss after
+# 300 steps on Tiny Shakespeare (head: of two; seed 0), the second a usual one, not measured here.
 LR = {"lora": (1e-2, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 3e-4)}
+
+
+def place(name: str) -> str:
+    """A path made absolute: what is saved shall be found again from any other working directory."""
+    known = name in (*SIZES, "stand-in", "tinyshakespeare", "python", "pydocs")
+    return name if known or not Path(name).exists() else str(Path(name).resolve())
 
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
@@ -134,10 +143,10 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--method", choices=LR, default="lora", help="what is trained: adapters, every weight, or the last block")
-    add("--model", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stand-in, or a folder with config.json, "
+    add("--model", type=place, help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stand-in, or a folder with config.json, "
         "model.safetensors, vocab.json and merges.txt; without it gpt2, or the stand-in if that is out of reach")
-    add("--data", help="tinyshakespeare, python, pydocs or a text file; without it the first, or python if it is out "
-        "of reach")
+    add("--data", type=place, help="tinyshakespeare, python, pydocs or a text file; without it the first, or python "
+        "if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--seed", type=int, default=0, help="decides adapters, batches, dropout and samples")
@@ -147,7 +156,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
         "batch (gradient accumulation); memory shrinks with it, the result stays")
     add("--block-size", type=int, default=256, help="context: tokens in a window, at most the model's n_positions")
     add("--lora-rank", type=int, default=8, help="r: rank of each change; parameters grow with it")
-    add("--lora-alpha", type=float, default=16, help="the change counts alpha / r times")
+    add("--lora-alpha", type=float, default=16.0, help="the change counts alpha / r times")
     add("--lora-targets", nargs="+", default=["c_attn"], help="layers that get adapters, by the end of their names: "
         "c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj")
     add("--dropout", type=float, default=0.0, help="share zeroed while training: of the adapters' input, or with full "
@@ -160,7 +169,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--eval-every", type=int, default=100, help="steps between evaluations on all validation text; each saves")
     add("--patience", type=int, default=3, help="stop after so many evaluations without a new best (early stopping)")
     add("--activation-checkpointing", action="store_true", help="keep less for the backward pass and compute it again: "
-        "less memory, a third more time")
+        "less memory, one more forward pass per step")
     add("--prompt", default="\n", help="what the samples before and after go on from")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
@@ -171,8 +180,9 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
                  "patience"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not 0 <= args.dropout < 1:
-        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1.")
+    if not 0 <= args.dropout < 1 or not args.weight_decay >= 0:
+        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1, and --weight-decay "
+                               f"{args.weight_decay} at least 0.")
     if not args.prompt:
         raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
     return args, {name: value for name, value in given.items() if value is not None}
@@ -198,7 +208,8 @@ def main() -> None:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        wait = datetime.timedelta(hours=2)  # for rank 0's download
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     if args.dtype == "auto":
         names = [str(utils.pick_dtype(device)).removeprefix("torch.")]
         if world > 1:
@@ -214,8 +225,10 @@ def main() -> None:
     if args.block_size > positions:
         raise utils.InputError(f"--block-size {args.block_size} is more than the {positions} positions that "
                                f"{base.name} knows; make it smaller.")
-    args.lr = args.lr or LR[args.method][not base.stand_in]
     text = load_text(args.data, base.tokenizer, args.block_size)
+    ## What was left open is settled by now, and saved with the rest for --resume.
+    args.model, args.data = base.name, args.data or text.name
+    args.lr = args.lr or LR[args.method][not base.stand_in]
     if rank == 0 and world > 1:
         dist.barrier()
     train, val = text.train.to(device), text.val.to(device)
@@ -247,6 +260,9 @@ def main() -> None:
             torch.set_rng_state(saved["random_state"])
         else:
             torch.manual_seed(args.seed + rank + first_step)
+        saved = {"step": first_step}  # the rest may be gigabytes
+        if rank == 0 and best["step"] == first_step:
+            save_result(model, base, args)  # a kill may have come between checkpoint and result
     step_model = torch.compile(model) if args.compile else model
     step_model = DistributedDataParallel(step_model) if world > 1 else step_model
 
@@ -257,27 +273,30 @@ def main() -> None:
               f"{args.method}: {n_trained:,} trained parameters of {total + n_trained * (args.method == 'lora'):,} "
               f"({n_trained / (total + n_trained * (args.method == 'lora')):.4%}); {args.dtype} on {device.type}; "
               f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
-        x, y = next(batches(text.train, args.block_size, 1, args.seed))
+        x, y = next(batches(text.train, args.block_size, args.batch_size, args.seed))
         print(f"a window:     {base.tokenizer.decode(x[0, :16].tolist())!r}\n"
               f"its targets:  {base.tokenizer.decode(y[0, :16].tolist())!r}")
         if saved:
             print(f"resumed after step {first_step} and {seconds:.0f} s of training")
         else:
-            ## The loss before training is far below ln V, unlike in all other chapters: the model knows a lot already.
+            ## Unlike in all other chapters the model knows something already, and the loss before training is below
+            ## ln V. If it is not, a wrong vocabulary is the likeliest reason.
             before = loss_on(model, val, args.block_size, dtype)
             print(f"before training: loss {before:.4f}; guessing uniformly, ln {V}: {math.log(V):.4f}; it writes:\n"
                   f"{sample(model, base, args.prompt, 60, dtype, args.seed)}\n")
+            if before > math.log(V):
+                print("this is worse than guessing: are vocab.json and merges.txt those of these weights?\n")
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the best so far, the result."""
-        if best["step"] == done:
-            save_result(model, base, args)
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, {
             "script": SCRIPT, "base": base.name, "text": [text.name, len(train)], "stand_in": base.stand_in,
             "torch": str(torch.__version__), "options": options, "step": done, "seconds": seconds, "history": history,
-            "best": best, "before": before, "losses": losses, "trained": {k: p.detach() for k, p in trained.items()},
-            "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})
+            "best": best, "before": before, "losses": losses, "trained": trainable_state(model),
+            "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
+        if best["step"] == done:
+            save_result(model, base, args)
 
     ## As in chapter 05: Ctrl-C only leaves a note, which the loop reads where everything fits together.
     interrupted = []
@@ -291,6 +310,8 @@ def main() -> None:
     for step, (x, y) in zip(range(args.steps), stream):  # x, y (B, T)
         if step < first_step:
             continue  # resumed: these were seen before
+        if step - best["step"] >= args.patience * args.eval_every:
+            break  # early stopping: it has been learning the training text by heart for a while
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, args.warmup)
 
@@ -314,10 +335,13 @@ def main() -> None:
 
         done = step + 1
         due = done % args.eval_every == 0 or done == args.steps
-        stop = torch.tensor(len(interrupted), device=device)
+        if device.type == "cuda" and not due and done % 10:
+            continue  # looking at the loss makes a GPU wait
+        stop = torch.tensor([len(interrupted), not math.isfinite(loss.item())], device=device)
         if world > 1:
             dist.all_reduce(stop)  # all ranks stop at the same step, or none
-        if not math.isfinite(loss.item()):
+        stop, broken = stop.tolist()
+        if broken:
             raise utils.InputError(f"the loss became {loss.item()} by step {done}; {advice}")
         if rank == 0:
             bar.update(done, f"loss {loss.item():.3f}", args.batch_size * args.block_size)
@@ -339,14 +363,14 @@ def main() -> None:
                 raise utils.InputError(f"the loss became {row['val_loss']} by step {done}; {advice}")
             if rank == 0:
                 save()
+            if world > 1:
+                dist.barrier()
             if stop:
                 raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
             if rank == 0:
                 bar.clear()
                 print(f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  "
                       f"validation {row['val_loss']:.4f}", flush=True)
-            if done - best["step"] >= args.patience * args.eval_every:
-                break
             begun = time.perf_counter()
 
     # report
@@ -358,15 +382,9 @@ def main() -> None:
     if rank:
         return
     memory = peak_memory(device)
-    bits = lambda nats: nats * (len(val) - 1) / text.val_characters / math.log(2)  # noqa: E731  per character
-    rows = (("guessing uniformly", math.log(V)), ("before training", before),
-            (f"{args.method}, step {best['step']}", best["val_loss"]))
-    print(f"\n{'':24}nats per token   perplexity   bits per character   ({label}, validation)")
-    for name, nats in rows:
-        print(f"{name:24}{nats:14.4f}{math.exp(nats):13.3f}{bits(nats):21.4f}")
-    print(f"{seconds:.0f} s of training, {memory / 1e9:.2f} GB of memory at most\n\nit writes:")
-    after = load_result(base, args.out, args.method).to(device)
-    print(sample(after, base, args.prompt, 200, dtype, args.seed) + "\n")
+    ## A token is a unit of the tokenizer's own choosing, so losses per token can't be compared between vocabularies.
+    ## Per character they can: nats per token * tokens / characters, and / ln 2 for bits.
+    bits = lambda nats: nats * (len(val) - 1) / text.val_characters / math.log(2)  # noqa: E731
     metrics = {"val_loss": best["val_loss"], "perplexity": math.exp(best["val_loss"]), "best_step": best["step"],
                "bits_per_character": bits(best["val_loss"]), "last_val_loss": history[-1]["val_loss"],
                "before_val_loss": before, "before_bits_per_character": bits(before), "trained_parameters": n_trained,
@@ -377,6 +395,17 @@ def main() -> None:
     start = [{"step": 0, "val_loss": before}]
     utils.plot_history(args.out / "history.png", start + history, ["train_loss", "val_loss"], f"{args.method}: {label}",
                        y="nats per token")
+    rows = (("guessing uniformly", math.log(V)), ("before training", before),
+            (f"{args.method}, step {best['step']}", best["val_loss"]))
+    print(f"\n{'':24}nats per token   perplexity   bits per character   ({label}, validation)")
+    for name, nats in rows:
+        print(f"{name:24}{nats:14.4f}{math.exp(nats):13.3f}{bits(nats):21.4f}")
+    if best["val_loss"] > before:
+        print("training made it worse: try a smaller --lr")
+    held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
+    print(f"{seconds:.0f} s of training, {held}\n\nit writes:")
+    after = load_result(base, args.out, args.method).to(device)  # as anybody would load it
+    print(sample(after, base, args.prompt, 200, dtype, args.seed) + "\n")
     result = "adapter/" if args.method == "lora" else "model/"
     print(f"wrote {result}, checkpoint.pt, metrics.json and history.png to {args.out}")
     warn(base, text)

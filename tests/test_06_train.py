@@ -293,15 +293,15 @@ def test_resume_refuses_other_options_and_other_text(small, runs, tmp_path):
 
 
 def test_two_processes_learn_as_one_does(small, tmp_path):
-    options = [*small[0], "--steps", 10, "--eval-every", 5, "--dtype", "float32", "--micro-batch-size", 2, "--device",
+    options = [*small[0], "--steps", 10, "--eval-every", 5, "--dtype", "bfloat16", "--micro-batch-size", 2, "--device",
                "cpu", "--lr", 5e-3]
     call(train, *options, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29573"]
     run("train.py", *options, "--out", tmp_path / "two", launcher=torchrun)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
-        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-3)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-2)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-2)
 
 
 def test_early_stopping_keeps_the_best(small, tmp_path):
@@ -344,7 +344,8 @@ def refused(monkeypatch, script, *options):
     (["--steps", 0], "--steps 0"), (["--dropout", 1], "--dropout"), (["--prompt", ""], "--prompt is empty"),
     (["--lora-targets", "attention"], "attn.c_attn"), (["--lora-rank", 64], "rank 64 is above"),
     (["--block-size", 65], "64 positions"), (["--model", "nowhere"], "no folder"), (["--data", "no.txt"], "no.txt"),
-    (["--device", "abacus"], "abacus"), (["--seed", -1], "--seed"), (["--batch-size", 5000], "use a longer text"),
+    (["--device", "abacus"], "abacus"), (["--weight-decay", -1], "--weight-decay"),
+    (["--seed", -1], "--seed"), (["--batch-size", 5000], "use a longer text"),
 ])
 def test_bad_input_gets_one_sentence(small, tmp_path, monkeypatch, options, words):
     assert words in refused(monkeypatch, train, *small[0], *options, "--out", tmp_path)
@@ -402,7 +403,8 @@ def test_the_newest_result_is_taken(tmp_path):
 def test_load_model_refuses(runs, tmp_path, monkeypatch):
     adapter = runs["lora"][0] / "adapter"
     options = ["--model", adapter, "--out", tmp_path]
-    for more, words in ((["--top-p", 0], "--top-p"), (["--layer", 2], "--layer 2"), (["--prompt", ""], "--prompt is")):
+    for more, words in ((["--top-p", 0], "--top-p"), (["--top-k", 0], "--top-k"), (["--temperature", "nan"], "--temp"),
+                        (["--layer", 2], "--layer 2"), (["--prompt", ""], "--prompt is")):
         assert words in refused(monkeypatch, load_model, *options, *more)
     assert "neither adapter/ nor model/" in run("load_model.py", "--out", tmp_path, code=1)
     shutil.copytree(adapter, tmp_path / "far")
@@ -417,8 +419,7 @@ def test_where_heads_look_on_weights_with_known_answers():
     back[1], back[2] = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 1, 0, 0])
     shares = load_model.where_heads_look(torch.stack([eye, back])[None])
     assert shares["itself"].tolist() == [[1.0, 0.25]] and shares["previous"].tolist() == [[0.0, 1.0]]
-    assert shares["first"].tolist() == [[0.25, 0.5]] and not shares["future"].any()
-    assert load_model.where_heads_look(torch.full((1, 1, 2, 2), 0.5))["future"].item() == 0.5
+    assert shares["first"].tolist() == [[0.25, 0.5]]
 
 
 # ---------------------------------------------------------------------------------------------- experiment.py
