@@ -9,7 +9,21 @@ don't; how to read a pair of learning curves; and what takes an MLP from 98 to 9
 Figures are the share of pictures named right after the last epoch: of the validation part, which the choices were made
 by; in `limits` also of the test part, which chose nothing.
 
-You should see for `limits` (MNIST, seed 0, the five networks seeds 0 to 4; two cores of an AMD EPYC, torch 2.15,
+You should see for `choices` (MNIST, ten epochs, five seeds), % of the validation pictures, mean ± standard deviation:
+    as in train.py               98.51 ± 0.07      pixels from 0 to 1           98.18 ± 0.10
+    no hidden layer              94.12 ± 0.03      pixels from 0 to 255         97.37 ± 0.17
+    three layers                 98.68 ± 0.12      the same order every epoch   98.51 ± 0.12
+    tanh for ReLU                98.16 ± 0.07      sorted by digit              53.61 ± 5.52
+    no activation at all         94.22 ± 0.06      a learning rate that stays   96.99 ± 0.46
+    learning rate 0.0003         97.69 ± 0.10      no weight decay              98.35 ± 0.11
+    learning rate 0.03           96.32 ± 0.36      SGD, 0.1                     98.16 ± 0.15
+    learning rate 0.3            13.76 ± 7.07      SGD, 0.003                   93.41 ± 0.14
+    batch 16                     98.23 ± 0.03      SGD, 0.03, momentum 0.9      98.36 ± 0.20
+    batch 512                    98.17 ± 0.13      batch 512, rate 0.01         98.30 ± 0.18
+For `fitting` (seed 0, loss on train | validation at the end): 2 hidden units 1.497 | 1.443; 128 units 0.023 | 0.288,
+its lowest 0.100 in epoch 4; 128 units and 1,000 pictures 0.0001 | 0.462, its lowest 0.313 in epoch 5.
+
+For `limits` (MNIST, seed 0, the five networks seeds 0 to 4; two cores of an AMD EPYC, torch 2.15,
 bfloat16; other programs ran beside rows 4 and 6), % of the pictures and seconds of training:
                                                                              validation      test  seconds
     three hidden layers of 1,024 units                                             98.58     98.61       30

@@ -215,7 +215,9 @@ def transfer(data: Data, args, device: torch.device, dtype: torch.dtype):
                 model[-1] = nn.Linear(model[-1].in_features, 2).to(device)
                 if way == "last layer":
                     model.requires_grad_(False)[-1].requires_grad_(True)
-                fit(model, x, y, recipe, 60 * 50, 50 if n > 20 else 20, seed, dtype, lr=0.3)
+                ## A new last layer starts as noise and has 60 steps, or 150: alone, it can and must go faster.
+                lr = 3.0 if way == "last layer" else 0.3
+                fit(model, x, y, recipe, 60 * 50, 50 if n > 20 else 20, seed, dtype, lr)
                 found.setdefault((n, way), []).append(
                     accuracy(model, data.val_x[val], data.val_y[val] - (K - 2), dtype))
     for (n, way), values in found.items():

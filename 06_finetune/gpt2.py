@@ -185,8 +185,18 @@ class GPT2(nn.Module):
         """Scores (..., V) from hidden (..., C), with the token embedding as last layer (Press & Wolf 2017)."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        return self.logits(self.hidden(ids, cache))
+    def forward(self, ids: Tensor, cache: Cache | None = None, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or, with targets (B, T), the mean loss in nats per token, ()."""
+        if targets is None:
+            return self.logits(self.hidden(ids, cache))
+        ## The scores are by far the largest tensor: 50,257 numbers for each token, 0.2 GB for 1,024 of them; softmax
+        ## and gradients are as large again. So they are made a window at a time, and again in the backward pass.
+        parts = zip(self.hidden(ids, cache).split(1), targets.split(1))
+        return sum(checkpoint(self.loss, *part, use_reentrant=False) for part in parts) / targets.numel()
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed loss of hidden (B, T, C) with targets (B, T), in float32: -log of what the targets were given."""
+        return F.cross_entropy(self.logits(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def shrink(model: GPT2, dtype: torch.dtype = torch.bfloat16) -> GPT2:
@@ -197,6 +207,9 @@ def shrink(model: GPT2, dtype: torch.dtype = torch.bfloat16) -> GPT2:
     for layer in model.modules():
         if isinstance(layer, (Conv1D, nn.Embedding)) and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.to(dtype)
+    for p in model.parameters():
+        if p.dtype != dtype and not p.requires_grad:
+            p.data = p.data.clone()  # the last small views of the file's memory map: now it can be closed
     return model
 
 
@@ -296,8 +309,7 @@ def loss_on(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch
         parts.append((ids[None, n:-1], ids[None, n + 1 :]))  # the last window is shorter
     for x, y in parts:  # (B, T) each
         with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(x)  # (B, T, V)
-        total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
+            total += model(x, targets=y).item() * y.numel()
     model.train(training)
     return total / (len(ids) - 1)
 

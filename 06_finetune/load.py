@@ -45,7 +45,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 # The stand-in: GPT-2 in all but size
 STAND_IN = {"vocab_size": 2000, "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
-STAND_IN_STEPS = 900
+STAND_IN_STEPS = 600
 SENTENCE = "To be, or not to be: that is the question."
 
 

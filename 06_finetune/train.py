@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -323,9 +322,10 @@ def main() -> None:
         for i, (a, b) in enumerate(parts):
             last = i == len(parts) - 1  # gradients go to the other processes once a step, not once a part
             with contextlib.nullcontext() if world == 1 or last else step_model.no_sync():
+                ## Mixed precision: weights and their updates stay in float32, and autocast gives the matrix products
+                ## bfloat16 copies to work on.
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    logits = step_model(a)  # (B, T, V)
-                part = F.cross_entropy(logits.float().flatten(0, 1), b.flatten()) * (len(a) / len(x))
+                    part = step_model(a, targets=b) * (len(a) / len(x))  # ()
                 part.backward()
             loss += part.detach()
         nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)

@@ -24,7 +24,6 @@ from conftest import ROOT, chapter
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import utils
 
@@ -40,8 +39,10 @@ def alternate(ours, peer, rounds: int) -> tuple[float, float]:
 
 def gpt2_peer(
     vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0
-) -> GPT2LMHeadModel:
+) -> torch.nn.Module:
     """transformers' GPT-2 with random weights, of the given size."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # here: its memory is no part of ours in the row `lora`
+
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocab_size,
@@ -320,15 +321,15 @@ def lora_side(side: str, folder: Path, steps: int = 6) -> None:
         lora.load_adapter(model, folder / "adapter")
         if dtype == torch.bfloat16:
             gpt2.shrink(model)
-        forward = model.train()
+        model.train()
         options = {"fused": True}
     else:
         import peft
+        from transformers import GPT2LMHeadModel
 
         none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         model = GPT2LMHeadModel.from_pretrained(folder, **none)
         model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True).train()
-        forward = lambda x: model(x).logits  # noqa: E731
         options = {}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, **options)
@@ -336,9 +337,11 @@ def lora_side(side: str, folder: Path, steps: int = 6) -> None:
     seconds, losses = [], []
     for window in text:
         start = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = forward(window[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
+        if side == "ours":
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(window[:, :-1], targets=window[:, 1:])
+        else:
+            loss = model(input_ids=window, labels=window).loss  # shifts the labels itself: the same 4 x 256 targets
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -369,6 +372,8 @@ def lora() -> None:
 
 def gpt2_generation(length: int = 256) -> None:
     """Tokens per second, greedy, from GPT-2's 124 M shape with random weights, cache on both sides."""
+    from transformers import GPT2LMHeadModel
+
     gpt2 = chapter("06_finetune", "gpt2")
     dtype = utils.pick_dtype(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
