@@ -122,7 +122,7 @@ def main() -> None:
     label = f"{base.label()}, on {text}{', stand-in' * text_stand_in}"
     print(f"{label}; {args.steps} steps; mean ± std of {args.seeds} seeds\n")
 
-    common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 6), "--patience", 100, "--batch-size",
+    common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 3), "--patience", 100, "--batch-size",
               args.batch_size, "--micro-batch-size", args.batch_size, "--block-size", args.block_size, "--device",
               args.device, "--dtype", str(dtype).removeprefix("torch."), *(["--data", args.data] if args.data else [])]
     tables, done = {}, {}  # options -> what came of them: some rows stand in two tables
