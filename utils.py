@@ -37,7 +37,8 @@ class InputError(ValueError):
 
 def run(main) -> None:
     """Call main(). What a user can cause ends in one sentence and a non-zero exit status; a bug keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal can't show becomes a code, and no error
+    with contextlib.suppress(AttributeError):  # what a terminal can't show becomes a code, and no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt as stop:
