@@ -7,6 +7,9 @@ all of it agrees with PyTorch's own. Then a network of these parts learns, again
     python 02_cnn/from_scratch.py
     python 02_cnn/from_scratch.py --data shapes          without a network
 
+You should see (CIFAR-10 as JPEG of quality 75, --data data/cifar10-jpg; two cores of an AMD EPYC that ran other
+programs besides; torch 2.15; seed 0): differences from PyTorch's of 3e-14 at most, and 64.8 % of the test pictures
+named right after 105 s, a linear model on the pixels 39.5 %.
 Writes: outputs/from_scratch.png (the first layer's filters). Left out on purpose: strided and dilated convolutions.
 """
 
