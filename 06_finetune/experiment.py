@@ -18,6 +18,8 @@ bfloat16; seeds 0 and 1; 40 s a run), validation loss in nats per token, mean ±
     LoRA, rank 16                 65,536   4.605 ± 0.019              3.42         0.95 GB     19
     LoRA, rank 64                262,144   4.580 ± 0.019              3.40         0.96 GB     22
     from scratch               3,737,088   3.813 ± 0.021              2.83         1.01 GB     29
+Rank 8, seed 0: alpha 4, 8, 16, 32, 64 give 4.689, 4.653, 4.639, 4.688, 5.262; with alpha 16 the targets c_attn 4.639,
+attn.c_proj 4.706, mlp.c_fc 4.406, mlp.c_proj 4.374, c_attn + attn.c_proj 4.519, all four 4.292 (131,072 parameters).
 The stand-in has read one short manual, and Shakespeare is far from it: there is more to learn than a few directions in
 each matrix can hold, and starting from scratch is nearly as good. A base this small also takes little of the memory.
 Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json,
@@ -141,8 +143,8 @@ def main() -> None:
               args.device, "--dtype", str(dtype).removeprefix("torch."), *(["--data", args.data] if args.data else [])]
     tables, done = {}, {}  # options -> what came of them: some rows stand in two tables
     stem = "experiment" if args.parts == parts else "experiment_" + "_".join(args.parts)
-    print(f"{'':36}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}")
-    print(f"{'':36}{'parameters':>12}  {'nats per token':^17}  {'character':>9}  {'at most':>8}{'per run':>9}")
+    print(f"{'':48}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}")
+    print(f"{'':48}{'parameters':>12}  {'nats per token':^17}  {'character':>9}  {'at most':>8}{'per run':>9}")
     with tempfile.TemporaryDirectory() as folder:
         scratch, out = Path(folder) / "scratch", Path(folder) / "out"
         for part in args.parts:
@@ -170,7 +172,7 @@ def main() -> None:
                                  *([h["step"], h["val_loss"] * per_nat] for h in first["history"])]}
                 tables.setdefault(part, []).append(row)
                 spread = f" ± {row['std']:.4f}" if len(losses) > 1 else ""
-                print(f"  {name:34}{row['trained_parameters']:12,}  {row['mean']:.4f}{spread:10}  "
+                print(f"  {name:46}{row['trained_parameters']:12,}  {row['mean']:.4f}{spread:10}  "
                       f"{row['bits_per_character']:9.4f}  {row['peak_memory_bytes'] / 1e9:5.2f} GB"
                       f"{row['seconds']:9.1f}", flush=True)
                 utils.write_atomically(args.out / f"{stem}.json", json.dumps({
