@@ -85,8 +85,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)  # one fused kernel
         else:
             ##     y = softmax(q k^T / sqrt(D) + mask) v        (Vaswani et al. 2017, equation 1)
-            ## Spelled out, forward and backward took 69 ms where PyTorch's fused kernel took 120 (4 texts of 256 tokens,
-            ## 12 heads of 64, bfloat16, two busy cores of an AMD EPYC, torch 2.15).
+            ## Spelled out, forward and backward took 69 ms where PyTorch's fused kernel took 120 (4 texts of 256
+            ## tokens, 12 heads of 64, bfloat16, two busy cores of an AMD EPYC, torch 2.15).
             future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
             weights = torch.add(future, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)  # (B, H, T, S)
             self.weights = weights.detach() if self.keep_weights else None
