@@ -342,7 +342,7 @@ def main() -> None:
           f"guessing: loss ln {K} = {math.log(K):.4f}")
     print(f"a linear model on the pixels: {linear_baseline(data):.1%}")
 
-    figure, axes = plt.subplots(2, 1, figsize=(9, 6.8))
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.8), layout="constrained")
     x = data.train_x[torch.randperm(len(data.train_y))[:60]]
     for a, pictures, title in ((axes[0], x, "as they are"), (axes[1], augment(x, 4, 8), "flipped, shifted, cut out")):
         a.imshow(grid(pictures, 15))

@@ -80,18 +80,23 @@ def outputs_of(layer: nn.Module, model: nn.Module, x: Tensor) -> tuple[Tensor, T
     return caught[0], logits
 
 
-def grad_cam(model: nn.Module, x: Tensor, k: Tensor) -> Tensor:
+def grad_cam(model: nn.Module, x: Tensor, k: Tensor, average: bool = True) -> Tensor:
     """Where the logits of classes k (B,) come from in pictures x (B, 3, H, W): maps (B, H, W) from 0 to 1.
 
     ##     weight_c = mean over places of d logit_k / d A_c        (Selvaraju et al. 2017, equation 1)
     ##     map = ReLU(sum over c of weight_c A_c)                  (equation 2)
     ## A is a late layer, whose channels already stand for parts of things and still know where these are. A channel
     ## counts by how much more of it would raise the logit; the ReLU leaves out what speaks for other classes.
+    ##
+    ## The mean gives a channel one weight for all places. Where the network looks at the strongest place alone, as our
+    ## resnet's maximum does, that weight is wrong at the others, and a map can even be empty. Without `average` each
+    ## place keeps its own weight, d logit_k / d A_c there (HiResCAM, Draelos and Carin 2020).
     """
     with torch.enable_grad():
         a, logits = outputs_of(parts_of(model)[2], model, x)  # (B, C, h, w), (B, K)
         gradient, = torch.autograd.grad(logits[torch.arange(len(x)), k].sum(), a)
-    cam = (gradient.mean((2, 3), keepdim=True) * a).sum(1, keepdim=True).relu().detach()  # (B, 1, h, w)
+    weight = gradient.mean((2, 3), keepdim=True) if average else gradient  # (B, C, 1, 1) or (B, C, h, w)
+    cam = (weight * a).sum(1, keepdim=True).relu().detach()  # (B, 1, h, w)
     cam = F.interpolate(cam.float(), size=x.shape[2:], mode="bilinear")[:, 0]  # (B, H, W)
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
@@ -105,8 +110,9 @@ def stretch(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- drawing
 def draw_pictures(path: Path, x: Tensor, captions: list[str], title: str, maps: Tensor | None = None) -> None:
     """Draw pictures x (N, 3, H, W) uint8 with a line above each; maps (N, H, W) are laid over them."""
-    rows = -(-len(x) // 8)
-    figure, axes = plt.subplots(rows, 8, figsize=(12, 1.9 * rows), squeeze=False)
+    columns = min(8, len(x))
+    rows = -(-len(x) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(6.0, 1.5 * columns), 1.85 * rows + 0.4), squeeze=False)
     for a in axes.flat:
         a.axis("off")
     for i, (a, caption) in enumerate(zip(axes.flat, captions)):
@@ -159,9 +165,11 @@ def main() -> None:
         for k in p.argsort(descending=True)[:3].tolist():
             print(f"{classes[k]:14}{p[k]:7.1%}")
         k = p.argmax()
-        cam = grad_cam(model, x.to(device), k[None].to(device)).cpu()  # (1, H, W)
-        draw_pictures(args.out / "grad_cam.png", x.repeat(2, 1, 1, 1), [args.image.name, f"{classes[k]} {p[k]:.0%}"],
-                      f"What speaks for {classes[k]} (learned from {label})", torch.cat([torch.zeros_like(cam), cam]))
+        cams = [grad_cam(model, x.to(device), k[None].to(device), average).cpu() for average in (True, False)]
+        draw_pictures(args.out / "grad_cam.png", x.repeat(3, 1, 1, 1),
+                      [args.image.name, f"{classes[k]} {p[k]:.0%}\nGrad-CAM", "HiResCAM"],
+                      f"What speaks for {classes[k]} (learned from {label})",
+                      torch.cat([torch.full_like(cams[0], torch.nan), *cams]))  # nan is not drawn
         print(f"wrote grad_cam.png to {args.out}")
         if saved["stand_in"]:
             utils.notice(f"STAND-IN: this network learned from {saved['data']}, not from CIFAR-10.")
@@ -197,10 +205,15 @@ def main() -> None:
     wrong = torch.where(guess != y, sure, torch.zeros_like(sure)).argsort(descending=True)[: (guess != y).sum()][:24]
     if len(wrong):
         draw_pictures(args.out / "mistakes.png", x[wrong], captions(wrong), f"Its surest mistakes ({label})")
-    rows = torch.cat([(guess == y).nonzero()[:8, 0], wrong[:8]])
-    draw_pictures(args.out / "grad_cam.png", x[rows], captions(rows),
-                  f"What its decision rests on: right ones, then wrong ones ({label})",
-                  grad_cam(model, x[rows].to(device), guess[rows].to(device)).cpu())
+    rows, texts, cams = [], [], []
+    for some in ((guess == y).nonzero()[:8, 0], wrong[:8]):  # right ones, then wrong ones
+        for average, method in ((True, "Grad-CAM"), (False, "HiResCAM")):
+            if len(some):
+                rows.append(x[some])
+                texts += [f"{text}\n{method}" for text in captions(some)]
+                cams.append(grad_cam(model, x[some].to(device), guess[some].to(device), average).cpu())
+    draw_pictures(args.out / "grad_cam.png", torch.cat(rows), texts,
+                  f"What its decision rests on, by two methods ({label})", torch.cat(cams))
 
     first, filters, _ = parts_of(model)
     maps, _ = outputs_of(first, model, x[:1].to(device))  # (1, M, h, w)

@@ -357,7 +357,7 @@ def test_grad_cam_against_its_definition(name):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else None
     k = torch.arange(6)
-    maps = load_model.grad_cam(model, PICTURES, k)
+    maps, fine = (load_model.grad_cam(model, PICTURES, k, average) for average in (True, False))
     assert maps.shape == (6, 32, 32) and maps.min() >= 0 and maps.amax() <= 1
     ## picture by picture and channel by channel, with autograd on the layer's output put in by hand
     layer, kept = load_model.parts_of(model)[2], {}
@@ -365,10 +365,11 @@ def test_grad_cam_against_its_definition(name):
     for i in range(2):
         model.zero_grad()
         model(PICTURES[i : i + 1])[0, k[i]].backward()
-        a, weight = kept["a"][0], kept["a"].grad[0].mean((1, 2))
-        by_hand = sum(w * channel for w, channel in zip(weight, a)).clamp(min=0).detach()
-        by_hand = F.interpolate(by_hand[None, None], size=(32, 32), mode="bilinear")[0, 0]
-        torch.testing.assert_close(maps[i], by_hand / by_hand.max().clamp(min=1e-12), atol=1e-3, rtol=1e-3)
+        a, gradient = kept["a"][0], kept["a"].grad[0]
+        for got, weight in ((maps, gradient.mean((1, 2))), (fine, gradient)):
+            by_hand = sum(w * channel for w, channel in zip(weight, a)).clamp(min=0).detach()
+            by_hand = F.interpolate(by_hand[None, None], size=(32, 32), mode="bilinear")[0, 0]
+            torch.testing.assert_close(got[i], by_hand / by_hand.max().clamp(min=1e-12), atol=1e-3, rtol=1e-3)
     hook.remove()
 
 
