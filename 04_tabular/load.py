@@ -1,0 +1,640 @@
+"""A table as numbers: columns of different kinds, missing values, and what may be learned from which rows.
+
+You learn here: how a column of words becomes a column of indices and why missing and never-seen values need an index of
+their own; what standardising and the quantile transform do to skewed numbers; why all of that is fitted on the training
+rows alone; and how good the best possible prediction is, where the model that made the data is known.
+
+    python 04_tabular/load.py                                      UCI Adult (downloaded once, 6 MB)
+    python 04_tabular/load.py --data census                        the stand-in: a simulated census
+    python 04_tabular/load.py --data my.csv --target COLUMN        a CSV file of yours, to predict one of two values
+    python 04_tabular/load.py --data my.csv --target COLUMN --types zip=category id=ignore
+
+You should see (Adult): 26,048 / 6,513 / 16,281 rows, 24.1 % of the training rows above 50K; 6 numeric columns, 8 of
+categories.
+Writes: outputs/columns.png. Left out on purpose: dates and free text, and targets of more than two values.
+"""
+
+import argparse
+import csv
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+
+# Shapes: N rows, F numeric columns, K category columns, V values of one column (with the two extra), Q quantiles,
+# T bins, I inputs side by side
+
+URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
+SHA256 = {
+    "adult.data": "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d",
+    "adult.test": "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05",
+}
+COLUMNS = ("age workclass fnlwgt education education-num marital-status occupation relationship race sex capital-gain "
+           "capital-loss hours-per-week native-country income").split()  # Adult's files name none
+MISSING = {"", "?", "na", "n/a", "nan", "null"}  # in upper or lower case
+NO_VALUE, UNSEEN, KNOWN = 0, 1, 2  # indices in a category column: missing, not in train, the first value of train
+SPLIT_SEED = 0  # the same rows validate whatever --seed a training run has
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+SEPARATED = re.compile(r"[+-]?\d+([,.' \u2019\u00a0\u202f]\d+)+", re.ASCII)  # 1,234 and 1.234,5 and 1 234; 3,5 too
+
+
+class Part(NamedTuple):
+    numeric: Tensor  # (N, F) float32, as in the table; a missing number is the column's median in train
+    categories: Tensor  # (N, K) int64: 0 missing, 1 not in train, 2 ... the values of train
+    target: Tensor  # (N,) float32, 1 for the positive value
+
+
+class Data(NamedTuple):
+    train: Part
+    val: Part
+    test: Part
+    schema: dict  # plain Python, saved with a model: numeric, median, categorical, values, target, negative, positive
+    name: str  # "adult", "census" or the file's name
+    stand_in: bool
+    best_auc: float | None  # of the census: what its own model reaches on the test part; nothing can do better
+    best_accuracy: float | None
+
+
+class Table(NamedTuple):
+    columns: list[str]
+    rows: list[list[str]]
+    lines: list[str]  # where each row stands, for messages: "line 7"
+
+
+# ---------------------------------------------------------------------------------------------- reading
+def read_adult() -> tuple[Table, Table]:
+    """The rows to train and validate on, and those to test on. Downloads both files where they are not there.
+
+    Raises ConnectionError where neither file is there and UCI does not answer; utils.InputError where one is missing,
+    or is not the original.
+    """
+    there = [name for name in SHA256 if (utils.DATA_DIR / name).exists()]
+    tables = []
+    for name, sha256 in SHA256.items():
+        try:
+            path = utils.download([URL + name], utils.DATA_DIR / name, sha256)
+        except ConnectionError as error:
+            if there:  # half a data set is a mistake, and no reason to use another one
+                raise utils.InputError(f"{utils.DATA_DIR} holds {there[0]} alone: {error} Put it there too.") from error
+            raise
+        rows, lines = [], []
+        for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), 1):
+            if line and line[0] != "|":  # adult.test begins with a remark, and both files end with an empty line
+                rows.append(line.removesuffix(".").split(", "))  # adult.test ends each row with a dot
+                lines.append(f"line {number} of {name}")
+        tables.append(Table(COLUMNS, rows, lines))
+    return tables[0], tables[1]
+
+
+def read_csv(path: Path) -> Table:
+    """A CSV file with a header, separated by commas, semicolons or tabs. Raises utils.InputError naming the line."""
+    if path.is_dir():
+        raise utils.InputError(f"--data {path} is a folder; give one CSV file.")
+    if not path.is_file():
+        raise utils.InputError(f"--data {path}: no such file; give a CSV file, adult or census.")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise utils.InputError(f"{path}, line {line}: not UTF-8; convert the file, for example with iconv.") from error
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True, strict=True)
+    columns, rows, lines, begins = [], [], [], 1
+    try:
+        for row in reader:
+            here, begins = begins, reader.line_num + 1  # a quoted value may run over several lines
+            row = [value.strip() for value in row]
+            if not row:
+                continue  # an empty line
+            if not columns:
+                columns = row
+                for name in columns:
+                    if name.lower() in MISSING or NUMBER.fullmatch(name) or SEPARATED.fullmatch(name):
+                        raise utils.InputError(f"{path}, line {here}: {name!r} is no name of a column; the first line "
+                                               "must be a header that names them all.")
+                    if columns.count(name) > 1:
+                        raise utils.InputError(f"{path}, line {here}: {columns.count(name)} columns are named "
+                                               f"{name!r}; give each a name of its own.")
+                continue
+            if len(row) != len(columns):
+                raise utils.InputError(f"{path}, line {here}: {len(row)} values, but the header names {len(columns)} "
+                                       "columns; a value that contains the separator needs quotes around it.")
+            rows.append(row)
+            lines.append(f"line {here}")
+    except csv.Error as error:
+        raise utils.InputError(f"{path}, line {reader.line_num}: {error}; is a quote missing there?") from error
+    if not rows:
+        raise utils.InputError(f"{path} has no rows; a header and some hundred rows are needed.")
+    return Table(columns, rows, lines)
+
+
+# ---------------------------------------------------------------------------------------------- the stand-in
+EDUCATION = ("Preschool 1st-4th 5th-6th 7th-8th 9th 10th 11th 12th HS-grad Some-college Assoc-voc Assoc-acdm Bachelors "
+             "Masters Prof-school Doctorate").split()  # education-num 1 ... 16
+OCCUPATIONS = {  # name: (share, school years it is usual after, share of men, how much it adds to the score)
+    "Exec-managerial": (13, 12, 0.72, 0.9), "Prof-specialty": (13, 14, 0.63, 0.6), "Craft-repair": (13, 9, 0.95, 0.1),
+    "Adm-clerical": (12, 10, 0.33, 0.0), "Sales": (11, 10.5, 0.65, 0.3), "Other-service": (11, 8, 0.45, -0.9),
+    "Machine-op-inspct": (6, 8, 0.73, -0.4), "Transport-moving": (5, 8.5, 0.95, -0.1),
+    "Handlers-cleaners": (4, 8, 0.88, -0.8), "Farming-fishing": (3, 8, 0.93, -1.1),
+    "Tech-support": (3, 11.5, 0.63, 0.6), "Protective-serv": (2, 10, 0.88, 0.6), "Priv-house-serv": (0.5, 7, 0.06, -2),
+}
+COUNTRIES = {"United-States": 900, "Mexico": 20, "Philippines": 6, "Germany": 5, "Canada": 4, "Puerto-Rico": 4,
+             "El-Salvador": 3, "India": 3, "Cuba": 3, "England": 3, "China": 2, "Jamaica": 2, "Vietnam": 2, "Italy": 2,
+             "Japan": 2, "Poland": 2, "Haiti": 1, "Iran": 1, "Peru": 1, "Greece": 1, "Scotland": 0.1}
+
+
+def census(n: int, seed: int) -> tuple[Table, np.ndarray]:
+    """n simulated people with Adult's columns, and the probability (n,) with which each one's income was drawn.
+
+    ## Income is a coin with probability p(row), and p is a formula in what the table shows, after some values have been
+    ## blanked out. So p is all there is to know about the coin: no model, however large, can sort rows better than p
+    ## does (Neyman & Pearson 1933). Its AUC on the test rows is the best possible one, up to the chance in the coins.
+    ## The formula has what a table may have: a hump over age, a gain that helps within certain limits only, values
+    ## that count for more together than alone. Weight, race and sex are not in it. Sex goes with
+    ## occupation and relationship, though, and so a model without the other columns would find it of use.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(*weights) -> np.ndarray:
+        """An index (n,) for each row, with probabilities in proportion to the weights, numbers or (n,) each."""
+        w = np.cumsum([np.broadcast_to(weight, n) for weight in weights], axis=0)  # (V, n)
+        return (w < rng.random(n) * w[-1]).sum(0)
+
+    male = rng.random(n) < 0.67
+    age = np.floor(17 + 73 * rng.beta(1.4, 3.3, n))
+    years = 1 + draw(0.2, 0.5, 1, 2, 1.6, 2.9, 3.6, 1.3, 32, 22, 4.2, 3.3, 16.4, 5.3 * (age > 23), 1.8 * (age > 24),
+                     1.3 * (age > 26))
+    race = draw(85.4, 9.6, 3.1, 1.0, 0.8)
+    country = draw(*COUNTRIES.values())
+    ripe = 1 / (1 + np.exp((26 - age) / 4))  # how usual it is to have married by that age
+    marital = draw(1 - 0.95 * ripe, np.where(male, 0.9, 0.2) * ripe, 0.17 * ripe, 0.04 * ripe, 0.02 * ripe,
+                   0.001 * (age - 16) * ripe)
+    married = marital == 1
+    alone = draw(3 * (marital == 0) * (age < 30), 4, 2.5 * (marital > 1) + 0.5)  # own child, not in family, unmarried
+    kin = np.where(married, np.where(male, 0, 1), 2 + alone)
+    job = draw(*(share * np.exp(-((years - usual) / 2.5) ** 2 / 2) * np.where(male, men, 1 - men)
+                 for share, usual, men, _ in OCCUPATIONS.values()))
+    employer = draw(70, 8 + 3 * (job == 5), 7, 4 + 5 * (job == 1), 3.6 * (job < 2) + 2, 3)
+    self_employed = (employer == 1) | (employer == 4)
+    hours = np.where(rng.random(n) < 0.47, 40, 40 + 12 * rng.standard_normal(n) + 4 * male + 5 * self_employed
+                     - 12 * (age < 22)).clip(1, 99).round()
+    gain = np.where(rng.random(n) < 0.05 + 0.05 * (years > 12), np.exp(8.6 + 0.9 * rng.standard_normal(n)), 0)
+    gain = gain.clip(0, 99_999).round()
+    loss = np.where((gain == 0) & (rng.random(n) < 0.05), 1870 + 350 * rng.standard_normal(n), 0).clip(0).round()
+    weight = np.exp(12 + 0.5 * rng.standard_normal(n)).round()
+    no_job, no_country = rng.random(n) < 0.056, rng.random(n) < 0.018  # what the person did not answer
+
+    adds = np.append([adds for *_, adds in OCCUPATIONS.values()], -0.4)[np.where(no_job, -1, job)]
+    score = -4.1 + 0.22 * (years - 10) + 1.9 * np.exp(-((age - 47) / 13) ** 2) + adds
+    score = score + married * (1.6 + 0.16 * (years - 10)) + 0.8 * np.tanh((hours - 40) / 10)
+    score = score + self_employed * ~no_job * np.where(hours > 45, 0.5, -0.7)
+    score = score + 3.5 * (gain > 7000) - 1.5 * ((gain > 0) & (gain < 4000)) + 2.5 * (abs(loss - 1900) < 90)
+    p = 1 / (1 + np.exp(-1.6 * score - 0.9))
+    rich = rng.random(n) < p
+
+    pick = lambda names, index: np.array(names)[index]  # noqa: E731
+    classes = "Private Self-emp-not-inc Local-gov State-gov Self-emp-inc Federal-gov".split()
+    statuses = "Never-married Married-civ-spouse Divorced Separated Married-spouse-absent Widowed".split()
+    kins = "Husband Wife Own-child Not-in-family Unmarried".split()
+    races = "White Black Asian-Pac-Islander Amer-Indian-Eskimo Other".split()
+    columns = [age, np.where(no_job, "?", pick(classes, employer)), weight, pick(EDUCATION, years - 1), years,
+               pick(statuses, marital), np.where(no_job, "?", pick(list(OCCUPATIONS), job)), pick(kins, kin),
+               pick(races, race), np.where(male, "Male", "Female"), gain, loss, hours,
+               np.where(no_country, "?", pick(list(COUNTRIES), country)), np.where(rich, ">50K", "<=50K")]
+    columns = [c.tolist() if c.dtype.kind == "U" else [f"{v:.0f}" for v in c] for c in columns]
+    return Table(COLUMNS, [list(row) for row in zip(*columns)], [f"row {i}" for i in range(1, n + 1)]), p
+
+
+# ---------------------------------------------------------------------------------------------- columns
+def is_missing(value: str) -> bool:
+    return value.lower() in MISSING
+
+
+def column_types(table: Table, target: str, types: Sequence[str]) -> dict[str, str]:
+    """{column: "numeric" or "category"}, without target and ignored ones. types: those to set, as "zip=category".
+
+    ## A column whose values are all numbers is taken as one of numbers. A computer can't know better: a postcode is
+    ## written as a number, and is none, for the mean of two postcodes means nothing. Only you know; --types says it.
+    Raises utils.InputError, naming the line, where a column is empty or can't be of the type asked for.
+    """
+    asked = dict(item.rpartition("=")[::2] for item in types)
+    for name, kind in asked.items():
+        if kind not in ("numeric", "category", "ignore"):
+            raise utils.InputError(f"--types {name + '=' * bool(name) + kind}: write COLUMN=numeric, COLUMN=category "
+                                   "or COLUMN=ignore.")
+        if name not in table.columns or name == target:
+            why = "that is the target" if name == target else "no such column"
+            raise utils.InputError(f"--types {name}={kind}: {why}; there are "
+                                   f"{', '.join(c for c in table.columns if c != target)}.")
+    found = {}
+    for k, name in enumerate(table.columns):
+        if name == target or asked.get(name) == "ignore":
+            continue
+        there = [i for i, row in enumerate(table.rows) if not is_missing(row[k])]
+        if not there:
+            raise utils.InputError(f"column {name} has no value, from {table.lines[0]} to {table.lines[-1]}; remove "
+                                   f"it, or add --types {name}=ignore.")
+        odd = [i for i in there if not NUMBER.fullmatch(table.rows[i][k])]  # no plain numbers
+        if asked.get(name) != "category" and odd and all(SEPARATED.fullmatch(table.rows[i][k]) for i in odd):
+            raise utils.InputError(f"column {name}, {table.lines[odd[0]]}: {table.rows[odd[0]][k]!r} is a number with "
+                                   f"separators; write it with digits and one decimal point, or add --types "
+                                   f"{name}=category.")
+        if asked.get(name) == "numeric" and odd:
+            raise utils.InputError(f"column {name}, {table.lines[odd[0]]}: {table.rows[odd[0]][k]!r} is no number; "
+                                   f"correct it, or leave out --types {name}=numeric.")
+        found[name] = asked.get(name) or ("category" if odd else "numeric")
+        if found[name] == "numeric":
+            for i in there:
+                if not abs(float(table.rows[i][k])) < 1e30:
+                    raise utils.InputError(f"column {name}, {table.lines[i]}: {table.rows[i][k]!r} is too large for a "
+                                           f"32-bit number; correct it, or add --types {name}=ignore.")
+    if not found:
+        raise utils.InputError(f"no column is left to predict {target} from; ignore fewer with --types.")
+    return found
+
+
+def target_values(table: Table, target: str) -> tuple[str, str]:
+    """(negative, positive): the target's two values, the later one in alphabetical order positive, as scikit-learn has
+    it: 1, yes, true, >50K. Raises utils.InputError, naming the line, where there are not exactly two."""
+    k = table.columns.index(target)
+    first = {}  # value -> row
+    for i, row in enumerate(table.rows):
+        if is_missing(row[k]):
+            raise utils.InputError(f"the target {target} is missing on {table.lines[i]}; remove such rows: from them "
+                                   "nothing can be learned.")
+        first.setdefault(row[k], i)
+        if len(first) > 2:
+            raise utils.InputError(f"the target {target} has more than two values: {', '.join(map(repr, first))} by "
+                                   f"{table.lines[i]}; choose a column of two, or make two groups of its values.")
+    if len(first) == 1:
+        raise utils.InputError(f"the target {target} is {next(iter(first))!r} on every line, from {table.lines[0]} to "
+                               f"{table.lines[-1]}; there is nothing to tell apart.")
+    return tuple(sorted(first))
+
+
+def fit_schema(table: Table, target: str, kinds: dict[str, str], values: tuple[str, str], fit: Tensor) -> dict:
+    """All that a row needs to become numbers, from the rows `fit` (indices) alone: values per column, medians."""
+    schema = {"numeric": [name for name, kind in kinds.items() if kind == "numeric"], "median": [],
+              "categorical": [name for name, kind in kinds.items() if kind == "category"], "values": [],
+              "target": target, "negative": values[0], "positive": values[1]}
+    rows = [table.rows[i] for i in fit.tolist()]
+    for name in schema["numeric"]:
+        k = table.columns.index(name)
+        numbers = [float(row[k]) for row in rows if not is_missing(row[k])]
+        if not numbers:
+            i = next(i for i, row in enumerate(table.rows) if not is_missing(row[k]))
+            raise utils.InputError(f"column {name} has too few values, the first on {table.lines[i]}: none is among "
+                                   f"the training rows; add --types {name}=ignore.")
+        schema["median"].append(float(np.median(numbers)))
+    for name in schema["categorical"]:
+        k = table.columns.index(name)
+        counts = Counter(row[k] for row in rows if not is_missing(row[k]))
+        schema["values"].append([value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))])
+    return schema
+
+
+def encode(table: Table, schema: dict) -> Part:
+    """Rows to numbers, by a schema fitted before.
+
+    ## A category becomes its place in the list of the training rows' values. Two places are kept free in front: 0 for
+    ## "no answer", which is an answer of its own (who does not name an employer often has none), and 1 for a value that
+    ## training never showed. Without it, the first Scot in the test rows would stop the program.
+    """
+    columns = dict(zip(table.columns, zip(*table.rows)))
+    numeric = [[median if is_missing(v) else float(v) for v in columns[name]]
+               for name, median in zip(schema["numeric"], schema["median"])]
+    categories = []
+    for name, values in zip(schema["categorical"], schema["values"]):
+        index = {value: i for i, value in enumerate(values, KNOWN)}
+        categories.append([NO_VALUE if is_missing(v) else index.get(v, UNSEEN) for v in columns[name]])
+    target = [float(v == schema["positive"]) for v in columns[schema["target"]]]
+    N = len(table.rows)
+    return Part(torch.tensor(numeric, dtype=torch.float32).view(-1, N).T.contiguous(),  # (N, F)
+                torch.tensor(categories, dtype=torch.int64).view(-1, N).T.contiguous(),  # (N, K)
+                torch.tensor(target))
+
+
+def encode_row(values: dict[str, str], schema: dict) -> Part:
+    """One row, described as {column: value}; what is left out is missing. Its target, (1,), is NaN: nobody knows it.
+
+    Raises utils.InputError for a column that does not exist and for a number that is none. A category that training
+    never showed becomes UNSEEN.
+    """
+    names = schema["numeric"] + schema["categorical"]
+    for name, value in values.items():
+        if name not in names:
+            raise utils.InputError(f"there is no column {name!r}; there are {', '.join(names)}.")
+        if name in schema["numeric"] and not is_missing(value.strip()):
+            if not NUMBER.fullmatch(value.strip()) or not abs(float(value)) < 1e30:
+                raise utils.InputError(f"{name}={value}: {name} needs a number, written with digits and at most one "
+                                       "decimal point.")
+    row = [values.get(name, "").strip() for name in names] + [schema["positive"]]
+    part = encode(Table([*names, schema["target"]], [row], ["the row"]), schema)
+    return part._replace(target=torch.full((1,), math.nan))
+
+
+# ---------------------------------------------------------------------------------------------- all of it
+def stratified(target: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (N - n,) and (n,) of the rows of two parts, in the table's order; both classes are shared out evenly.
+
+    ## Drawn without regard to the class, a small part may by chance hold more positives than the other; then a figure
+    ## would move for no better reason. So each class is shuffled and divided by itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ones = target == 1
+    n_ones = round(n * ones.sum().item() / len(target))
+    taken = []
+    for members, count in ((ones, n_ones), (~ones, n - n_ones)):
+        rows = members.nonzero()[:, 0]
+        taken.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    second = torch.zeros(len(target), dtype=torch.bool)
+    second[torch.cat(taken)] = True
+    return (~second).nonzero()[:, 0], second.nonzero()[:, 0]
+
+
+def load_data(data: str | None = None, target: str | None = None, types: Sequence[str] | None = None) -> Data:
+    """Read `adult`, `census` or a CSV file; None is Adult, and the census where that can't be reached.
+
+    target: which column to predict, for a CSV file. types: ["zip=category", "id=ignore", ...], see column_types.
+    Raises utils.InputError, naming column and line, for whatever can't be used.
+    """
+    name, best, types = data or "adult", None, types or []
+    if name in ("adult", "census") and target:
+        raise utils.InputError(f"--target {target} belongs to a CSV file; {name}'s target is income.")
+    if name == "adult":
+        try:
+            table, test = read_adult()
+            tested = torch.arange(len(table.rows), len(table.rows) + len(test.rows))
+            table = Table(COLUMNS, table.rows + test.rows, table.lines + test.lines)
+        except ConnectionError as error:
+            if data:  # asked for by name: never replaced by something else
+                raise utils.InputError(f"{error} Use --data census to work without a network.") from error
+            print(error)
+            name = "census"
+    if name == "census":
+        utils.notice("STAND-IN: this run uses `census`, a table of simulated people.",
+                     "Its figures are not UCI Adult's and can't be compared with them.")
+        table, best = census(25_000, 1)
+        tested = torch.arange(15_000, 25_000)
+    if name not in ("adult", "census"):
+        table = read_csv(Path(name))
+        if target not in table.columns:
+            why = "--target is missing" if target is None else f"--target {target}: no such column"
+            raise utils.InputError(f"{why}; the first line of {name} names {', '.join(table.columns)}.")
+    target = target or "income"
+    negative, positive = target_values(table, target)
+    kinds = column_types(table, target, types)
+    k = table.columns.index(target)
+    y = torch.tensor([float(row[k] == positive) for row in table.rows])  # (N,)
+
+    if name in ("adult", "census"):
+        rest = torch.arange(len(y) - len(tested))
+    else:
+        for value, count in ((positive, int(y.sum())), (negative, int((1 - y).sum()))):
+            if count < 10:
+                i = next(i for i, row in enumerate(table.rows) if row[k] == value)
+                raise utils.InputError(f"the target {target} is {value!r} in {count} rows only, first on "
+                                       f"{table.lines[i]}; all three parts need some, so at least 10.")
+        rest, tested = stratified(y, math.ceil(0.2 * len(y)), SPLIT_SEED)
+        print("types, as inferred" + " and as asked for" * bool(types) + " (change them with --types):")
+        for kind in ("numeric", "category"):
+            print(f"  {kind:10}{', '.join(column for column in kinds if kinds[column] == kind) or 'none'}")
+        print(f"target {target}: positive is {positive!r}, negative {negative!r}")
+    ## Three parts. The model learns from the first, the second picks among models and says when to stop, the third is
+    ## looked at once. Everything fitted, be it a list of values or a mean, comes from the first alone: in use, too, a
+    ## model meets rows that took no part in fitting anything.
+    train, val = (rest[i] for i in stratified(y[rest], math.ceil(0.2 * len(rest)), SPLIT_SEED))
+    schema = fit_schema(table, target, kinds, (negative, positive), train)
+    everything = encode(table, schema)
+    for i, j in (everything.categories == UNSEEN).nonzero()[:5].tolist():
+        column = schema["categorical"][j]
+        print(f"{table.lines[i]}: {column} {table.rows[i][table.columns.index(column)]!r} is in no training row; it "
+              "counts as unseen")
+    parts = [Part(*(tensor[rows] for tensor in everything)) for rows in (train, val, tested)]
+    if best is None:
+        return Data(*parts, schema, Path(name).name, False, None, None)
+    p, y = torch.from_numpy(best[tested.numpy()]), parts[2].target
+    return Data(*parts, schema, name, True, roc_auc(p, y), ((p > 0.5) == (y == 1)).float().mean().item())
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+def fit_standard(x: Tensor) -> Tensor:
+    """Mean and standard deviation (2, F) of the training rows x (N, F), for standardise. A constant has deviation 1."""
+    std = x.double().std(0, correction=0)
+    return torch.stack([x.double().mean(0), torch.where(std < 1e-12, 1.0, std)])
+
+
+def standardise(x: Tensor, fitted: Tensor) -> Tensor:
+    """x' = (x - mean) / std, per column: (N, F) -> (N, F) float32. Changes position and scale, and keeps the shape."""
+    return ((x.double() - fitted[0]) / fitted[1]).float()
+
+
+def fit_quantiles(x: Tensor, n: int = 1000) -> Tensor:
+    """Q = min(n, N) quantiles (Q, F) of the training rows x (N, F), from the smallest value to the largest."""
+    levels = np.linspace(0, 1, min(n, len(x)))
+    return torch.from_numpy(np.quantile(x.double().numpy(), levels, axis=0))
+
+
+def to_normal(x: Tensor, quantiles: Tensor) -> Tensor:
+    """The quantile transform: (N, F) -> (N, F) float32, in which the training rows are normally distributed.
+
+    ##     u = F(x), the share of training rows below x        x' = Phi^-1(u), Phi the normal distribution function
+    ## Only the order of the values counts, so a gain of 99,999 is no further out than the largest of any other column.
+    ## Where many rows share a value, F jumps there; u is the middle between F just below and just above the value. At
+    ## and beyond the smallest and largest value u would be 0 and 1 and x' infinite: u stops at 1e-7 and 1 - 1e-7. As
+    ## scikit-learn's QuantileTransformer has it, this comes before the middle of the jump: a column of mostly zeros,
+    ## where 0 is the smallest value, has all its zeros at -5.2.
+    """
+    levels = np.linspace(0, 1, len(quantiles))
+    out = np.empty(x.shape)
+    for f, (column, q) in enumerate(zip(x.double().numpy().T, quantiles.numpy().T)):
+        above = np.interp(column, q, levels)  # np.interp takes the last of equal quantiles ...
+        below = -np.interp(-column, -q[::-1], -levels[::-1])  # ... and seen from the other side, the first
+        u = (above + below) / 2
+        out[:, f] = np.where(column <= q[0], 0, np.where(column >= q[-1], 1, u))
+    return torch.special.ndtri(torch.from_numpy(out).clamp(1e-7, 1 - 1e-7)).float()
+
+
+def fit_bins(x: Tensor, n: int = 48) -> list[Tensor]:
+    """For each column of the training rows x (N, F) the edges of at most n bins that hold about equally many rows."""
+    edges = [torch.from_numpy(np.unique(np.quantile(c, np.linspace(0, 1, n + 1)))) for c in x.double().numpy().T]
+    return [e if len(e) > 1 else torch.cat([e, e + 1]) for e in edges]  # a constant column has one bin
+
+
+def piecewise_linear(x: Tensor, bins: list[Tensor]) -> Tensor:
+    """The piecewise linear encoding (Gorishniy et al. 2022, equation 1): (N, F) -> (N, F, T), T the most bins of any.
+
+    ##     x_t = (x - b_(t-1)) / (b_t - b_(t-1)), cut to 0 ... 1; but x_1 is not cut below, and x_T not above
+    ## It reads like a thermometer: bins below x are 1, those above are 0, the one x is in says how far it is filled. A
+    ## linear layer on this is a curve with a kink at each edge; on x alone it would be a straight line. Columns with
+    ## fewer than T bins have zeros behind their last.
+    """
+    out = torch.zeros(*x.shape, max(len(edges) for edges in bins) - 1)
+    for f, edges in enumerate(bins):
+        share = (x[:, f : f + 1].double() - edges[:-1]) / edges.diff()  # (N, bins of this column)
+        low, high = torch.zeros(len(edges) - 1), torch.ones(len(edges) - 1)
+        low[0], high[-1] = -math.inf, math.inf
+        out[:, f, : len(edges) - 1] = share.float().clamp(low, high)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- measures, baselines
+def roc_auc(score: Tensor, target: Tensor) -> float:
+    """The share of pairs of a positive and a negative row in which the positive has the higher score; a tie is half.
+
+    score, target (N,), target 0 or 1. Sorting does it without looking at all pairs (Mann & Whitney 1947): the ranks of
+    the P positive rows among all N sum to P (P + 1) / 2, plus one for each pair won.
+    """
+    _, place, counts = score.unique(return_inverse=True, return_counts=True)  # sorted
+    rank = counts.cumsum(0) - (counts - 1) / 2  # equal scores share the mean of their ranks, from 1
+    ones = target == 1
+    P, M = ones.sum().item(), (~ones).sum().item()
+    return ((rank.double()[place][ones].sum().item() - P * (P + 1) / 2) / (P * M)) if P and M else math.nan
+
+
+def majority_baseline(data: Data) -> float:
+    """Test accuracy of always naming the class that is more frequent in the training part."""
+    return (data.test.target == (data.train.target.mean() > 0.5).float()).float().mean().item()
+
+
+def one_hot(part: Part, schema: dict, fitted: Tensor) -> Tensor:
+    """Standardised numbers and, for each category column, V places of which one is 1: (N, I) float32."""
+    sizes = [len(values) + KNOWN for values in schema["values"]]
+    columns = [torch.eye(V)[column] for column, V in zip(part.categories.T, sizes)]  # (N, V) each
+    return torch.cat([standardise(part.numeric, fitted), *columns], 1)
+
+
+def logistic_baseline(data: Data, penalty: float = 1.0) -> Tensor:
+    """Logits (N,) of the test rows by logistic regression on one-hot columns: the linear model that others must beat.
+
+    ## The probability is p = sigmoid(x w), the loss  sum of -log p(right class) + penalty |w|^2 / 2.  Its gradient and
+    ## its second derivative are
+    ##     g = X^T (p - y) + penalty w         H = X^T diag(p (1 - p)) X + penalty
+    ## and Newton's step, w - H^-1 g, goes to where the parabola with that slope and bend has its bottom. There is only
+    ## one valley, and some eight steps lead to its floor. H has I^2 entries: a few thousand for a hundred inputs, but
+    ## for the weights of a network far too many; those have to do with g (from_scratch.py).
+    """
+    fitted = fit_standard(data.train.numeric)
+    x, test = (torch.cat([one_hot(part, data.schema, fitted), torch.ones(len(part.target), 1)], 1).double()
+               for part in (data.train, data.test))  # (N, I); the last column is 1 for all, its weight the bias
+    y, w = data.train.target.double(), torch.zeros(x.shape[1], dtype=torch.float64)
+    ridge = torch.full_like(w, penalty)
+    ridge[-1] = 1e-6  # how frequent the positive class is should not be shrunk
+    for _ in range(20):
+        p = (x @ w).sigmoid()  # (N,)
+        g = x.T @ (p - y) + ridge * w
+        step = torch.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge.diag(), g)
+        w = w - step
+        if step.abs().max() < 1e-8:
+            break
+    return test @ w
+
+
+def draw_columns(data: Data, limit: int = 16):
+    """A figure: for each column, how the training rows of either class are spread over its values."""
+    schema, label = data.schema, data.name + ", stand-in" * data.stand_in
+    names = (schema["numeric"] + schema["categorical"])[:limit]
+    height = math.ceil(len(names) / 4)
+    figure, axes = plt.subplots(height, 4, figsize=(15, 3.2 * height), squeeze=False)
+    ones = data.train.target == 1
+    classes = ((schema["negative"], ~ones, utils.COLORS[0]), (schema["positive"], ones, utils.COLORS[1]))
+    for a, name in zip(axes.flat, names):
+        if name in schema["numeric"]:
+            x = data.train.numeric[:, schema["numeric"].index(name)]
+            low, high = x.min().item(), x.max().item()
+            few = high - low <= 100 and torch.equal(x, x.round())  # integers: a bar for each, or some would get two
+            edges = np.arange(low - 0.5, high + 1) if few else np.linspace(low, high + 1e-6 * (1 + abs(high)), 31)
+            for value, rows, color in classes:
+                n = int(rows.sum())
+                a.hist(x[rows].numpy(), edges, weights=np.full(n, 1 / n), alpha=0.6, color=color)
+            a.set_ylabel("share of its class")
+            if (x == 0).float().mean() > 0.5:
+                a.set_yscale("log")
+        else:
+            k = schema["categorical"].index(name)
+            column = data.train.categories[:, k]
+            words = ["(missing)", "(unseen)", *schema["values"][k]]
+            shown = [i for i in column.bincount(minlength=len(words)).argsort(descending=True)[:10].tolist()
+                     if (column == i).any()]
+            for (value, rows, color), shift in zip(classes, (-0.2, 0.2)):
+                shares = [(column[rows] == i).float().mean().item() for i in shown]
+                a.barh(np.arange(len(shown)) + shift, shares, 0.4, color=color)
+            a.set_yticks(range(len(shown)), [words[i][:22] for i in shown], fontsize=7)
+            a.invert_yaxis()
+            a.set_xlabel("share of its class")
+        a.set_title(name, fontsize=10)
+    for a in axes.flat[len(names) :]:
+        a.axis("off")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for *_, color in classes]
+    figure.legend(handles, [f"{schema['target']} {value}" for value, *_ in classes], loc="lower right", fontsize=12)
+    figure.suptitle(f"Each column by itself: the training rows ({label})")
+    figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
+    add("--target", help="for a CSV file: the column to predict, which has two values")
+    add("--types", nargs="+", metavar="COLUMN=TYPE", help="numeric, category or ignore, where the guess is wrong")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
+    args = parser.parse_args()
+    utils.check_writable(args.out)
+    data = load_data(args.data, args.target, args.types)
+    schema, label = data.schema, data.name + ", stand-in" * data.stand_in
+    train = data.train
+
+    print(f"{label}: {len(train.target):,} rows to train on, {len(data.val.target):,} to validate, "
+          f"{len(data.test.target):,} to test")
+    shares = [f"{part.target.mean():.1%} of {name}" for name, part in zip(Data._fields, data[:3])]
+    print(f"{schema['target']} is {schema['positive']} in {', '.join(shares)}")
+    print(f"\n{'numeric column':24}{'min':>12}{'median':>12}{'mean':>12}{'max':>12}{'zeros':>8}   (training rows)")
+    for name, x in zip(schema["numeric"], train.numeric.T):
+        four = "".join(f"{value:12.7g}" for value in (x.min(), x.median(), x.mean(), x.max()))
+        print(f"{name:24}{four}{(x == 0).float().mean():8.1%}")
+    print(f"\n{'category column':24}{'values':>10}{'missing':>10}{'unseen, val + test':>20}   most frequent")
+    for k, (name, values) in enumerate(zip(schema["categorical"], schema["values"])):
+        column = train.categories[:, k]
+        unseen = sum((part.categories[:, k] == UNSEEN).sum().item() for part in (data.val, data.test))
+        frequent = ", ".join(f"{v} {(column == i).float().mean():.0%}" for i, v in enumerate(values[:3], KNOWN))
+        print(f"{name:24}{len(values):10}{(column == NO_VALUE).float().mean():10.1%}{unseen:20}   {frequent}")
+
+    print(f"\nthe first training row as numbers:\n  numeric     {train.numeric[0].tolist()}\n"
+          f"  categories  {train.categories[0].tolist()}, a {int(train.target[0])}")
+    if schema["numeric"]:
+        shown = {"standardised": standardise(data.test.numeric, fit_standard(train.numeric)),
+                 "quantiles": to_normal(data.test.numeric, fit_quantiles(train.numeric))}
+        print(f"\n{'the test rows':24}" + "".join(f"{name + ', range':>26}{'std':>8}" for name in shown))
+        for f, name in enumerate(schema["numeric"]):
+            print(f"{name:24}" + "".join(f"{f'{x[:, f].min():.2f} to {x[:, f].max():.2f}':>26}{x[:, f].std():8.2f}"
+                                         for x in shown.values()))
+
+    logits = logistic_baseline(data)
+    accuracy = ((logits > 0) == (data.test.target == 1)).float().mean().item()
+    print(f"\n{'on the test rows':36}accuracy     AUC")
+    print(f"{'always the more frequent class':36}{majority_baseline(data):8.4f}  0.5000")
+    print(f"{'logistic regression':36}{accuracy:8.4f}  {roc_auc(logits, data.test.target):.4f}")
+    if data.best_auc:
+        print(f"{'best possible: the known model':36}{data.best_accuracy:8.4f}  {data.best_auc:.4f}")
+    utils.save_figure(draw_columns(data), args.out / "columns.png")
+    print(f"\nwrote {args.out / 'columns.png'}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
+
+
+if __name__ == "__main__":
+    utils.run(main)
