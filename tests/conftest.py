@@ -1,4 +1,8 @@
-"""Makes utils importable, and gives every test an empty DATA_DIR unless it is marked `real`."""
+"""Makes utils importable, gives each worker process one core, and skips `real` tests where their data is missing.
+
+pytest.ini starts as many workers as there are cores (pytest-xdist), a test file each. Two workers of two threads on two
+cores would wait for each other most of the time, hence one thread each; scripts that a test starts inherit it.
+"""
 
 import importlib.util
 import os
@@ -7,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
