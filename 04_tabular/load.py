@@ -16,6 +16,7 @@ Writes: outputs/columns.png. Left out on purpose: dates and free text, and targe
 
 import argparse
 import csv
+import io
 import math
 import re
 import sys
@@ -46,7 +47,8 @@ MISSING = {"", "?", "na", "n/a", "nan", "null"}  # in upper or lower case
 NO_VALUE, UNSEEN, KNOWN = 0, 1, 2  # indices in a category column: missing, not in train, the first value of train
 SPLIT_SEED = 0  # the same rows validate whatever --seed a training run has
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-SEPARATED = re.compile(r"[+-]?\d+([,.' \u2019\u00a0\u202f]\d+)+", re.ASCII)  # 1,234 and 1.234,5 and 1 234; 3,5 too
+SEPARATED = re.compile(r"[+-]?(\d+(,\d+)+(\.\d+)?|\d{1,3}([. '\u2019\u00a0\u202f]\d{3})+(,\d+)?)", re.ASCII)
+## Such as 1,234.5 and 1.234,5 and 1 234; a decimal comma, 3,5, can't be told from a separator and is one as well.
 
 
 class Part(NamedTuple):
@@ -111,7 +113,7 @@ def read_csv(path: Path) -> Table:
         raise utils.InputError(f"{path}, line {line}: not UTF-8; convert the file, for example with iconv.") from error
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     columns, rows, lines, begins = [], [], [], 1
     try:
         for row in reader:
@@ -256,6 +258,9 @@ def column_types(table: Table, target: str, types: Sequence[str]) -> dict[str, s
             raise utils.InputError(f"column {name}, {table.lines[odd[0]]}: {table.rows[odd[0]][k]!r} is no number; "
                                    f"correct it, or leave out --types {name}=numeric.")
         found[name] = asked.get(name) or ("category" if odd else "numeric")
+        if name not in asked and 0 < len(odd) < 0.1 * len(there):
+            print(f"column {name} holds numbers, but {table.rows[odd[0]][k]!r} on {table.lines[odd[0]]}: so it counts "
+                  "as one of categories; empty such places to have a column of numbers")
         if found[name] == "numeric":
             for i in there:
                 if not abs(float(table.rows[i][k])) < 1e30:
