@@ -1,0 +1,594 @@
+"""BERT by hand, named as in its weight files: the encoder of BERT, MiniLM and DistilBERT, and two heads.
+
+You learn here: how an encoder differs from chapter 05's decoder; how texts of different lengths share a batch; what two
+families of weight files call the same parts; what a head is, and what a vector for a whole sentence is good for.
+
+    python 06_finetune/bert.py                     MiniLM (91 MB, downloaded once): sentences to vectors, nearest first
+    python 06_finetune/bert.py --query "I am ill"  your own query; --sentences FILE: your own sentences, one per line
+    python 06_finetune/bert.py --model stand-in    a small one, pre-trained here on Python's manual
+
+You should see: bert-base-uncased 109,482,240, distilbert-base-uncased 66,362,880, minilm 22,713,216 parameters; that a
+sentence gets the same vectors alone and beside a longer one, to 1e-5; and, with MiniLM, that of sixteen sentences the
+one about a doctor is nearest to "I have the flu", with which it shares no word (cosine 0.350).
+Writes: under DATA_DIR, what was downloaded or pre-trained; `save_model` writes folders that transformers opens.
+Left out on purpose: the heads of pre-training; relatives with other activations or positions, which are refused.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from bpe import read_text  # noqa: E402
+from weights import open_weights, save_safetensors  # noqa: E402
+from wordpiece import WordPiece, pad, train_wordpiece  # noqa: E402
+
+# Shapes: B batch, T time (tokens, padding included), C channels (n_embd), H heads, D channels per head (C = H * D),
+#         K classes, V vocabulary
+
+SIZES = {  # Devlin et al. 2019, section 3; Sanh et al. 2019, section 2; Wang et al. 2020, halved once more in depth
+    "bert-base-uncased": {"model_type": "bert", "n_layer": 12, "n_head": 12, "n_embd": 768},
+    "distilbert-base-uncased": {"model_type": "distilbert", "n_layer": 6, "n_head": 12, "n_embd": 768},
+    "minilm": {"model_type": "bert", "n_layer": 6, "n_head": 12, "n_embd": 384},
+}
+COMMON = {"vocab_size": 30522, "n_positions": 512, "layer_norm_epsilon": 1e-12, "dropout": 0.1}  # the same in all three
+
+## The two families call the same parts differently: role -> name. Modules get the names of the files, so that weights
+## load as they are, and LoRA's targets are those that PEFT knows: `query` and `value`, `q_lin` and `v_lin`.
+NAMES = {
+    "bert": {"layers": "encoder.layer", "norm": "LayerNorm",
+             "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+             "out": "attention.output.dense", "norm_1": "attention.output.LayerNorm",
+             "wide": "intermediate.dense", "narrow": "output.dense", "norm_2": "output.LayerNorm"},
+    "distilbert": {"layers": "transformer.layer", "norm": "LayerNorm",
+                   "query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin",
+                   "out": "attention.out_lin", "norm_1": "sa_layer_norm",
+                   "wide": "ffn.lin1", "narrow": "ffn.lin2", "norm_2": "output_layer_norm"},
+}
+
+
+# ---------------------------------------------------------------------------------------------- the network
+def put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Give parent a module under a dotted name, with plain modules for what stands between the dots."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent._modules[part]
+    parent.add_module(last, module)
+
+
+def new_linear(n_in: int, n_out: int) -> nn.Linear:
+    """A linear layer that begins as BERT's do."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Layer(nn.Module):
+    """Self-attention, then two linear layers, each added to its input and then normalised: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.n_head, self.names = config["n_head"], NAMES[config["model_type"]]
+        C, wide, epsilon = config["n_embd"], config["n_inner"], config["layer_norm_epsilon"]
+        for role in ("query", "key", "value", "out"):
+            put(self, self.names[role], new_linear(C, C))
+        put(self, self.names["norm_1"], nn.LayerNorm(C, epsilon))
+        put(self, self.names["wide"], new_linear(C, wide))
+        put(self, self.names["narrow"], new_linear(wide, C))
+        put(self, self.names["norm_2"], nn.LayerNorm(C, epsilon))
+        self.dropout = nn.Dropout(config["dropout"])
+
+    def part(self, role: str) -> nn.Module:
+        return self.get_submodule(self.names[role])
+
+    def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """padding (B, 1, 1, T): what is added to every score of a key; 0 for a token, hugely negative for padding."""
+        B, T, C = x.shape
+        q, k, v = (self.part(role)(x).view(B, T, self.n_head, -1).transpose(1, 2) for role in ("query", "key", "value"))
+        ##     y = softmax(q k^T / sqrt(D) + padding) v        (Vaswani et al. 2017, equation 1)
+        ## As in chapter 05, but for the mask: a decoder hides the future, an encoder shows all tokens to all tokens.
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
+        if padding is not None:
+            scores = scores + padding.to(scores.dtype)
+        y = self.dropout(scores.softmax(-1)).to(v.dtype) @ v  # (B, H, T, D)
+        y = self.part("out")(y.transpose(1, 2).reshape(B, T, C))
+        if self.names is NAMES["bert"]:  # and not in DistilBERT
+            y = self.dropout(y)
+        x = self.part("norm_1")(x + y)
+        y = self.part("narrow")(F.gelu(self.part("wide")(x)))  # GELU as it is, not GPT-2's approximation
+        return self.part("norm_2")(x + self.dropout(y))
+
+
+class Bert(nn.Module):
+    """Devlin et al. 2019, and DistilBERT: token ids (B, T) -> hidden (B, T, C), each token in the light of all others.
+
+    config: model_type (bert, distilbert), vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon,
+    dropout; n_inner (4 n_embd if it is missing); n_types (2; 0 in DistilBERT); pooler (whether there is one).
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        distil = config["model_type"] == "distilbert"
+        c = COMMON | {"n_inner": 4 * config["n_embd"], "n_types": 0 if distil else 2, "pooler": not distil} | config
+        self.config, self.names = c, NAMES[c["model_type"]]
+        if c["n_embd"] % c["n_head"]:
+            raise utils.InputError(f"n_embd {c['n_embd']} can't be shared evenly by {c['n_head']} heads; change one.")
+        C = c["n_embd"]
+        tables = {"word_embeddings": c["vocab_size"], "position_embeddings": c["n_positions"],
+                  "token_type_embeddings": c["n_types"]}
+        for name, rows in tables.items():
+            if rows:
+                put(self, f"embeddings.{name}", nn.Embedding.from_pretrained(0.02 * torch.randn(rows, C), freeze=False))
+        put(self, "embeddings.LayerNorm", nn.LayerNorm(C, c["layer_norm_epsilon"]))
+        put(self, self.names["layers"], nn.ModuleList(Layer(c) for _ in range(c["n_layer"])))
+        if c["pooler"]:
+            put(self, "pooler.dense", new_linear(C, C))
+        self.dropout = nn.Dropout(c["dropout"])
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
+        """Hidden (B, T, C). mask (B, T): True for tokens, False for padding. types (B, T): 0 first text, 1 second."""
+        e, T = self.embeddings, ids.shape[1]
+        if T > self.config["n_positions"]:
+            raise utils.InputError(f"{T} tokens are more than the {self.config['n_positions']} positions of this "
+                                   "model; shorten the text.")
+        x = e.word_embeddings(ids) + e.position_embeddings.weight[:T]  # (B, T, C)
+        if self.config["n_types"]:
+            x = x + (e.token_type_embeddings.weight[0] if types is None else e.token_type_embeddings(types))
+        x = self.dropout(e.LayerNorm(x.float()))
+        padding = None
+        if mask is not None and not mask.all():
+            padding = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, torch.finfo(x.dtype).min)
+            padding = padding[:, None, None]
+        for layer in self.get_submodule(self.names["layers"]):
+            x = layer(x, padding)
+        return x
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """(B, T, C) -> (B, C): the first token, [CLS], through one more layer where there is one."""
+        first = hidden[:, 0]
+        return self.pooler.dense(first).tanh() if self.config["pooler"] else first
+
+
+def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, T, C) -> (B, C): the mean over tokens, padding left out.
+
+    ## MiniLM's sentence vectors are made like this (Reimers & Gurevych 2019, section 3). [CLS] has only been trained to
+    ## say something about a whole text where a task asked it to.
+    """
+    if mask is None:
+        return hidden.mean(1)
+    share = mask / mask.sum(1, keepdim=True)  # (B, T), sums to 1 over a text's tokens
+    return (hidden * share[:, :, None]).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------- heads
+## What pre-training leaves is an encoder. A task adds a head, one or two small layers that read its output; they start
+## at random, and all of it is trained together (Devlin et al. 2019, section 3.2).
+class Classifier(nn.Module):
+    """One score per class for each text: ids (B, T) -> (B, K). Named as transformers' ...ForSequenceClassification.
+
+    config: Bert's, and labels, the K names of the classes.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.add_module(config["model_type"], Bert(config | {"pooler": config["model_type"] == "bert"}))
+        self.config = self.encoder.config
+        C = self.config["n_embd"]
+        if config["model_type"] == "distilbert":  # which has no pooler of its own
+            self.pre_classifier = new_linear(C, C)
+        self.classifier = new_linear(C, len(config["labels"]))
+        self.dropout = nn.Dropout(self.config["dropout"])
+
+    @property
+    def encoder(self) -> Bert:
+        return next(self.children())
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
+        x = self.encoder.pool(self.encoder(ids, mask, types))  # (B, C)
+        if self.config["model_type"] == "distilbert":
+            x = self.pre_classifier(x).relu()
+        return self.classifier(self.dropout(x)).float()
+
+
+class Spans(nn.Module):
+    """For each token, a score for being the first of the answer, and one for being the last: (B, T) -> 2 x (B, T).
+
+    Named as transformers' ...ForQuestionAnswering; padding and the question get scores too, which mean nothing.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.add_module(config["model_type"], Bert(config | {"pooler": False}))
+        self.config = self.encoder.config
+        self.qa_outputs = new_linear(self.config["n_embd"], 2)
+        self.dropout = nn.Dropout(self.config["dropout"] if config["model_type"] == "distilbert" else 0.0)
+
+    @property
+    def encoder(self) -> Bert:
+        return next(self.children())
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.qa_outputs(self.dropout(self.encoder(ids, mask, types))).float().unbind(-1)
+
+
+# ---------------------------------------------------------------------------------------------- files
+# Our name -> what config.json calls it, for each family
+FIELDS = {
+    "bert": {"vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_types": "type_vocab_size",
+             "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+             "n_inner": "intermediate_size", "layer_norm_epsilon": "layer_norm_eps", "dropout": "hidden_dropout_prob"},
+    "distilbert": {"vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_embd": "dim",
+                   "n_layer": "n_layers", "n_head": "n_heads", "n_inner": "hidden_dim", "dropout": "dropout"},
+}
+# What other values of these would change, nothing here computes
+FIXED = {"bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
+                  "add_cross_attention": False}, "distilbert": {"activation": "gelu"}}
+KINDS = {"Model": Bert, "ForSequenceClassification": Classifier, "ForQuestionAnswering": Spans}
+FAMILIES = {"bert": "Bert", "distilbert": "DistilBert"}
+# Heads of other tasks, which a file may hold besides: pre-training's, and those above.
+HEADS = ("cls.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "pre_classifier.", "classifier.",
+         "qa_outputs.", "pooler.")
+
+
+def read_config(path: Path) -> dict:
+    """Our config from a config.json of BERT's or DistilBERT's. Raises utils.InputError for another kind of model."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
+                               "config.json, model.safetensors and vocab.txt.") from error
+    found = found if isinstance(found, dict) else {}
+    family = found.get("model_type")
+    if family not in FAMILIES:
+        raise utils.InputError(f"{path}: model_type is {family!r:.60}, and this script knows bert and distilbert; take "
+                               "another model.")
+    for name, value in FIXED[family].items():
+        if found.get(name, value) != value:
+            raise utils.InputError(f"{path}: {name} is {found[name]!r:.60}, and this {FAMILIES[family]} has "
+                                   f"{value!r}; take another model.")
+    config = {"model_type": family} | COMMON
+    for name, theirs in FIELDS[family].items():
+        if theirs in found or name not in config:
+            config[name] = value = found.get(theirs)
+            whole = name not in ("layer_norm_epsilon", "dropout")
+            if name == "n_types" and value is None:
+                config[name] = 2
+            elif name == "dropout" and (type(value) not in (int, float) or not 0 <= value < 1):
+                raise utils.InputError(f"{path}: {theirs} is {value!r:.60}, and must be at least 0 and less than 1; "
+                                       "take the model's own config.json.")
+            elif name != "dropout" and (type(value) not in ((int,) if whole else (int, float))
+                                        or not 0 < value < 2**24):
+                raise utils.InputError(f"{path}: {theirs} is {value!r:.60}, and must be a positive {'whole ' * whole}"
+                                       "number below 2^24; take the model's own config.json.")
+    labels = found.get("id2label")
+    if isinstance(labels, dict) and labels:
+        try:
+            config["labels"] = [str(labels[str(i)]) for i in range(len(labels))]
+        except KeyError as error:
+            raise utils.InputError(f"{path}: id2label lacks {error}; take the model's own config.json.") from error
+    return config | {name: found[name] for name in ("stand_in",) if name in found}
+
+
+def read_model(path: Path, config: dict, kind: type = Bert) -> nn.Module:
+    """A Bert, Classifier or Spans with the weights of a file or folder, in float32; a head that is not there is new.
+
+    Raises utils.InputError for tensors that don't fit. Nothing is copied: see gpt2.read_model.
+    """
+    weights, family = open_weights(path), config["model_type"]
+    if 16 * config["n_layer"] > len(weights):  # 16 tensors each; asked first, as a config may claim a million layers
+        raise utils.InputError(f"{path} holds {len(weights)} tensors, too few for {config['n_layer']} layers; take the "
+                               "weights that belong to the config.")
+    ## The same tensor may stand under "bert.", where a head was saved with it, and BERT's own files, which come from
+    ## TensorFlow, say gamma and beta for a norm's weight and bias.
+    found = {}
+    for name in weights:
+        short = name.removeprefix(f"{family}.")
+        for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+            short = short.removesuffix(old) + new if short.endswith(old) else short
+        if short in found:
+            raise utils.InputError(f"{path} holds both {found[short]!r:.80} and {name!r:.80}; take another file.")
+        found[short] = name
+    found.pop("embeddings.position_ids", None)  # 0, 1, 2 ...
+    if kind is Bert:
+        config = config | {"pooler": any(short.startswith("pooler.") for short in found)}
+    with torch.device("meta"):
+        model = kind(config)
+    state, kind_of = {}, f"a {FAMILIES[family]} with {config['n_layer']} layers"
+    for name, tensor in model.state_dict().items():
+        short = name.removeprefix(f"{family}.")
+        if short not in found:
+            ## A head that is not there is new; half a one is a damaged file.
+            half = {short.replace("bias", "weight"), short.replace("weight", "bias")} & found.keys()
+            if half or not short.startswith(HEADS):
+                raise utils.InputError(f"{path} lacks {short}, which it needs; take the weights of {kind_of}.")
+            state[name] = torch.zeros(tensor.shape) if tensor.dim() == 1 else 0.02 * torch.randn(tensor.shape)
+            continue
+        given = weights[found[short]]
+        if given.shape != tensor.shape or not given.is_floating_point():
+            raise utils.InputError(f"{path}: {short} is {tuple(given.shape)} of {given.dtype}, and this model needs "
+                                   f"{tuple(tensor.shape)} of floats; take the weights that belong to the config.")
+        state[name] = given.float()
+    known = {name.removeprefix(f"{family}.") for name in state}
+    stranger = next((name for short, name in found.items() if short not in known and not short.startswith(HEADS)), None)
+    if stranger is not None:
+        raise utils.InputError(f"{path} holds {stranger!r:.80}, which it has no use for; take the weights of "
+                               f"{kind_of}.")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_().eval()
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write model.safetensors and config.json so that transformers' from_pretrained reads them, and read_model too.
+
+    The vocabulary's file comes from WordPiece.save.
+    """
+    c = model.config
+    family, ending = c["model_type"], next(ending for ending, kind in KINDS.items() if kind is type(model))
+    config = {"architectures": [FAMILIES[family] + ending], "model_type": family, **FIXED[family],
+              **{theirs: c[name] for name, theirs in FIELDS[family].items()}, "pad_token_id": 0}
+    others = {"bert": ["attention_probs"], "distilbert": ["attention_dropout", "seq_classif_dropout", "qa_dropout"]}
+    config |= {name + "_dropout_prob" * (family == "bert"): c["dropout"] for name in others[family]}
+    if "labels" in c:
+        config["id2label"] = dict(enumerate(c["labels"]))
+        config["label2id"] = {label: i for i, label in enumerate(c["labels"])}
+    config |= {name: c[name] for name in ("stand_in",) if name in c}
+    data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
+    if path.exists() and path.read_bytes() != data:
+        path.unlink()  # a kill between the two writes shall leave no folder with new weights and an old config
+    save_safetensors(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    utils.write_atomically(path, data)
+
+
+# ---------------------------------------------------------------------------------------------- which model
+HUB = "https://huggingface.co/"
+VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # the three share one vocabulary
+## MiniLM's hashes were computed from its files. The files of the other two were never at hand where this was written:
+## their hashes are those that other public projects pin for these very commits. Were one wrong, the right file would be
+## refused, but no wrong one used.
+FILES = {  # name: (folder on the hub, {file: sha256})
+    "minilm": ("sentence-transformers/all-MiniLM-L6-v2/resolve/main/", {
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "vocab.txt": VOCAB_SHA256,
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"}),
+    "bert-base-uncased": ("google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594/", {
+        "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+        "vocab.txt": VOCAB_SHA256,
+        "config.json": "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"}),
+    "distilbert-base-uncased": (
+        "distilbert/distilbert-base-uncased/resolve/12040accade4e8a0f71eabdb258fecc2e7e948be/", {
+            "model.safetensors": "5e3f1108e3cb34ee048634875d8482665b65ac713291a7e32396fb18f6ff0063",
+            "vocab.txt": VOCAB_SHA256,
+            "config.json": "69c94b0222d5d1f4b0ad027ca7416cdafb98378cbbb8305d0bf47c9365c60c83"}),
+}
+# The stand-in: BERT in all but size
+STAND_IN = {"model_type": "bert", "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
+STAND_IN_VOCAB, STAND_IN_STEPS = 3000, 600
+
+
+def load_bert(name: str | None = None, kind: type = Bert, labels: list[str] | None = None, dropout: float = 0.1,
+              option: str = "--model") -> tuple[nn.Module, WordPiece, dict]:
+    """(model, tokenizer, config) for minilm, bert-base-uncased, distilbert-base-uncased, stand-in, or a folder with
+    config.json, weights and vocab.txt; None is minilm, or the stand-in where that can't be reached.
+
+    kind: Bert, Classifier (with labels, unless the folder's config has them) or Spans. A head that the files do not
+    hold is drawn from torch's generator. config also has name, by which the model is found again, and, for the
+    stand-in and what comes from it, stand_in. Raises utils.InputError for what can't be had or doesn't fit together.
+    """
+    folder = find_bert(name, option)
+    name = name or {"minilm": "minilm", "bert-stand-in": "stand-in"}[folder.name]
+    config, tokenizer = read_config(folder / "config.json"), WordPiece.load(folder)
+    ## DistilBERT's vocabulary and BERT's have 30,522 lines; some models round the table up, and never use the rest.
+    if len(tokenizer.names) > config["vocab_size"]:
+        raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.names):,} tokens, and the model "
+                               f"{config['vocab_size']:,}; take vocab.txt from where the weights are from.")
+    config |= {"dropout": dropout, "name": name} | ({"labels": labels} if labels else {})
+    if kind is Classifier and "labels" not in config:
+        raise utils.InputError(f"{folder / 'config.json'} names no classes (id2label); take a fine-tuned classifier.")
+    model = read_model(folder, config, kind)
+    return model, tokenizer, model.config
+
+
+def find_bert(name: str | None = None, option: str = "--model") -> Path:
+    """The folder of a model: see load_bert."""
+    if name and name not in (*FILES, "stand-in"):
+        if not Path(name).is_dir():
+            raise utils.InputError(f"{option} {name} is no folder; give one with config.json, model.safetensors and "
+                                   f"vocab.txt, or {', '.join(FILES)} or stand-in.")
+        return Path(name)
+    if name != "stand-in":
+        folder, (place, files) = utils.DATA_DIR / (name or "minilm"), FILES[name or "minilm"]
+        weights_here = (folder / "model.safetensors").exists()
+        try:
+            for file, sha256 in files.items():
+                utils.download([HUB + place + file], folder / file, sha256)
+            return folder
+        except ConnectionError as error:
+            if name or weights_here:  # asked for by name, or half there: never replaced by something else
+                raise utils.InputError(f"{error} Use {option} stand-in to work without a network.") from error
+            print(error)
+    folder = utils.DATA_DIR / "bert-stand-in"
+    if not (folder / "config.json").exists():
+        pretrain(folder)
+    utils.notice("STAND-IN: in place of MiniLM this run uses a small BERT, pre-trained on Python's manual.",
+                 "Its figures can't be compared with those of MiniLM or BERT.")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- the stand-in
+def hide(ids: Tensor, tokenizer: WordPiece, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(what the network sees, which tokens it has to guess) of ids (B, T): masked language modelling.
+
+    ## GPT-2 guesses the next token, and so may see only what comes before. BERT shall see both sides, and gets words to
+    ## guess by hiding them: 15 % of all. Of these 80 % become [MASK]; but no text in use has [MASK] in it, so 10 %
+    ## become any other token and 10 % stay, and every token may be one to doubt (Devlin et al. 2019, section 3.1).
+    """
+    draw = torch.rand(ids.shape, generator=generator)
+    asked = (draw < 0.15) & (ids != tokenizer.cls) & (ids != tokenizer.sep)
+    seen = ids.masked_fill(asked & (draw < 0.12), tokenizer.mask)
+    others = torch.randint(len(tokenizer.names), ids.shape, generator=generator)
+    return torch.where(asked & (draw >= 0.12) & (draw < 0.135), others, seen), asked
+
+
+def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None) -> None:
+    """Make a small BERT from nothing and write it to folder, in the files that BERT comes in."""
+    text = read_text("pydocs")
+    n, T, B = int(0.9 * len(text)), 128, 16
+    tokenizer = WordPiece(train_wordpiece(text[:n], STAND_IN_VOCAB))
+    train, val = (torch.tensor(tokenizer.encode_text(part, special=False)[0]) for part in (text[:n], text[n:]))
+    dtype, generator = utils.pick_dtype(torch.device("cpu")), torch.Generator().manual_seed(0)
+
+    def windows(ids: Tensor, starts: Tensor) -> Tensor:  # (B, T): [CLS], T - 2 tokens, [SEP]
+        inner = ids[starts[:, None] + torch.arange(T - 2)]
+        return F.pad(F.pad(inner, (1, 0), value=tokenizer.cls), (0, 1), value=tokenizer.sep)
+
+    def guess(ids: Tensor, generator: torch.Generator) -> Tensor:  # the loss
+        seen, asked = hide(ids, tokenizer, generator)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            hidden = model(seen)[asked]  # (hidden tokens, C): nothing else needs scores
+            logits = F.linear(hidden, model.embeddings.word_embeddings.weight, bias)
+        return F.cross_entropy(logits.float(), ids[asked])
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Bert(STAND_IN | {"vocab_size": len(tokenizer.names), "dropout": 0.0, "stand_in": steps})
+        bias = nn.Parameter(torch.zeros(len(tokenizer.names)))
+        print(f"pre-training a BERT with {utils.count_parameters(model):,} parameters on {len(train):,} tokens of "
+              f"Python's manual ({dtype})")
+        optimizer = torch.optim.AdamW([*model.parameters(), bias], lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
+                                      fused=True)
+        history, losses, bar, begun = [], [], utils.Progress(steps, "tokens"), time.perf_counter()
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 60, (steps - step) / steps)
+            loss = guess(windows(train, torch.randint(len(train) - T, (B,), generator=generator)), generator)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.update(step + 1, f"loss {losses[-1]:.3f}", B * T)
+            if (step + 1) % 100 == 0 or step + 1 == steps:
+                with torch.no_grad():
+                    val_loss = guess(windows(val, torch.arange(0, len(val) - T, T - 2)),
+                                     torch.Generator().manual_seed(1)).item()
+                history.append({"step": step + 1, "train_loss": sum(losses) / len(losses), "val_loss": val_loss})
+                losses = []
+    bar.clear()
+    print(f"{time.perf_counter() - begun:.0f} s; validation loss {history[-1]['val_loss']:.3f} nats per hidden token "
+          f"(uniform {math.log(len(tokenizer.names)):.3f})")
+    tokenizer.save(folder)
+    save_model(model, folder)  # config.json comes last
+    print(f"wrote model.safetensors, config.json and vocab.txt to {folder}")
+    if plot:
+        utils.plot_history(plot, history, ["train_loss", "val_loss"], "Pre-training the stand-in (pydocs, stand-in)",
+                           y="nats per hidden token")
+
+
+# ---------------------------------------------------------------------------------------------- sentences as vectors
+@torch.inference_mode()
+def embed(model: Bert, tokenizer: WordPiece, texts: list[str], batch_size: int = 32) -> Tensor:
+    """A vector of length 1 for each text: (N, C). Texts are cut to 256 tokens, what MiniLM was trained with.
+
+    ## The cosine of the angle between two of them says how much the texts have in common; as both have length 1, it is
+    ## their dot product.
+    """
+    longest = min(256, model.config["n_positions"])
+    rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in texts]
+    vectors = torch.empty(len(texts), model.config["n_embd"])
+    ## Sorted by length, a batch holds texts of a kind, and hardly any padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for some in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        ids, mask = pad([rows[i] for i in some], tokenizer.pad)
+        vectors[some] = F.normalize(mean_pool(model(ids, mask), mask), dim=-1)
+    return vectors
+
+
+SENTENCES = """The cat sleeps on the warm windowsill.
+A kitten is taking a nap in the sun.
+My doctor told me to stay in bed for a week.
+The medicine made her headache go away.
+Shares fell sharply after the central bank raised rates.
+The company reported a record profit this quarter.
+Whisk the eggs with sugar until the mixture is pale.
+Let the dough rest for an hour before baking.
+The striker scored twice in the final minutes.
+Their goalkeeper saved three penalties.
+The train to the coast leaves every half hour.
+All flights were cancelled because of the storm.
+He forgot the password of his e-mail account.
+The laptop crashes whenever I open the browser.
+The film was so dull that I left before the end.
+An unforgettable performance by the whole cast."""
+QUERY = "I have the flu"
+
+
+def main() -> None:
+    utils.keep_memory()
+    parser = argparse.ArgumentParser(description="Show an encoder, shape by shape, and what its vectors find.")
+    add = parser.add_argument
+    add("--model", help=f"{', '.join(FILES)}, stand-in, or a folder (default: minilm; stand-in without network)")
+    add("--query", default=QUERY, help="the sentence to look for")
+    add("--sentences", type=Path, help="a text file, one sentence per line (default: sixteen of our own)")
+    add("--top-k", type=int, default=3, help="how many of the nearest to show")
+    add("--steps", type=int, help=f"pre-train the stand-in anew, with so many steps (as it comes: {STAND_IN_STEPS})")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the pre-training's plot")
+    args = parser.parse_args()
+    if args.steps is not None:
+        if args.model != "stand-in" or args.steps < 1:
+            raise utils.InputError("--steps must be at least 1, and goes with --model stand-in, which it makes anew.")
+        pretrain(utils.DATA_DIR / "bert-stand-in", args.steps, args.out / "bert_pretraining.png")
+    texts = [line for line in (read_text(str(args.sentences)) if args.sentences else SENTENCES).splitlines()
+             if line.strip()]
+    if not args.query.strip() or not texts or args.top_k < 1:
+        raise utils.InputError("--query and --sentences must hold some words, and --top-k be at least 1.")
+
+    print(f"{'':24} layers  heads  channels     parameters   float32")
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            n = utils.count_parameters(Bert(size))
+        print(f"{name:24}{size['n_layer']:7}{size['n_head']:7}{size['n_embd']:10}{n:15,}{n * 4 / 1e9:7.2f} GB")
+
+    model, tokenizer, config = load_bert(args.model)
+    rows = [tokenizer.encode(text, max_length=config["n_positions"]).ids for text in (args.query, texts[0])]
+    ids, mask = pad(rows, tokenizer.pad)
+    print(f"\n{config['name']}: two sentences in one batch, {tuple(ids.shape)}, of {mask.sum(1).tolist()} tokens:")
+    for row in ids.tolist():
+        print("  " + " ".join(tokenizer.names[i] for i in row))
+    first = f"{NAMES[config['model_type']]['layers']}.0"
+    show = lambda name: lambda _, x, y: print(f"  {name:44}{tuple(x[0].shape)!s:14} -> {tuple(y.shape)}")  # noqa: E731
+    hooks = [layer.register_forward_hook(show(name)) for name, layer in model.named_modules()
+             if name.startswith(("embeddings.", first)) and not isinstance(layer, nn.Dropout)
+             and (name == first or not list(layer.children()))]
+    with torch.inference_mode():
+        hidden = model(ids, mask)
+        for hook in hooks:
+            hook.remove()
+        alone = model(ids[:1, : len(rows[0])])
+        print(f"  {'mean over tokens':44}{tuple(hidden.shape)!s:14} -> {tuple(mean_pool(hidden, mask).shape)}")
+    print(f"beside a longer sentence and alone: the first one's vectors differ by "
+          f"{(hidden[0, : len(rows[0])] - alone[0]).abs().max():.1e}\n")
+
+    ## Semantic search is no more than this: one vector for each text, and the largest dot products with the query's.
+    vectors = embed(model, tokenizer, texts)  # (N, C)
+    scores = vectors @ embed(model, tokenizer, [args.query])[0]  # (N,)
+    print(f"nearest to {args.query!r}:")
+    for score, i in zip(*(part.tolist() for part in scores.topk(min(args.top_k, len(texts))))):
+        print(f"  {score:6.3f}  {texts[i]}")
+    if "stand_in" in config:
+        utils.notice("STAND-IN: these vectors are of a small model pre-trained on Python's manual, not MiniLM's.")
+
+
+if __name__ == "__main__":
+    utils.run(main)
