@@ -65,7 +65,8 @@ class TabularNet(nn.Module):
         self.bins = [torch.tensor(edges, dtype=torch.float64) for edges in bins]
         self.exact = [torch.tensor(values, dtype=torch.float32) for values in exact]
         rows = [*sizes, *(len(values) + KNOWN for values in exact if values)]  # rows of the table that a column needs
-        self.register_buffer("first", torch.tensor([0, *rows[:-1]][: len(rows)]).cumsum(0), persistent=False)  # (K,)
+        first = torch.tensor([0, *rows], dtype=torch.int64).cumsum(0)[:-1]
+        self.register_buffer("first", first, persistent=False)  # (K,) where each column's rows begin
         E, D, T = members, n_embd, max((len(edges) - 1 for edges in bins), default=0)
         self.table = nn.Parameter(torch.randn(sum(rows), E, D) * 0.3)  # (V, E, D)
         self.slopes = nn.Parameter(torch.randn(len(bins), T, E, D) * 0.3)  # (F, T, E, D)
@@ -84,7 +85,7 @@ class TabularNet(nn.Module):
             if len(values):
                 place = torch.searchsorted(values, column.contiguous()).clamp(max=len(values) - 1)
                 index.append(torch.where(values[place] == column, place + KNOWN, UNSEEN)[:, None])
-        bins = piecewise_linear(part.numeric, self.bins) if self.bins else part.numeric[:, :, None]
+        bins = piecewise_linear(part.numeric, self.bins) if self.bins else torch.zeros(len(part.numeric), 0, 0)
         return bins, torch.cat(index, 1) + self.first.cpu()
 
     def forward(self, bins: Tensor, index: Tensor) -> Tensor:
@@ -104,8 +105,10 @@ def fit_columns(data: Data, bins: int, exact: int) -> dict:
     columns = []
     for column in data.train.numeric.T:
         values, counts = column.unique(return_counts=True)
-        columns.append(values[counts > 1].tolist() if len(values) <= exact else [])
-    return {"bins": [edges.tolist() for edges in fit_bins(data.train.numeric, bins)], "exact": columns,
+        few = len(values) <= exact
+        edges = fit_bins((values if few else column)[:, None], bins)[0]
+        columns.append((edges.tolist(), values[counts > 1].tolist() if few else []))
+    return {"bins": [edges for edges, _ in columns], "exact": [values for _, values in columns],
             "sizes": [len(values) + KNOWN for values in data.schema["values"]]}
 
 
@@ -277,6 +280,8 @@ def main() -> None:
     for step, rows in zip(range(steps), batches(len(target), args.batch_size, args.seed)):  # rows (B,)
         if step < first_step:
             continue  # resumed: these were seen before
+        if history and history[-1]["epoch"] - best["epoch"] >= args.patience:
+            break  # early stopping
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
 
         z = model(bins[rows], index[rows])  # (E, B)
@@ -313,8 +318,6 @@ def main() -> None:
             bar.clear()
             print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation "
                   f"{row['val_loss']:.4f}, AUC {row['val_auc']:.4f}, accuracy {row['val_accuracy']:.2%}", flush=True)
-            if row["epoch"] - best["epoch"] >= args.patience:
-                break
             begun = time.perf_counter()
 
     # report

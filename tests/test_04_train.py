@@ -1,0 +1,357 @@
+"""Chapter 04, train.py and experiment.py, against scikit-learn, numpy, torch.nn's own layers, and as users run them."""
+
+import csv
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REAL, ROOT, chapter
+
+import utils
+
+load, train = chapter("04_tabular", "load", "train")
+FOLDER = ROOT / "04_tabular"
+SMALL = ["--data", "census", "--members", "2", "--hidden", "16", "--n-embd", "4", "--lr", "0.01", "--device", "cpu"]
+
+
+def run(script, *options, code=0, **kwargs):
+    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
+    command = [sys.executable, str(FOLDER / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+def small_net(**changes):
+    """Two numeric columns, one of them looked up too, and two of categories; random weights everywhere."""
+    torch.manual_seed(0)
+    config = dict(bins=[[0.0, 1.0, 3.0], [-1.0, 0.0, 1.0, 2.0, 4.0]], exact=[[0.5, 2.0], []], sizes=[4, 3], members=3,
+                  n_embd=4, hidden=16, n_layer=2, dropout=0.0)
+    return train.TabularNet(**config | changes)
+
+
+def small_part(N=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    numeric = torch.stack([torch.tensor([0.5, 2.0, 2.5])[torch.randint(3, (N,), generator=g)],
+                           torch.randn(N, generator=g) * 2], 1)
+    categories = torch.stack([torch.randint(4, (N,), generator=g), torch.randint(3, (N,), generator=g)], 1)
+    return load.Part(numeric, categories, (torch.rand(N, generator=g) < 0.4).float())
+
+
+@pytest.fixture(scope="module")
+def census():
+    return load.load_data("census")
+
+
+# ---------------------------------------------------------------------------------------------- measures
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_measures_against_scikit_learn(threshold):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    y = rng.random(500) < 0.3
+    for p in (rng.random(500), np.round(rng.random(500) * 0.6 + 0.3 * y, 1),  # many ties, some at the threshold
+              np.full(500, 0.2), np.full(500, 0.9), y * 0.98 + 0.01, y * 1.0):
+        mine = train.measures(torch.from_numpy(p), torch.from_numpy(y * 1.0), threshold)
+        named = p > threshold
+        theirs = {"accuracy": metrics.accuracy_score(y, named),
+                  "precision": metrics.precision_score(y, named, zero_division=0),
+                  "recall": metrics.recall_score(y, named), "f1": metrics.f1_score(y, named),
+                  "auc": metrics.roc_auc_score(y, p), "log_loss": metrics.log_loss(y, p)}
+        assert mine == pytest.approx(theirs, abs=1e-12)
+
+
+def test_measures_of_one_class_and_of_certainty():
+    figures = train.measures(torch.tensor([0.9, 0.8]), torch.ones(2))
+    assert math.isnan(figures["auc"]) and figures["accuracy"] == figures["recall"] == 1
+    wrong = train.measures(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
+    assert wrong["accuracy"] == wrong["f1"] == wrong["auc"] == 0 and 30 < wrong["log_loss"] < math.inf
+
+
+def test_the_mean_of_members_is_of_probabilities_and_no_worse_than_its_members():
+    logits, y = torch.randn(5, 200) * 3, (torch.rand(200) < 0.5).float()
+    p = train.probabilities(logits)
+    torch.testing.assert_close(p, torch.stack([1 / (1 + (-z).exp()) for z in logits.double()]).sum(0) / 5)
+    losses = [train.measures(z.double().sigmoid(), y)["log_loss"] for z in logits]
+    assert train.measures(p, y)["log_loss"] < sum(losses) / 5
+
+
+# ---------------------------------------------------------------------------------------------- the model
+def test_each_member_against_layers_of_torch_nn():
+    model, part = small_net().eval(), small_part()
+    bins, index = model.encode(part)
+    logits = model(bins, index)
+    for e in range(3):
+        columns = [F.one_hot(index[:, k], len(model.table)).float() @ model.table[:, e] for k in range(index.shape[1])]
+        columns += [bins[:, f] @ model.slopes[f, :, e] + model.offsets[f, 0, e] for f in range(2)]
+        layers = []
+        for layer in [*model.layers, model.head]:
+            E, I, M = layer.weight.shape  # noqa: E741
+            linear = torch.nn.Linear(I, M)
+            linear.weight.data, linear.bias.data = layer.weight[e].T, layer.bias[e, 0]
+            layers += [linear, torch.nn.ReLU()]
+        theirs = torch.nn.Sequential(*layers[:-1])(torch.cat(columns, 1))[:, 0]
+        torch.testing.assert_close(logits[e], theirs, atol=1e-5, rtol=1e-5)
+
+
+def member(parameter, name, e):
+    """The part of a parameter that belongs to member e alone."""
+    return parameter.select({"table": 1, "slopes": 2, "offsets": 2}.get(name, 0), e)
+
+
+def test_the_loss_of_one_member_touches_nothing_of_the_others():
+    model = small_net()
+    model(*model.encode(small_part()))[1].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert member(parameter.grad, name, 1).any(), name
+        assert not member(parameter.grad, name, 0).any() and not member(parameter.grad, name, 2).any(), name
+
+
+def test_members_trained_together_become_what_each_becomes_alone():
+    together, part = small_net(), small_part()
+    alone = small_net(members=1)
+    for (name, p), q in zip(together.named_parameters(), alone.parameters(), strict=True):
+        q.data = member(p, name, 1).detach().clone().view_as(q)
+    for model in (together, alone):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        for _ in range(20):
+            z = model(*model.encode(part))
+            loss = F.binary_cross_entropy_with_logits(z, part.target.expand_as(z), reduction="none").mean(1).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for (name, p), q in zip(together.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(member(p, name, 1), q.view_as(member(p, name, 1)), atol=1e-4, rtol=1e-3)
+
+
+def test_a_numeric_embedding_is_the_curve_through_its_edges():
+    """With slopes set to the rises between edges, each embedding is numpy's linear interpolation between them."""
+    model = small_net(sizes=[], exact=[[], []], n_layer=0)
+    edges = model.bins[1].numpy()
+    heights = np.array([2.0, -1.0, 0.5, 3.0, 1.0])
+    with torch.no_grad():
+        model.slopes.zero_()
+        model.slopes[1, :, 0, 2] = torch.from_numpy(np.diff(heights)).float()
+        model.offsets[1, 0, 0, 2] = heights[0]
+        model.head.weight.zero_()
+        model.head.weight[0, 4 + 2] = 1  # F = 2 columns of D = 4: reads number 2 of column 1
+        model.head.bias.zero_()
+        x = torch.linspace(-1, 4, 101)
+        part = load.Part(torch.stack([torch.zeros(101), x], 1), torch.zeros(101, 0, dtype=torch.int64), x)
+        out = model(*model.encode(part))
+    torch.testing.assert_close(out[0].numpy(), np.interp(x.numpy(), edges, heights).astype(np.float32), atol=1e-5,
+                               rtol=1e-5)
+    assert not out[1].any()
+
+
+def test_encode_gives_every_value_a_row_of_its_own_column():
+    model = small_net()
+    numeric = torch.tensor([[0.5, 0.0], [2.0, 0.0], [0.6, 0.0], [99.0, 0.0], [-1.0, 0.0]])
+    categories = torch.tensor([[0, 0], [1, 1], [3, 2], [0, 0], [0, 0]])
+    index = model.encode(load.Part(numeric, categories, torch.zeros(5)))[1]
+    assert index.tolist() == [[0, 4, 9], [1, 5, 10], [3, 6, 8], [0, 4, 8], [0, 4, 8]]  # 7 + UNSEEN where not known
+    assert len(model.table) == 4 + 3 + 4
+    unseen = model.table[[1, 5, 8]]
+    assert not unseen.any() and model.table[[0, 2, 3, 4, 6, 7, 9, 10]].any(2).all()
+
+
+def test_columns_are_fitted_on_train_alone_and_rare_numbers_share_a_row(census):
+    config = train.fit_columns(census, 10, 256)
+    strange = load.Part(*(tensor * 7 + 3 for tensor in census.val))
+    assert train.fit_columns(census._replace(val=strange, test=strange), 10, 256) == config
+    names = census.schema["numeric"]
+    age = census.train.numeric[:, names.index("age")]
+    values, counts = np.unique(age.numpy(), return_counts=True)
+    assert config["exact"][names.index("age")] == values[counts > 1].tolist()
+    assert config["exact"][names.index("fnlwgt")] == []  # nearly as many values as rows
+    assert config["sizes"] == [len(values) + 2 for values in census.schema["values"]]
+    assert all(len(edges) <= 11 for edges in config["bins"])
+    assert train.fit_columns(census, 10, 0)["exact"] == [[]] * len(names)
+
+
+def test_tables_of_words_alone_and_of_numbers_alone():
+    words = load.Part(torch.zeros(5, 0), torch.randint(3, (5, 2)), torch.zeros(5))
+    numbers = load.Part(torch.randn(5, 2), torch.zeros(5, 0, dtype=torch.int64), torch.zeros(5))
+    for part, change in ((words, dict(bins=[], exact=[], sizes=[3, 3])), (numbers, dict(sizes=[], exact=[[], []]))):
+        model = small_net(**change)
+        assert model(*model.encode(part)).shape == (3, 5)
+
+
+def test_evaluation_is_in_pieces_without_dropout_and_leaves_training_mode():
+    model, part = small_net(dropout=0.5), small_part(N=5000)
+    inputs = model.encode(part)
+    pieces = train.member_logits(model, inputs)
+    assert model.training and pieces.shape == (3, 5000)
+    torch.testing.assert_close(pieces, model.eval()(*inputs))
+    assert not torch.equal(model.train()(*inputs), model(*inputs))  # with dropout, never the same twice
+    torch.testing.assert_close(train.predict(model, part), train.probabilities(pieces))
+
+
+def test_loss_before_training_is_close_to_ln_2(census):
+    model = train.TabularNet(**train.fit_columns(census, 48, 256), members=4, n_embd=8, hidden=64, n_layer=2,
+                             dropout=0.0)
+    assert train.measures(train.predict(model, census.val), census.val.target)["log_loss"] == pytest.approx(
+        math.log(2), abs=0.06)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    model, part = small_net(hidden=64), small_part(N=32)
+    inputs = model.encode(part)
+    target = (torch.rand(32, generator=torch.Generator().manual_seed(5)) < 0.5).float()  # no rule, only memory helps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    for _ in range(300):
+        z = model(*inputs)
+        loss = F.binary_cross_entropy_with_logits(z, target.expand_as(z))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_batches_hold_every_row_once_in_a_new_order():
+    stream = train.batches(1000, 128, seed=0)
+    first, second = (torch.cat([next(stream) for _ in range(8)]) for _ in range(2))
+    assert torch.equal(first.sort().values, torch.arange(1000)) and torch.equal(second.sort().values, first.sort()[0])
+    assert not torch.equal(first, torch.arange(1000)) and not torch.equal(first, second)
+    assert torch.equal(first[:128], next(train.batches(1000, 128, seed=0)))
+    assert not torch.equal(first[:128], next(train.batches(1000, 128, seed=1)))
+
+
+# ---------------------------------------------------------------------------------------------- as users run them
+LONG = [*SMALL, "--epochs", "6", "--batch-size", "512", "--patience", "6"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One small run that is never stopped, with dropout, for several tests to look at."""
+    out = tmp_path_factory.mktemp("trained")
+    return out, run("train.py", *LONG, "--out", out)
+
+
+def test_train_learns_and_leaves_everything(trained):
+    out, text = trained
+    written = json.loads((out / "metrics.json").read_text())
+    metrics = written["metrics"]
+    assert written["stand_in"] is True and written["data"] == "census" and len(written["history"]) == 6
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "history.png", "metrics.json", "model.pt"]
+    assert metrics["logistic_regression"]["auc"] + 0.01 < metrics["test_auc"]
+    assert metrics["majority"]["auc"] == 0.5 and metrics["majority"]["accuracy"] < metrics["test_accuracy"]
+    assert metrics["one_member"]["log_loss"] >= metrics["test_log_loss"]
+    best = float(re.search(r"model behind the data +0\.\d+ +(0\.\d+)", text)[1])
+    assert metrics["test_auc"] < best < 1
+    first = float(re.search(r"before training: loss ([\d.]+)", text)[1])
+    assert first == pytest.approx(math.log(2), abs=0.06)
+    assert text.count("STAND-IN") == 2  # one notice at the start, one at the end
+
+
+def test_saved_model_gives_the_reported_figures_and_scikit_learns(trained, census):
+    saved = utils.load_checkpoint(trained[0] / "model.pt", train.SCRIPT)
+    model = train.TabularNet(**saved["config"])
+    model.load_state_dict(saved["model"])
+    assert saved["schema"] == census.schema
+    assert train.measures(train.predict(model, census.val), census.val.target)["auc"] == pytest.approx(
+        saved["metrics"]["val_auc"], abs=1e-6)
+    p, y = train.predict(model, census.test).numpy(), census.test.target.numpy()
+    metrics = json.loads((trained[0] / "metrics.json").read_text())["metrics"]
+    sklearn = pytest.importorskip("sklearn.metrics")
+    assert metrics["test_auc"] == pytest.approx(sklearn.roc_auc_score(y, p), abs=1e-6)
+    assert metrics["test_log_loss"] == pytest.approx(sklearn.log_loss(y, p), abs=1e-6)
+    assert metrics["test_accuracy"] == pytest.approx(sklearn.accuracy_score(y, p > 0.5), abs=1e-4)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_resumes_bit_identically(trained, tmp_path, number, code):
+    child = subprocess.Popen([sys.executable, "-u", str(FOLDER / "train.py"), *LONG, "--out", str(tmp_path)],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("epoch  2"):
+            break
+    time.sleep(0.03)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in errors
+    assert number == signal.SIGKILL or "--resume" in errors
+    stopped_at = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
+    assert 48 <= stopped_at < 144
+    assert f"resumed after step {stopped_at}" in run("train.py", "--resume", "--out", tmp_path)
+    a, b = (utils.load_checkpoint(folder / "checkpoint.pt", train.SCRIPT) for folder in (trained[0], tmp_path))
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for name in ("train_loss", "val_loss", "val_auc"):
+        assert [row[name] for row in a["history"]] == [row[name] for row in b["history"]]
+
+
+def test_early_stopping_on_a_table_with_nothing_to_learn_then_resume_refuses_another_table(tmp_path):
+    rng = np.random.default_rng(0)
+    path, out = tmp_path / "coins.csv", tmp_path / "o"
+
+    def write(words):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["x", "word", "coin"], *(
+                [f"{rng.normal():.3f}", rng.choice(words), rng.choice(["heads", "tails"])] for _ in range(400))])
+
+    write(["a", "b"])
+    options = ["--data", path, "--target", "coin", "--members", 2, "--hidden", 32, "--epochs", 40, "--batch-size", 32]
+    text = run("train.py", *options, "--patience", 2, "--lr", 0.01, "--out", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    aucs = [row["val_auc"] for row in metrics["history"]]
+    assert len(aucs) < 40 and len(aucs) - 1 - aucs.index(max(aucs)) == 2
+    saved = utils.load_checkpoint(out / "model.pt", train.SCRIPT)
+    assert saved["metrics"]["epoch"] == metrics["metrics"]["best_epoch"] == aucs.index(max(aucs)) + 1
+    assert 0.3 < metrics["metrics"]["test_auc"] < 0.7 and "STAND-IN" not in text
+    before = (out / "checkpoint.pt").read_bytes()
+    assert "--hidden 32, not --hidden 64" in run("train.py", "--resume", "--hidden", 64, "--out", out, code=1)
+    again = run("train.py", "--resume", "--out", out)  # it had stopped early, and stays stopped
+    assert [row["val_auc"] for row in json.loads((out / "metrics.json").read_text())["history"]] == aucs, again
+    write(["a", "c"])
+    assert "not the table it was" in run("train.py", "--resume", "--out", out, code=1)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--epochs", "0"], "--epochs 0 must be greater than zero"),
+    (["--members", "-1"], "--members -1 must be greater than zero"),
+    (["--n-embd", "0"], "--n-embd 0 must be greater than zero"),
+    (["--lr", "nan"], "--lr nan must be greater than zero"),
+    (["--dropout", "1"], "--dropout 1.0 must be at least 0"),
+    (["--n-layer", "-1"], "--n-layer -1 must not be negative"),
+    (["--exact", "-1"], "--exact -1 must not be negative"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--data", "/no/such/file.csv", "--target", "y"], "no such file"),
+    (["--data", "census", "--target", "age"], "--target age belongs to a CSV file"),
+    (["--resume"], "does not exist"),
+    (["--out", "/dev/null/x"], "cannot write"),
+])
+def test_bad_options_get_one_sentence(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(tmp_path / "o"), *options])
+    with pytest.raises(utils.InputError) as error:  # utils.run prints it, as the tests of subprocesses see
+        train.main()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(tmp_path):
+    run("train.py", *SMALL, "--epochs", 1, "--out", tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert "the loss became" in run("train.py", *SMALL, "--epochs", 1, "--lr", "1e38", "--out", tmp_path, code=1)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.real("adult.data")
+def test_one_pass_over_adult_beats_logistic_regression(monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "DATA_DIR", REAL)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "adult", "--members", "2", "--epochs", "2", "--out",
+                                      str(tmp_path), "--device", "cpu"])
+    train.main()
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["stand_in"] is False
+    assert written["metrics"]["test_auc"] > written["metrics"]["logistic_regression"]["auc"] + 0.005
