@@ -1,0 +1,478 @@
+"""WordPiece: how BERT turns a text into tokens, and how each token keeps its place in the text.
+
+You learn here: what BERT throws away before it reads; how a word that is not in the vocabulary is put together from
+pieces that are; what two texts in one sequence, padding, and a text that is too long look like to the network.
+
+    python 06_finetune/wordpiece.py "some text"                    the tokens of BERT, DistilBERT and MiniLM (uncased)
+    python 06_finetune/wordpiece.py "a question" --pair "a text"   two texts in one sequence
+    python 06_finetune/wordpiece.py --file data/sst2/train.tsv     count the tokens of a file
+    python 06_finetune/wordpiece.py --data novel.txt               learn a vocabulary from a text (pydocs: the manual)
+
+You should see: "Tokenization" as "token", "##ization", and a word in Ethiopic script as [UNK].
+Writes: with --data pydocs or a text, vocab.txt in outputs/, which transformers' BertTokenizer opens.
+
+The same tokens and offsets as transformers' BertTokenizer (tokenizers 0.23), tested on Python 3.11. A lone surrogate
+(half a UTF-16 pair, no character) raises utils.InputError, there a TypeError. Left out on purpose: the vocabularies of
+cased models, unless a file tells of it (tokenizer_config.json); cutting a text that is too long from the left.
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from bpe import read_text, replace_pair  # noqa: E402
+
+# Shapes: B batch, T time (tokens in the longest sequence). A chunk is what stands between white space, a word what BERT
+# cuts chunks into, a piece what has an id.
+
+URL = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/vocab.txt"
+SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+## Five tokens are no text. [CLS] opens a sequence, and what the network says there stands for all of it. [SEP] ends a
+## text. [PAD] fills up the shorter sequences of a batch. [MASK] hid the words that BERT had to guess in pre-training.
+## [UNK] stands for a word that no pieces make.
+SPECIAL = PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+SPECIALS = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
+LONGEST = 100  # characters: a longer word is [UNK], as in BERT's code
+SAMPLE = "Tokenization isn't magic: na\u00efve caf\u00e9s, unbelievably, \u4f60\u597d \u1230\u120b\u121d!"
+
+
+# ---------------------------------------------------------------------------------------------- text to words
+CHUNK = re.compile(r"[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # no white space in it
+
+
+def any_of(table: str) -> re.Pattern:
+    """A pattern for one character from a table of code points in hexadecimal."""
+    runs = [[chr(int(end, 16)) for end in run.split("-")] for run in table.split()]
+    return re.compile("[" + "".join(f"{run[0]}-{run[-1]}" for run in runs) + "]")
+
+
+# No hole in BERT's own code at 2B820, but in the library of today.
+CHINESE = any_of("3400-4dbf 4e00-9fff f900-faff 20000-2a6df 2a700-2b81f 2b920-2ceaf 2f800-2fa1f")
+## What is a mark and what is punctuation Unicode says, and each year it says it of more characters. The tokenizers
+## library has kept to the tables of Unicode 8 (2015), in which these ranges hold nothing but letters and holes. Python
+## goes with the times, so they are named here; so are four characters that have changed their kind.
+ORDINARY = any_of(
+    "5c8-5c9 61d 7fd 890-8e2 9fd-9fe a76 afa-aff b53-b55 c04-c3c c77 c84 d00 d3b-d3c d81 eba ece 1715 180f-1886 "
+    "1abf-1af0 1b4e-1b4f 1b7d-1b7f 1df6-1dfb 2e43-2e63 a82c a8c5 a8ff a9bd 105c9-105e4 10d24-10f89 11070-11074 "
+    "110c2-110cd 111cf 1123e-11241 1133b 11383-1145e 11660-1166c 116b9 1182f-11fff 12ff1-1612f 16d68-16f4f 16fe2-16ff1 "
+    "1cf00-1d128 1d250-1d281 1e000-1e6f5 1e944-1e95f"
+)
+ORDERED = any_of("8d4-8e1 1dfb 11442 11446 11c3f 1e000-1e02a 1e944-1e94a")  # its table of marks' order is Unicode 9's
+CHANGED = {"\u166d": "punctuation", "\U000111c9": "punctuation", "\u1734": "mark", "\U0001171e": "mark"}
+
+
+@functools.cache
+def kind(c: str) -> str:
+    """What BERT takes a character for: "none" (it goes), "mark", "punctuation", "chinese", or "" for all others.
+
+    ## Every symbol of ASCII counts as punctuation, also $ and ^, which Unicode files under other signs. Chinese is
+    ## written without spaces, so each of its characters is a word of its own; Japanese syllables and Korean are not.
+    ## Raises utils.InputError for a lone surrogate.
+    """
+    category = unicodedata.category(c)
+    if category == "Cs":
+        raise utils.InputError(f"the text holds U+{ord(c):04X}, half of a surrogate pair and no character; read the "
+                               "text as UTF-8, or remove it.")
+    if c in CHANGED or c in "\t\n\r" or ORDINARY.match(c):
+        return CHANGED.get(c, "")
+    if category in ("Cc", "Cf", "Co") or c == "\ufffd":  # control, format, private use; "here a character was lost"
+        return "none"
+    if category[0] == "P" or c.isascii() and c.isprintable() and not c.isalnum() and c != " ":
+        return "punctuation"
+    return "chinese" if CHINESE.match(c) else "mark" if category == "Mn" else ""
+
+
+@functools.cache
+def decompose(c: str) -> list[tuple[str, int]]:
+    """The parts that Unicode makes of c (NFD), each with the class by which marks are sorted; 0: it stays in place."""
+    parts = c if ORDINARY.match(c) else unicodedata.normalize("NFD", c)
+    return [(part, 0 if ORDINARY.match(part) and not ORDERED.match(part) else unicodedata.combining(part))
+            for part in parts]
+
+
+def strip_accents(spots: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Without accents and other marks: (character, place) for each that stays.
+
+    ## Unicode's decomposition (NFD) writes a letter with an accent as the letter and a mark after it. Then marks go.
+    ## Marks in a row are sorted by their class, and the library counts places off in the new order. That shows only
+    ## where a sorted sign is no mark and stays, as with musical notes; but offsets are to be equal there too.
+    """
+    parts, stays = [], 0  # (how many signs that stay in place came before, class, character, whether it is new)
+    for c, _ in spots:
+        for i, (part, order) in enumerate(decompose(c)):
+            stays += order == 0
+            parts.append((stays, order, part, i > 0))
+    parts.sort(key=lambda part: part[:2])  # equals keep their order
+    places, place, kept = iter(spots), 0, []
+    for _, _, c, new in parts:
+        place = place if new else next(places)[1]
+        if kind(c) != "mark":
+            kept.append((c, place))
+    return kept
+
+
+def cut(chunk: str, lowercase: bool) -> Iterator[tuple[str, list[int]]]:
+    """Yield BERT's words, each with its characters' places in the chunk.
+
+    ## BERT read its texts without capitals and accents: "The", "the" and "THE" are one word to learn instead of three,
+    ## and what a search engine's users type has neither. What is lost with them: "Polish" and "polish" are the same.
+    """
+    spots = []  # (character, place)
+    for place, c in enumerate(chunk):
+        what = kind(c)
+        if what == "chinese":
+            spots += [(" ", place), (c, place), (" ", place)]
+        elif what != "none":
+            spots.append((c, place))
+    if lowercase and not chunk.isascii():
+        spots = strip_accents(spots)
+    word, places = "", []
+    for c, place in spots:
+        alone = c == " " or kind(c) == "punctuation"
+        if alone and word:
+            yield word, places
+            word, places = "", []
+        if not alone:
+            word += c.lower() if lowercase else c  # a single character each: the few exceptions are decomposed by now
+            places.append(place)
+        elif c != " ":
+            yield c, [place]
+    if word:
+        yield word, places
+
+
+# ---------------------------------------------------------------------------------------------- words to tokens
+class Encoding(NamedTuple):
+    ids: list[int]
+    types: list[int]  # 0: [CLS], the first text and its [SEP]; 1: the second text and its [SEP]
+    offsets: list[tuple[int, int]]  # which characters of its text, [start, end), a token stands for; (0, 0): none
+
+
+class WordPiece:
+    """Encode with the tokens of a vocab.txt, in the order of their ids.
+
+    Raises utils.InputError where they are no vocabulary of BERT's kind. path: what to call it in such messages.
+    """
+
+    def __init__(self, names: list[str], lowercase: bool = True, path: Path | str = "the vocabulary"):
+        advice = "take the file from where the model's weights are from."
+        self.names, self.lowercase = names, lowercase
+        self.vocab = {name: i for i, name in enumerate(names)}
+        missing = [name for name in SPECIAL if name not in self.vocab]
+        if missing:
+            raise utils.InputError(f"{path} has no line {missing[0]}, which every vocabulary of BERT's has; {advice}")
+        if len(self.vocab) < len(names):
+            i = next(i for i, name in enumerate(names) if self.vocab[name] != i)
+            raise utils.InputError(f"{path} has {names[i]!r:.80} twice, in lines {i + 1:,} and "
+                                   f"{self.vocab[names[i]] + 1:,}; {advice}")
+        self.pad, self.unk, self.cls, self.sep, self.mask = (self.vocab[name] for name in SPECIAL)
+        self.longest = max(map(len, names))
+        self.cache: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
+
+    @classmethod
+    def load(cls, path: Path | str, lowercase: bool | None = None) -> "WordPiece":
+        """Read vocab.txt, given by its path or its folder's. Raises utils.InputError where it can't be used.
+
+        lowercase: whether capitals and accents go; None: as tokenizer_config.json beside it says, or else yes.
+        """
+        path = Path(path)
+        path = path / "vocab.txt" if path.is_dir() else path
+        try:
+            names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            config_path = path.with_name("tokenizer_config.json")
+            config = json.loads(config_path.read_bytes()) if config_path.exists() and lowercase is None else {}
+        except OSError as error:
+            raise utils.InputError(f"{error.filename or path} cannot be read ({error.strerror}); put the model's "
+                                   "vocab.txt there.") from error
+        except UnicodeDecodeError as error:
+            raise utils.InputError(f"{path} is not UTF-8 text; put the model's vocab.txt there.") from error
+        except (ValueError, RecursionError) as error:
+            raise utils.InputError(f"{config_path} is not JSON, or was cut short; put the model's own there, or delete "
+                                   "it.") from error
+        if lowercase is None:
+            lowercase = not isinstance(config, dict) or config.get("do_lower_case") is not False
+        return cls(names, lowercase, path)
+
+    def save(self, folder: Path | str) -> None:
+        """Write vocab.txt, and in tokenizer_config.json whether capitals go."""
+        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase}
+        utils.write_atomically(Path(folder) / "vocab.txt", "".join(name + "\n" for name in self.names).encode())
+        utils.write_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config).encode())
+
+    def pieces(self, word: str) -> list[tuple[int, int]]:
+        """(id, length in characters) for each piece of a word.
+
+        ## Take the longest piece that the word begins with, then the longest that goes on from there (written with ##),
+        ## until the word is used up. Where nothing fits, the whole word is [UNK], not the rest of it: pieces of a word
+        ## that can't be finished would be noise. A greedy search misses what a better one would find: with the pieces
+        ## "abc", "ab" and "##cd", the word "abcd" is [UNK].
+        """
+        found, start = [], 0
+        while start < len(word) <= LONGEST:
+            for end in range(min(len(word), start + self.longest), start, -1):
+                i = self.vocab.get("##" * (start > 0) + word[start:end])
+                if i is not None:
+                    break
+            else:
+                return [(self.unk, len(word))]
+            found.append((i, end - start))
+            start = end
+        return found or [(self.unk, len(word))]
+
+    def encode_chunk(self, chunk: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, offsets in the chunk) of a text without white space.
+
+        ## Lower-casing and decomposing change a text's length, so no token's own length says where it came from. The
+        ## places do: they went along with the characters through all changes.
+        """
+        ids, offsets = [], []
+        for word, places in cut(chunk, self.lowercase):
+            start = 0
+            for i, length in self.pieces(word):
+                ids.append(i)
+                offsets.append((places[start], places[start + length - 1] + 1))
+                start += length
+        return ids, offsets
+
+    def encode_text(self, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, offsets) of a text, without [CLS] and [SEP]; see encode."""
+        ids, offsets, cache = [], [], self.cache
+        start, parts = 0, SPECIALS.split(text) if special else [text]
+        for n, part in enumerate(parts):
+            if n % 2:  # what the pattern itself matched
+                ids.append(self.vocab[part])
+                offsets.append((start, start + len(part)))
+            else:
+                for match in CHUNK.finditer(part):
+                    ## Words repeat themselves, so each chunk is cut once and remembered.
+                    known = cache.get(match[0])
+                    if known is None:
+                        known = cache[match[0]] = self.encode_chunk(match[0])
+                    at = start + match.start()
+                    ids += known[0]
+                    offsets += [(at + a, at + b) for a, b in known[1]]
+            start += len(part)
+        if len(cache) > 1_000_000:
+            cache.clear()  # a server would otherwise fill its memory in the end
+        return ids, offsets
+
+    def tokens(self, text: str, special: bool = True) -> list[str]:
+        """The pieces as they stand in vocab.txt, without [CLS] and [SEP]."""
+        return [self.names[i] for i in self.encode_text(text, special)[0]]
+
+    def encode(self, text: str, pair: str | None = None, max_length: int | None = None,
+               special: bool = True) -> Encoding:
+        """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to max_length tokens in all.
+
+        special: whether the text "[SEP]" becomes the token, as in transformers by default. Use special=False for what
+        others wrote: where a text ends is not for strangers to say. Raises utils.InputError for a lone surrogate.
+
+        ## Of two texts the longer one is cut first, until both are of a length; from there on both alike. A short
+        ## question so stays whole.
+        """
+        texts = [self.encode_text(part, special) for part in (text, pair) if part is not None]
+        if max_length is not None:
+            room = max_length - len(texts) - 1
+            if room < 0:
+                raise utils.InputError(f"max_length {max_length} leaves no room beside [CLS] and [SEP]; make it "
+                                       "larger.")
+            lengths = [len(ids) for ids, _ in texts]
+            if len(lengths) == 1:
+                lengths = [room]
+            elif sum(lengths) > room:
+                short = min(min(lengths), room // 2)
+                longer = lengths[0] > lengths[1]  # where the first is; of two alike the second counts as longer
+                lengths = [room - short, short] if longer else [short, room - short]
+            texts = [(ids[:n], offsets[:n]) for (ids, offsets), n in zip(texts, lengths)]
+        return self.join(*texts)
+
+    def windows(self, text: str, pair: str, max_length: int, stride: int, special: bool = True) -> list[Encoding]:
+        """[CLS] text [SEP] a part of pair [SEP], in as many windows as it takes, of max_length tokens at most.
+
+        stride: how many tokens each window has in common with the next. Raises utils.InputError where text leaves too
+        little room.
+
+        ## For question answering nothing may be cut off: the answer could be there. Windows overlap, so that an answer
+        ## on a border is whole in one of them, with some text on both sides.
+        """
+        first, second = self.encode_text(text, special), self.encode_text(pair, special)
+        room = max_length - 3 - len(first[0])
+        if stride < 0 or room <= stride:
+            raise utils.InputError(f"{len(first[0])} tokens leave {max(room, 0)} of {max_length} for the second text, "
+                                   f"too few for windows that share {stride}; shorten the first, or change the "
+                                   "numbers.")
+        n = len(second[0])
+        starts = range(0, max(n - stride, 1), room - stride)  # up to the first window that reaches the end
+        return [self.join(first, (second[0][i : i + room], second[1][i : i + room])) for i in starts]
+
+    def join(self, first: tuple[list[int], list], second: tuple[list[int], list] | None = None) -> Encoding:
+        ids, offsets = [self.cls, *first[0], self.sep], [(0, 0), *first[1], (0, 0)]
+        types = [0] * len(ids)
+        if second is not None:
+            ids, offsets = [*ids, *second[0], self.sep], [*offsets, *second[1], (0, 0)]
+            types += [1] * (len(ids) - len(types))
+        return Encoding(ids, types, offsets)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Tokens with spaces between words: not the text, for that is lost. Raises utils.InputError for a strange id.
+
+        ## Where the very characters matter, as in an answer, cut them out of the text at the tokens' offsets.
+        """
+        ids = list(map(int, ids))
+        stranger = next((i for i in ids if not 0 <= i < len(self.names)), None)
+        if stranger is not None:
+            raise utils.InputError(f"token id {stranger} is not in the vocabulary of {len(self.names):,}; use the "
+                                   "vocab.txt that belongs to the model.")
+        return " ".join(self.names[i] for i in ids).replace(" ##", "")
+
+
+def pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Lists of ids as one tensor: ids (B, T) int64, and mask (B, T) bool, True where there is a token.
+
+    ## A tensor is rectangular, texts are not. The mask tells attention where to look away.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]  # (B, T), (B, T)
+
+
+# ---------------------------------------------------------------------------------------------- learning a vocabulary
+def train_wordpiece(text: str, vocab_size: int, lowercase: bool = True) -> list[str]:
+    """Learn the lines of a vocab.txt from a text: the special tokens, its characters, and what they are merged to.
+
+    At most vocab_size of them; fewer where no pair is left that occurs twice. Raises utils.InputError where vocab_size
+    is too small for the characters.
+
+    ## Pieces are merged as in byte-pair encoding (bpe.py): count all pairs of neighbours in all words, make the most
+    ## frequent one a piece of its own, replace it everywhere, repeat. So does Hugging Face's trainer for WordPiece. The
+    ## original one (Schuster & Nakajima 2012, section 3) takes the pair that makes the text likeliest instead, by
+    ##     count(ab) / (count(a) count(b)),
+    ## and so prefers pairs whose halves hardly occur alone; Google has not published its code for BERT. What is learned
+    ## here is the list of pieces alone: encoding goes by the longest piece and knows no order of merges.
+    """
+    counts, where, weights = Counter(), defaultdict(set), Counter()
+    for chunk, n in Counter(CHUNK.findall(text)).items():
+        for word, _ in cut(chunk, lowercase):
+            weights[word] += n
+    alone, joined = (sorted(set("".join(word for word in weights if len(word) >= n))) for n in (1, 2))
+    names = [*SPECIAL, *alone, *("##" + letter for letter in joined)]
+    if vocab_size < len(names):
+        raise utils.InputError(f"--vocab-size {vocab_size} must be at least {len(names)}: this text has {len(alone)} "
+                               f"different characters, {len(joined)} of them inside words.")
+    ids = {name: i for i, name in enumerate(names)}
+    words = [[ids["##" * (i > 0) + letter] for i, letter in enumerate(word)] for word in weights]
+    weights = list(weights.values())
+
+    def count(w: int, sign: int) -> None:
+        for pair in zip(words[w], words[w][1:]):
+            counts[pair] += sign * weights[w]
+            where[pair].add(w)
+
+    for w in range(len(words)):
+        count(w, 1)
+    while len(names) < vocab_size and counts:
+        most = max(counts.values())
+        if most < 2:
+            break
+        pair = min(pair for pair, n in counts.items() if n == most)  # of equals the one with the smaller ids
+        new = names[pair[0]] + names[pair[1]].removeprefix("##")
+        if new not in ids:  # else two ways lead to the same piece
+            ids[new] = len(names)
+            names.append(new)
+        for w in where.pop(pair):  # the words that hold the pair, or once did
+            count(w, -1)
+            words[w] = replace_pair(words[w], pair, ids[new])
+            count(w, 1)
+        del counts[pair]
+    return names
+
+
+# ---------------------------------------------------------------------------------------------- which vocabulary
+def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[WordPiece, str]:
+    """The tokenizer that --data asks for, and its name; one learned here is written to out."""
+    if data and (Path(data).is_dir() or Path(data).name == "vocab.txt"):
+        return WordPiece.load(data), data
+    if data in (None, "minilm"):
+        try:
+            return WordPiece.load(utils.download([URL], utils.DATA_DIR / "minilm" / "vocab.txt", SHA256)), "minilm"
+        except ConnectionError as error:
+            if data:  # asked for by name: never replaced by something else
+                raise utils.InputError(f"{error} Use --data pydocs to work without a network.") from error
+            print(error)
+        data = "pydocs"
+        utils.notice("STAND-IN: a vocabulary learned from `pydocs`, the language manual that ships inside Python.",
+                     "Its tokens are not BERT's.")
+    utils.check_writable(out)
+    text, start = read_text(data), time.perf_counter()
+    tokenizer = WordPiece(train_wordpiece(text, vocab_size))
+    seconds = time.perf_counter() - start
+    tokenizer.save(out)
+    print(f"learned {len(tokenizer.names):,} tokens from {len(text):,} characters in {seconds:.1f} s, the last:",
+          ", ".join(tokenizer.names[-8:]))
+    print(f"wrote {out / 'vocab.txt'}\n")
+    return tokenizer, data
+
+
+def show(tokenizer: WordPiece, text: str, pair: str | None) -> None:
+    """Print every step from text to ids and back."""
+    print(f"{text!r}\n\n1. cut into words, and 2. each word into the longest pieces that fit, with ids:")
+    for chunk in CHUNK.findall(text):
+        for word, _ in cut(chunk, tokenizer.lowercase):
+            ids = [i for i, _ in tokenizer.pieces(word)]
+            print(f"   {word!r:18} {' '.join(tokenizer.names[i] for i in ids):28} {ids}")
+    encoding = tokenizer.encode(text, pair, special=False)
+    print("\n3. with the special tokens: id, which text, and the characters that each token stands for")
+    for i, kind_of_text, (start, end) in zip(*encoding):
+        source = (text, pair)[kind_of_text][start:end]
+        print(f"   {tokenizer.names[i]:14} {i:6} {kind_of_text:3} {f'{start}-{end}' * (end > 0):>9}  "
+              f"{repr(source) * (end > 0)}")
+    print(f"\n4. decoded: {tokenizer.decode(encoding.ids)}")
+    ids, mask = pad([encoding.ids, tokenizer.encode("a short one").ids], tokenizer.pad)
+    print(f"\n5. padded, in a batch with a short one: ids {tuple(ids.shape)}, {int(mask.sum())} of them tokens")
+    written = f"{CLS} and {SEP} written by a user"
+    print(f"\n{written!r} as tokens: {tokenizer.tokens(written)}\n{' ' * len(repr(written))} as plain text: "
+          f"{tokenizer.tokens(written, special=False)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show how a text becomes BERT's tokens, or learn a vocabulary.")
+    parser.add_argument("text", nargs="?", default=SAMPLE, help="what to encode (default: a sample)")
+    parser.add_argument("--pair", help="a second text for the same sequence")
+    parser.add_argument("--file", help="count the tokens of this text file (or pydocs), line by line")
+    parser.add_argument("--data", help="minilm, a folder with vocab.txt or that file, or what to learn a vocabulary "
+                                       "from: pydocs or a text file (default: minilm; pydocs without network)")
+    parser.add_argument("--vocab-size", type=int, default=2000,
+                        help="tokens to learn; more make a text shorter, and a model's embedding larger")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")
+    args = parser.parse_args()
+
+    tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)
+    print(f"{name}: {len(tokenizer.names):,} tokens, {'without' if tokenizer.lowercase else 'with'} capitals\n")
+    if not args.file:
+        show(tokenizer, args.text, args.pair)
+    else:
+        lines, start = read_text(args.file).split("\n"), time.perf_counter()
+        rows = [tokenizer.encode_text(line)[0] for line in lines]
+        seconds, n = time.perf_counter() - start, sum(map(len, rows))
+        unknown = sum(row.count(tokenizer.unk) for row in rows)
+        print(f"{args.file}: {len(lines):,} lines, {n:,} tokens, {unknown:,} of them {UNK}, the longest line "
+              f"{max(map(len, rows))}; {len(tokenizer.cache):,} different chunks; {seconds:.2f} s")
+    if args.data is None and name != "minilm":
+        utils.notice("STAND-IN: these tokens come from a vocabulary learned from Python's manual, not from BERT's.")
+
+
+if __name__ == "__main__":
+    utils.run(main)
