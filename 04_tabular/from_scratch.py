@@ -215,7 +215,7 @@ def mlp_backward(w: dict[str, Tensor], dz: Tensor, saved: tuple) -> dict[str, Te
     da = dropout_backward(dz @ w["w2"].T, m) * (a > 0)  # (B, M): where the ReLU gave 0, nothing comes through
     dinputs = da @ w["w1"].T  # (B, I)
     V, D = w["e"].shape
-    de = dinputs[:, -index.shape[1] * D :].reshape(*index.shape, D)  # (B, K, D): without the numeric columns
+    de = dinputs[:, inputs.shape[1] - index.shape[1] * D :].reshape(*index.shape, D)  # (B, K, D): not the numeric ones
     return {"e": embed_backward(de, index, V), "w1": inputs.T @ da, "b1": da.sum(0), "w2": h.T @ dz, "b2": dz.sum(0)}
 
 

@@ -47,8 +47,8 @@ MISSING = {"", "?", "na", "n/a", "nan", "null"}  # in upper or lower case
 NO_VALUE, UNSEEN, KNOWN = 0, 1, 2  # indices in a category column: missing, not in train, the first value of train
 SPLIT_SEED = 0  # the same rows validate whatever --seed a training run has
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-SEPARATED = re.compile(r"[+-]?(\d+(,\d+)+(\.\d+)?|\d{1,3}([. '\u2019\u00a0\u202f]\d{3})+(,\d+)?)", re.ASCII)
-## Such as 1,234.5 and 1.234,5 and 1 234; a decimal comma, 3,5, can't be told from a separator and is one as well.
+SEPARATED = re.compile(r"[+-]?(\d+(,\d+)+(\.\d+)?|\d{1,3}([. '\u2019\u00a0\u202f]\d{3})+([.,]\d+)?)", re.ASCII)
+## Such as 1,234.5 and 1.234,5 and 1'234; a decimal comma, 3,5, can't be told from a separator and is one as well.
 
 
 class Part(NamedTuple):
@@ -438,8 +438,9 @@ def load_data(data: str | None = None, target: str | None = None, types: Sequenc
 # ---------------------------------------------------------------------------------------------- numbers
 def fit_standard(x: Tensor) -> Tensor:
     """Mean and standard deviation (2, F) of the training rows x (N, F), for standardise. A constant has deviation 1."""
-    std = x.double().std(0, correction=0)
-    return torch.stack([x.double().mean(0), torch.where(std < 1e-12, 1.0, std)])
+    mean = x.double().mean(0)
+    std = (x.double() - mean).square().mean(0).sqrt()
+    return torch.stack([mean, torch.where(std < 1e-12, 1.0, std)])
 
 
 def standardise(x: Tensor, fitted: Tensor) -> Tensor:
@@ -450,7 +451,7 @@ def standardise(x: Tensor, fitted: Tensor) -> Tensor:
 def fit_quantiles(x: Tensor, n: int = 1000) -> Tensor:
     """Q = min(n, N) quantiles (Q, F) of the training rows x (N, F), from the smallest value to the largest."""
     levels = np.linspace(0, 1, min(n, len(x)))
-    return torch.from_numpy(np.quantile(x.double().numpy(), levels, axis=0))
+    return torch.from_numpy(np.percentile(x.double().numpy(), 100 * levels, axis=0))  # rounds as scikit-learn does
 
 
 def to_normal(x: Tensor, quantiles: Tensor) -> Tensor:

@@ -1,0 +1,596 @@
+"""Chapter 04, load.py and from_scratch.py, against scikit-learn, autograd, torch.nn.functional and torch.optim."""
+
+import csv
+import hashlib
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REAL, ROOT, chapter
+
+import utils
+
+load, from_scratch = chapter("04_tabular", "load", "from_scratch")
+FOLDER = ROOT / "04_tabular"
+
+
+def run(script, *options, code=0):
+    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
+    command = [sys.executable, str(FOLDER / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+def call(monkeypatch, capsys, module, *options, code=None):
+    """The same within this process, which saves the seconds that importing torch takes."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
+    if code is None:
+        utils.run(module.main)
+        return capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        utils.run(module.main)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def census():
+    """The stand-in, encoded."""
+    return load.load_data("census")
+
+
+def shop(n=200, seed=0):
+    """Header and rows of a small table: a number with gaps, a category with gaps, a code, and a target, yes or no."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        price = "" if rng.random() < 0.1 else f"{rng.normal(10, 3):.2f}"
+        color = "?" if rng.random() < 0.1 else str(rng.choice(["red", "green", "blue"]))
+        rows.append([price, color, f"{rng.integers(100, 105):05d}", "yes" if rng.random() < 0.3 else "no"])
+    return ["price", "color", "zip", "sold"], rows
+
+
+def write(path, header, rows, delimiter=",", end="\n"):
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, lineterminator=end).writerows([header, *rows])
+    path.write_bytes(text.getvalue().encode())
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------- Adult
+NUMERIC = ["age", "fnlwgt", "education-num", "capital-gain", "capital-loss", "hours-per-week"]
+ADULT_ROW = "39, State-gov, 77516, Bachelors, 13, Never-married, Sales, Not-in-family, White, Male, 2, 0, 40, ?, "
+
+
+def fake_adult(folder, monkeypatch):
+    """Two files like Adult's, with hashes of their own."""
+    folder.mkdir(exist_ok=True)
+    rows = (ADULT_ROW.replace("?", "Peru" if i % 3 else "?") + (">50K" if i % 4 == 0 else "<=50K") for i in range(40))
+    texts = {"adult.data": "\n".join(rows) + "\n\n",
+             "adult.test": "|1x3 Cross validator\n"
+             + (ADULT_ROW.replace("?", "Cuba") + "<=50K.\n" + ADULT_ROW + ">50K.\n") * 5 + "\n"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    monkeypatch.setattr(load, "SHA256", hashes)
+    monkeypatch.setattr(utils, "DATA_DIR", folder)
+    monkeypatch.setattr(load, "URL", "http://127.0.0.1:9/")
+
+
+def test_adults_two_files_have_no_header_a_remark_and_trailing_dots(tmp_path, monkeypatch):
+    fake_adult(tmp_path, monkeypatch)
+    data = load.load_data()
+    assert [len(part.target) for part in data[:3]] == [32, 8, 10] and data.name == "adult" and not data.stand_in
+    assert (data.schema["negative"], data.schema["positive"]) == ("<=50K", ">50K")
+    assert data.test.target.tolist() == [0, 1] * 5 and data.train.target.sum() == 8 and data.val.target.sum() == 2
+    assert data.schema["numeric"] == NUMERIC and len(data.schema["categorical"]) == 8
+    country = data.schema["categorical"].index("native-country")
+    assert data.test.categories[:, country].tolist() == [load.UNSEEN, load.NO_VALUE] * 5
+
+
+def test_stand_in_only_where_adult_is_out_of_reach(tmp_path, monkeypatch, capsys):
+    fake_adult(tmp_path, monkeypatch)
+    whole = (tmp_path / "adult.test").read_bytes()
+    (tmp_path / "adult.test").write_bytes(whole[:-5])
+    with pytest.raises(utils.InputError, match="adult.test is not the expected file"):
+        load.load_data()
+    (tmp_path / "adult.test").unlink()
+    with pytest.raises(utils.InputError, match="holds adult.data alone"):  # half a set is no reason to fall back
+        load.load_data()
+    (tmp_path / "adult.data").unlink()
+    with pytest.raises(utils.InputError, match="--data census"):  # asked for by name
+        load.load_data("adult")
+    assert "STAND-IN" not in capsys.readouterr().out
+    data = load.load_data()
+    assert data.name == "census" and data.stand_in and "STAND-IN" in capsys.readouterr().out
+
+
+@pytest.mark.real("adult.data")
+def test_the_real_files_split_as_the_papers_do(monkeypatch):
+    monkeypatch.setattr(utils, "DATA_DIR", REAL)
+    data = load.load_data("adult")
+    assert [len(part.target) for part in data[:3]] == [26_048, 6_513, 16_281]
+    assert data.train.target.sum() + data.val.target.sum() == 7841 and data.test.target.sum() == 3846
+    assert len(data.schema["numeric"]) == 6 and len(data.schema["categorical"]) == 8
+    for column, count in (("workclass", 8), ("education", 16), ("sex", 2), ("race", 5), ("occupation", 14)):
+        assert len(data.schema["values"][data.schema["categorical"].index(column)]) == count
+    assert 0.852 - 0.003 < ((load.logistic_baseline(data) > 0) == (data.test.target == 1)).float().mean() < 0.855
+
+
+# ---------------------------------------------------------------------------------------------- CSV files
+@pytest.mark.parametrize("delimiter, end, start", [(",", "\n", ""), (";", "\r\n", ""), ("\t", "\n", "\ufeff")])
+def test_csv_dialects_give_the_same_numbers(tmp_path, delimiter, end, start):
+    header, rows = shop()
+    rows[3][1] = "red, or, perhaps; green"  # quoted by the writer where it has to be
+    expected = load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
+    path = tmp_path / "b.csv"
+    write(path, header, rows, delimiter, end)
+    path.write_bytes(start.encode() + path.read_bytes() + (end * 2).encode())  # empty lines at the end
+    found = load.load_data(str(path), "sold")
+    for a, b in zip(expected[:3], found[:3]):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert found.schema == expected.schema and found.name == "b.csv"
+
+
+def test_types_are_inferred_said_and_overridable(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", *shop())
+    data = load.load_data(path, "sold")
+    out = capsys.readouterr().out
+    assert "numeric   price, zip" in out and "category  color" in out and "positive is 'yes', negative 'no'" in out
+    assert data.schema["numeric"] == ["price", "zip"] and data.schema["categorical"] == ["color"]
+    data = load.load_data(path, "sold", ["zip=category", "color=ignore"])
+    assert data.schema["numeric"] == ["price"] and data.schema["categorical"] == ["zip"]
+    assert sorted(data.schema["values"][0]) == ["00100", "00101", "00102", "00103", "00104"]
+    header, rows = shop()
+    rows[7][0] = "cheap"
+    load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
+    assert "'cheap' on line 9" in capsys.readouterr().out  # one word turns a column of numbers into categories
+
+
+def bad(change):
+    """A function that writes a small table with one mistake made by change(header, rows)."""
+
+    def make(folder):
+        header, rows = shop()
+        change(header, rows)
+        return write(folder / "bad.csv", header, rows)
+
+    return make
+
+
+def put(row, column, value):
+    return bad(lambda header, rows: rows[row].__setitem__(column, value))
+
+
+def column(k, value):
+    return bad(lambda header, rows: [row.__setitem__(k, value(i)) for i, row in enumerate(rows)])
+
+
+fine = bad(lambda *_: None)
+BAD = {  # name: (what makes the file, further options, words of the message)
+    "no header": (bad(lambda header, rows: header.__setitem__(slice(None), rows[1])), ["sold"], "line 1: '13.91'"),
+    "header without a name": (bad(lambda header, rows: header.__setitem__(0, "")), ["sold"], "line 1: '' is no name"),
+    "one name twice": (bad(lambda header, rows: header.__setitem__(0, "zip")), ["sold"], "2 columns are named 'zip'"),
+    "a short row": (bad(lambda header, rows: rows[4].pop()), ["sold"], "line 6: 3 values, but the header names 4"),
+    "a long row": (bad(lambda header, rows: rows[5].append("x")), ["sold"], "line 7: 5 values"),
+    "a row after a long value": (bad(lambda header, rows: (rows[0].__setitem__(1, "a\nb"), rows[1].pop())), ["sold"],
+                                 "line 4: 3 values"),
+    "target with one value": (column(3, lambda i: "yes"), ["sold"], "'yes' on every line, from line 2 to line 201"),
+    "target with many": (column(3, lambda i: "abc"[min(i, 2)]), ["sold"], "'a', 'b', 'c' by line 4"),
+    "target missing": (put(8, 3, "?"), ["sold"], "sold is missing on line 10"),
+    "target nearly always one": (column(3, lambda i: "yes" if i in (5, 9) else "no"), ["sold"],
+                                 "'yes' in 2 rows only, first on line 7"),
+    "no target": (fine, [None], "--target is missing; the first line of"),
+    "another target": (fine, ["bought"], "--target bought: no such column"),
+    "all missing": (column(0, lambda i: ["", "NA", "nan", "?"][i % 4]), ["sold"],
+                    "column price has no value, from line 2 to line 201"),
+    "thousands": (put(3, 0, "1,234"), ["sold"], "column price, line 5: '1,234' is a number with separators"),
+    "thousands, Swiss": (put(3, 0, "1'234.50"), ["sold"], "line 5: \"1'234.50\" is a number with separators"),
+    "thousands, German": (put(3, 0, "1.234.567,5"), ["sold"], "line 5: '1.234.567,5' is a number with separators"),
+    "decimal comma": (put(3, 0, "3,5"), ["sold"], "column price, line 5: '3,5' is a number with separators"),
+    "numeric by force": (fine, ["sold", ["color=numeric"]], "is no number; correct it"),
+    "too large": (put(3, 0, "1e400"), ["sold"], "column price, line 5: '1e400' is too large"),
+    "type of no column": (fine, ["sold", ["size=ignore"]], "--types size=ignore: no such column"),
+    "type of the target": (fine, ["sold", ["sold=ignore"]], "that is the target"),
+    "no type": (fine, ["sold", ["zip"]], "--types zip: write COLUMN=numeric"),
+    "nothing left": (fine, ["sold", ["price=ignore", "color=ignore", "zip=ignore"]], "no column is left"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_csv_files_get_one_sentence_that_names_the_line(tmp_path, name):
+    make, options, words = BAD[name]
+    path = make(tmp_path)
+    with pytest.raises(utils.InputError) as error:
+        load.load_data(path, *options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_column_without_a_value_in_the_training_rows(tmp_path):
+    header, rows = shop()
+    y = torch.tensor([float(row[3] == "yes") for row in rows])
+    i = load.stratified(y, 40, load.SPLIT_SEED)[1][7].item()
+    for k, row in enumerate(rows):
+        row[0] = "5" if k == i else ""
+    with pytest.raises(utils.InputError, match=f"price has too few values, the first on line {i + 2}"):
+        load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "has no rows"), (b"a,b\n", "has no rows"), (b"a,b\n1,caf\xe9\n", "line 2: not UTF-8"),
+    (b'a,b\n1,"2\n3,4\n', "is a quote missing"), (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: not UTF-8"),
+    (b'a,b\n1,"2"x\n', "line 2"),
+])
+def test_files_that_are_no_tables(tmp_path, content, words):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(utils.InputError, match=words):
+        load.load_data(str(tmp_path / "a.csv"), "b")
+
+
+def test_paths_that_are_no_files(tmp_path):
+    with pytest.raises(utils.InputError, match="no such file"):
+        load.load_data(str(tmp_path / "a.csv"), "b")
+    with pytest.raises(utils.InputError, match="is a folder"):
+        load.load_data(str(tmp_path), "b")
+    with pytest.raises(utils.InputError, match="belongs to a CSV file"):
+        load.load_data("census", "sex")
+
+
+# ---------------------------------------------------------------------------------------------- columns to numbers
+def test_category_maps_and_medians_against_sklearn_fitted_on_train_alone(tmp_path):
+    preprocessing, impute = pytest.importorskip("sklearn.preprocessing"), pytest.importorskip("sklearn.impute")
+    table = load.Table(*shop(), [f"line {i}" for i in range(2, 202)])
+    table.rows[150][1] = "violet"  # among the rows that fit nothing
+    kinds = load.column_types(table, "sold", [])
+    schema = load.fit_schema(table, "sold", kinds, load.target_values(table, "sold"), torch.arange(100))
+    part = load.encode(table, schema)
+    rows = np.array(table.rows)
+    theirs = preprocessing.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1).fit(rows[:100, 1:2])
+    theirs = theirs.transform(rows[:, 1:2])[:, 0]
+    mine = part.categories[:, 0].numpy()
+    assert len(set(zip(mine, theirs))) == len(set(mine)) == len(set(theirs)) == 5  # one to one: ?, violet, 3 colours
+    assert mine[150] == load.UNSEEN and (mine == load.NO_VALUE).tolist() == (rows[:, 1] == "?").tolist()
+    assert mine[mine >= load.KNOWN].min() == 2 and mine.max() == 4
+    numbers = np.where(rows[:, 0] == "", "nan", rows[:, 0]).astype(float)[:, None]
+    theirs = impute.SimpleImputer(strategy="median").fit(numbers[:100]).transform(numbers)[:, 0]
+    assert part.numeric[:, 0].tolist() == pytest.approx(theirs.tolist(), rel=1e-6)
+    assert part.target.tolist() == [float(row[3] == "yes") for row in table.rows]
+
+
+def test_rows_to_validate_and_test_on_change_nothing_that_is_fitted(tmp_path):
+    header, rows = shop()
+    before = load.load_data(write(tmp_path / "a.csv", header, rows), "sold", ["zip=category"])
+    y = torch.tensor([float(row[3] == "yes") for row in rows])
+    rest, tested = load.stratified(y, 40, load.SPLIT_SEED)
+    val = rest[load.stratified(y[rest], 32, load.SPLIT_SEED)[1]]
+    for i in [*tested.tolist(), *val.tolist()]:
+        rows[i][:3] = ["1e6", "never seen", "99999"]
+    after = load.load_data(write(tmp_path / "a.csv", header, rows), "sold", ["zip=category"])
+    assert after.schema == before.schema and all(torch.equal(a, b) for a, b in zip(after.train, before.train))
+    for part in (after.val, after.test):
+        assert (part.categories == load.UNSEEN).all() and (part.numeric == 1e6).all()
+    assert len(after.val.target) == 32 and len(after.test.target) == 40
+
+
+def test_a_category_never_seen_is_said_with_its_line(tmp_path, capsys):
+    header, rows = shop()
+    y = torch.tensor([float(row[3] == "yes") for row in rows])
+    i = load.stratified(y, 40, load.SPLIT_SEED)[1][7].item()  # a row to test on
+    rows[i][1] = "ultraviolet"
+    load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
+    assert f"line {i + 2}: color 'ultraviolet' is in no training row" in capsys.readouterr().out
+
+
+def test_one_described_row_is_encoded_as_the_table_is(census):
+    schema = census.schema
+    table, _ = load.census(50, 3)
+    part = load.encode(table, schema)
+    for i, row in enumerate(table.rows):
+        values = dict(zip(load.COLUMNS[:-1], row))
+        if i % 2:
+            values = {name: f" {value} " for name, value in values.items() if value != "?"}  # left out is missing
+        one = load.encode_row(values, schema)
+        assert torch.equal(one.numeric[0], part.numeric[i]) and torch.equal(one.categories[0], part.categories[i])
+    nothing = load.encode_row({}, schema)
+    assert not nothing.categories.any() and nothing.numeric[0].tolist() == schema["median"]
+    k = schema["categorical"].index("occupation")
+    assert load.encode_row({"occupation": "Astronaut"}, schema).categories[0, k] == load.UNSEEN
+    assert nothing.target.isnan().all()
+    with pytest.raises(utils.InputError, match="no column 'shoe-size'; there are age"):
+        load.encode_row({"shoe-size": "43"}, schema)
+    for wrong in ("forty", "1,234", "1e99", "inf", "1_0"):
+        with pytest.raises(utils.InputError, match="age needs a number"):
+            load.encode_row({"age": wrong}, schema)
+
+
+def test_split_is_stratified_disjoint_complete_and_fixed():
+    y = (torch.rand(1003, generator=torch.Generator().manual_seed(0)) < 0.24).float()
+    a, b = load.stratified(y, 201, 0)
+    assert len(b) == 201 and torch.equal(torch.cat([a, b]).sort().values, torch.arange(1003))
+    assert torch.equal(a, a.sort().values) and torch.equal(b, b.sort().values)
+    assert abs(y[b].sum() - 201 * y.mean()) <= 0.5  # as even as whole rows allow
+    again, other = load.stratified(y, 201, 0)[1], load.stratified(y, 201, 1)[1]
+    assert torch.equal(b, again) and not torch.equal(b, other)
+    torch.manual_seed(5)
+    assert torch.equal(b, load.stratified(y, 201, 0)[1])  # whatever seed a training run has set
+    assert abs(b.float().mean() - 501) < 60  # from everywhere in the table
+
+
+# ---------------------------------------------------------------------------------------------- transforms
+def columns_of_all_kinds(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n, generator=g)
+    zeros = torch.where(torch.rand(n, generator=g) < 0.8, 0.0, normal.exp())
+    ties = torch.randint(10, (n,), generator=g).float()
+    return torch.stack([normal, normal.exp() * 1e4, zeros, -zeros, ties, torch.full((n,), 3.0)], 1)
+
+
+def test_standardise_against_sklearn():
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    train, test = columns_of_all_kinds(500, 0), columns_of_all_kinds(200, 1)
+    theirs = preprocessing.StandardScaler().fit(train.double().numpy()).transform(test.double().numpy())
+    torch.testing.assert_close(load.standardise(test, load.fit_standard(train)), torch.from_numpy(theirs).float())
+
+
+@pytest.mark.parametrize("n, quantiles", [(3000, 1000), (300, 1000), (3000, 10)])
+def test_quantile_transform_against_sklearn(n, quantiles):
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    train, test = columns_of_all_kinds(n, 0), columns_of_all_kinds(500, 1)  # also beyond the range of train
+    theirs = preprocessing.QuantileTransformer(n_quantiles=min(n, quantiles), output_distribution="normal",
+                                               subsample=None).fit(train.double().numpy())
+    for x in (train, test):
+        expected = torch.from_numpy(theirs.transform(x.double().numpy())).float()
+        mine = load.to_normal(x, load.fit_quantiles(train, quantiles))
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_piecewise_linear_encoding_is_a_thermometer():
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    train, test = columns_of_all_kinds(2000, 0), columns_of_all_kinds(300, 1)
+    bins = load.fit_bins(train, 16)
+    code = load.piecewise_linear(test, bins)
+    assert code.shape == (300, 6, 16)
+    for f, edges in enumerate(bins):
+        n = len(edges) - 1
+        rebuilt = edges[0] + code[:, f, :n].double() @ edges.diff()  # nothing is lost, also beyond the last edges
+        torch.testing.assert_close(rebuilt.float(), test[:, f], atol=1e-3, rtol=1e-4)
+        assert not code[:, f, n:].any() and (code[:, f, 1 : n - 1] >= 0).all() and (code[:, f, : n - 1] <= 1).all()
+        assert n < 2 or (code[:, f, : n - 1] >= code[:, f, 1:n]).logical_or(code[:, f, 1:n] <= 0).all()
+    assert len(bins[5]) == 2 and not load.piecewise_linear(train, bins)[:, 5].any()  # the constant column says nothing
+    judge = preprocessing.KBinsDiscretizer(16, encode="ordinal", strategy="quantile",
+                                           quantile_method="linear").fit(train[:, :2].double().numpy())
+    which = torch.from_numpy(judge.transform(test[:, :2].double().numpy()))
+    assert torch.equal((code[:, :2, :-1] >= 1).sum(2).double(), which)  # full bins before the one that x is in
+
+
+# ---------------------------------------------------------------------------------------------- measures, baselines
+def test_auc_against_sklearn_with_ties_and_without():
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(0)
+    y = (torch.rand(500, generator=g) < 0.3).float()
+    for score in (torch.randn(500, generator=g) + y, (3 * torch.randn(500, generator=g) + y).round(), torch.zeros(500)):
+        assert load.roc_auc(score, y) == pytest.approx(metrics.roc_auc_score(y, score), abs=1e-12)
+    assert np.isnan(load.roc_auc(score, torch.ones(500)))
+
+
+def test_baselines_against_sklearn(census):
+    linear, dummy = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.dummy")
+    small = census._replace(train=load.Part(*(t[:2000] for t in census.train)))
+    fitted = load.fit_standard(small.train.numeric)
+    x, test = (load.one_hot(part, census.schema, fitted).double().numpy() for part in (small.train, small.test))
+    assert x.shape[1] == 6 + sum(len(values) + 2 for values in census.schema["values"])
+    assert (x[:, 6:].sum(1) == 8).all()
+    theirs = linear.LogisticRegression(tol=1e-10, max_iter=2000).fit(x, small.train.target.numpy())
+    assert load.logistic_baseline(small).tolist() == pytest.approx(theirs.decision_function(test).tolist(), abs=1e-3)
+    majority = dummy.DummyClassifier(strategy="most_frequent").fit(x, small.train.target.numpy())
+    assert load.majority_baseline(small) == pytest.approx(majority.score(test, small.test.target.numpy()))
+
+
+# ---------------------------------------------------------------------------------------------- the census
+def test_census_is_what_it_says(census):
+    assert [len(part.target) for part in census[:3]] == [12_000, 3_000, 10_000] and census.stand_in
+    assert census.schema["numeric"] == NUMERIC
+    assert len(census.schema["categorical"]) == 8
+    table, again, other = (load.census(300, seed)[0] for seed in (1, 1, 2))
+    assert table == again and table.rows != other.rows
+    assert table.columns == load.COLUMNS and all(len(row) == 15 for row in table.rows)
+    by_name = {name: np.array([row[k] for row in table.rows]) for k, name in enumerate(table.columns)}
+    assert (by_name["age"].astype(int) >= 17).all() and "?" in by_name["workclass"]
+    assert set(by_name["sex"][by_name["relationship"] == "Husband"]) == {"Male"}
+    for degree, years in zip(by_name["education"], by_name["education-num"]):
+        assert load.EDUCATION[int(years) - 1] == degree
+
+
+def test_census_probabilities_are_those_of_its_incomes():
+    table, p = load.census(60_000, 7)
+    y = np.array([row[-1] == ">50K" for row in table.rows])
+    for low, high in zip(np.linspace(0, 0.9, 10), np.linspace(0.1, 1, 10)):
+        here = (p >= low) & (p < high)
+        error = (p[here] * (1 - p[here])).sum() ** 0.5
+        assert here.sum() > 500 and abs(y[here].sum() - p[here].sum()) < 4 * error  # four standard deviations
+    ## p must be a function of what the table shows: equal rows, equal p. Weight, race, country do not count.
+    keep = [k for k, name in enumerate(load.COLUMNS[:-1]) if name not in ("fnlwgt", "race", "native-country", "sex")]
+    seen = {}
+    shared = 0
+    for row, value in zip(table.rows, p):
+        key = tuple(row[k] for k in keep)
+        shared += key in seen
+        assert seen.setdefault(key, value) == pytest.approx(value, abs=1e-12)
+    assert shared > 1000 and any("?" in key for key in seen)
+
+
+def test_nothing_does_better_than_the_known_model(census):
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    x, test = (torch.cat([part.numeric, part.categories.float()], 1).numpy() for part in (census.train, census.test))
+    trees = ensemble.HistGradientBoostingClassifier(categorical_features=list(range(6, 14)), random_state=0)
+    score = trees.fit(x, census.train.target.numpy()).decision_function(test)
+    auc = load.roc_auc(torch.from_numpy(score), census.test.target)
+    linear = load.roc_auc(load.logistic_baseline(census), census.test.target)
+    assert 0.85 < linear < auc - 0.01 and auc < census.best_auc  # trees find more than a line, and less than all
+    accuracy = ((score > 0) == (census.test.target.numpy() == 1)).mean()
+    assert load.majority_baseline(census) + 0.05 < accuracy < census.best_accuracy
+    table, p = load.census(25_000, 1)
+    p, y = torch.from_numpy(p[15_000:]), census.test.target
+    assert census.best_auc == pytest.approx(load.roc_auc(p, y))
+    assert census.best_accuracy == pytest.approx(((p > 0.5) == (y == 1)).double().mean().item())
+    g = torch.Generator().manual_seed(0)
+    for size in (0.1, 0.3, 1.0):  # any other order of the rows loses
+        worse = [load.roc_auc(p.logit() + size * torch.randn(len(p), generator=g, dtype=torch.float64), y)
+                 for _ in range(5)]
+        assert np.mean(worse) < census.best_auc
+
+
+# ---------------------------------------------------------------------------------------------- from_scratch.py
+def test_all_is_equal_to_pytorch():
+    errors = from_scratch.check_against_pytorch()
+    assert len(errors) == 9 and max(errors.values()) < 1e-13, errors
+
+
+def test_a_value_that_did_not_occur_gets_no_gradient_and_one_that_did_twice_gets_both():
+    dy = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    gradient = from_scratch.embed_backward(dy, torch.tensor([2, 0, 2]), 4)
+    assert gradient.tolist() == [[3, 4], [0, 0], [6, 8], [0, 0]]
+
+
+def test_dropout_zeroes_the_share_keeps_the_mean_and_sends_back_through_its_mask():
+    g = torch.Generator().manual_seed(0)
+    x = torch.ones(200_000)
+    y, m = from_scratch.dropout(x, 0.3, g)
+    assert (y == 0).float().mean() == pytest.approx(0.3, abs=0.005) and y.mean() == pytest.approx(1, abs=0.01)
+    assert y.unique().tolist() == [0, pytest.approx(1 / 0.7)]
+    reference = F.dropout(x, 0.3)  # another draw, the same distribution
+    assert reference.mean() == pytest.approx(y.mean().item(), abs=0.01)
+    assert reference.std() == pytest.approx(y.std().item(), abs=0.01)
+    assert torch.equal(from_scratch.dropout(x, 0.0)[0], x)
+    x = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    y, m = from_scratch.dropout(x, 0.5, g)
+    dy = torch.randn(50, dtype=torch.float64)
+    y.backward(dy)
+    torch.testing.assert_close(from_scratch.dropout_backward(dy, m), x.grad)
+    assert not torch.equal(m, from_scratch.dropout(x, 0.5, g)[1])  # another mask each time
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_without_overflow_against_pytorch_and_where_the_typed_formula_breaks(dtype):
+    z = torch.tensor([-1e5, -1000, -100, -20, -1, 0, 1, 20, 100, 1000, 1e5], dtype=dtype)
+    for y in (torch.zeros_like(z), torch.ones_like(z), torch.full_like(z, 0.3)):  # soft targets as well
+        leaf = z.clone().requires_grad_()
+        theirs = F.binary_cross_entropy_with_logits(leaf, y)
+        theirs.backward()
+        loss, dz = from_scratch.bce_with_logits(z, y)
+        torch.testing.assert_close(loss, theirs)
+        torch.testing.assert_close(dz, leaf.grad)
+        each = torch.stack([from_scratch.bce_with_logits(a[None], b[None])[0] for a, b in zip(z, y)])
+        torch.testing.assert_close(each, F.binary_cross_entropy_with_logits(z, y, reduction="none"))
+        assert each.isfinite().all() and not from_scratch.naive_bce(z, y).isfinite().all()
+    near = torch.linspace(-5, 5, 11, dtype=dtype)
+    torch.testing.assert_close(from_scratch.naive_bce(near, near.sign().clamp(min=0)).mean(),
+                               from_scratch.bce_with_logits(near, near.sign().clamp(min=0))[0])
+
+
+@pytest.mark.parametrize("decay, decoupled", [(0.0, True), (0.1, True), (0.1, False)])
+def test_a_hundred_steps_of_adam_on_several_tensors(decay, decoupled):
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(5, 3), "b": torch.randn(4) * 100}
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    theirs, state = kind(leaves.values(), lr=0.03, betas=(0.8, 0.99), eps=1e-6, weight_decay=decay), {}
+    for step in range(100):
+        gradients = {name: torch.randn_like(w) * 10.0 ** (step % 7 - 4) for name, w in weights.items()}
+        gradients["a"][0] = 0  # a category that never comes
+        from_scratch.adam_step(weights, gradients, state, 0.03, 0.8, 0.99, 1e-6, decay, decoupled)
+        for name, leaf in leaves.items():
+            leaf.grad = gradients[name].clone()
+        theirs.step()
+    for name, w in weights.items():
+        torch.testing.assert_close(w, leaves[name].detach(), atol=1e-5, rtol=1e-5)
+    assert state["t"] == 100
+
+
+@pytest.mark.parametrize("model", ["logistic", "mlp"])
+def test_gradients_of_both_models_against_finite_differences(model):
+    g = torch.Generator().manual_seed(0)
+    x, index = torch.randn(6, 3, generator=g).double(), torch.randint(9, (6, 4), generator=g)
+    y = torch.tensor([0.0, 1, 1, 0, 1, 0]).double()
+    if model == "mlp":
+        w, forward, backward = (from_scratch.init_mlp(3, 4, 9, 2, 8, g), from_scratch.mlp_forward,
+                                from_scratch.mlp_backward)
+    else:
+        w, forward, backward = (from_scratch.init_logistic(3, 9), from_scratch.logistic_forward,
+                                from_scratch.logistic_backward)
+    w = {name: t.double() + 0.1 * torch.randn(t.shape, generator=g).double() for name, t in w.items()}
+
+    def loss():
+        z, saved = forward(w, x, index, 0.3, torch.Generator().manual_seed(1))  # the same mask every time
+        value, dz = from_scratch.bce_with_logits(z, y)
+        return value.item(), dz, saved
+
+    _, dz, saved = loss()
+    gradients = backward(w, dz, saved)
+    assert gradients.keys() == w.keys()
+    for name, t in w.items():
+        assert gradients[name].shape == t.shape
+        for i in range(t.numel()):
+            flat, old = t.view(-1), t.view(-1)[i].item()
+            flat[i] = old + 1e-6
+            up = loss()[0]
+            flat[i] = old - 1e-6
+            down = loss()[0]
+            flat[i] = old
+            assert gradients[name].reshape(-1)[i] == pytest.approx((up - down) / 2e-6, abs=1e-7), (name, i)
+
+
+def test_one_batch_can_be_overfitted():
+    g = torch.Generator().manual_seed(0)
+    x, index, y = torch.randn(32, 3, generator=g), torch.randint(20, (32, 4), generator=g), torch.arange(32.0) % 2
+    w, state = from_scratch.init_mlp(3, 4, 20, 4, 64, g), {}
+    for _ in range(200):
+        z, saved = from_scratch.mlp_forward(w, x, index)
+        loss, dz = from_scratch.bce_with_logits(z, y)
+        from_scratch.adam_step(w, from_scratch.mlp_backward(w, dz, saved), state, 0.01)
+    assert loss < 0.01
+
+
+# ---------------------------------------------------------------------------------------------- as users run them
+def test_load_and_from_scratch_run(tmp_path):
+    out = run("load.py", "--data", "census", "--out", tmp_path)
+    assert "best possible" in out and out.count("STAND-IN") == 2 and (tmp_path / "columns.png").stat().st_size > 1000
+    out = run("from_scratch.py", "--data", "census", "--epochs", 4, "--out", tmp_path)
+    lines = {line[:40].strip(): line[40:].split() for line in out.splitlines()}
+    majority, logistic, mlp = (lines[name] for name in ("always the more frequent class", "logistic regression",
+                                                        "MLP with embeddings"))
+    assert float(majority[1]) < float(logistic[1]) < float(mlp[1]) - 0.01  # accuracy
+    assert 0.8 < float(logistic[2]) < float(mlp[2]) < float(lines["best possible: the known model"][-1])  # AUC
+    assert (tmp_path / "from_scratch.png").stat().st_size > 1000 and out.count("STAND-IN") == 2
+
+
+def test_a_csv_file_from_the_command_line(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.csv", *shop(60))
+    options = ["--data", path, "--target", "sold", "--types", "zip=category", "--out", tmp_path]
+    assert "positive is 'yes'" in call(monkeypatch, capsys, load, *options)
+    assert "a.csv, test rows" in call(monkeypatch, capsys, from_scratch, *options, "--epochs", 2)
+    failure = lambda module, *options: call(monkeypatch, capsys, module, *options, code=1)  # noqa: E731
+    assert "--lr 0.0 must be greater" in failure(from_scratch, *options, "--lr", 0)
+    assert "--dropout 1.0 must be" in failure(from_scratch, *options, "--dropout", 1)
+    assert "the loss became" in failure(from_scratch, *options, "--lr", 1e30)
+    assert "--target is missing" in failure(load, "--data", path)
+
+
+@pytest.mark.parametrize("kind", ["numeric", "category"])
+def test_tables_of_one_kind_of_column_alone(tmp_path, monkeypatch, capsys, kind):
+    path = write(tmp_path / "a.csv", *shop(100))
+    types = ["color=ignore"] if kind == "numeric" else ["price=ignore", "zip=category"]
+    data = load.load_data(path, "sold", types)
+    assert data.train.numeric.shape[1] == 2 * (kind == "numeric")
+    assert data.train.categories.shape[1] == 2 * (kind == "category")
+    for module in (load, from_scratch):
+        options = ["--epochs", 1] if module is from_scratch else []
+        assert "sold" in call(monkeypatch, capsys, module, "--data", path, "--target", "sold", "--types", *types,
+                              "--out", tmp_path, *options)
