@@ -487,7 +487,7 @@ def main() -> None:
         print(f"{column:12.12}" + "".join(f"{f(raw[:, j]).item():9.3g}" for f in (torch.mean, torch.std, min, max))
               + f"{r[min(data.period, len(r) - 1), j]:9.2f}{longest_run(raw[:, j]):9}"
               f"{val[:, j].mean():14.2f}{val[:, j].std():8.2f}{test[:, j].mean():9.2f}{test[:, j].std():8.2f}")
-    print(f"r[{data.period}]: correlation of a row with the one {data.period} rows earlier; frozen: rows in the longest "
+    print(f"r[{data.period}]: correlation of rows {data.period} apart; frozen: rows of the longest "
           "stretch of one and the same number\n")
 
     # one window, as train.py sees it

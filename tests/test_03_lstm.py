@@ -1,0 +1,408 @@
+"""Chapter 03, data and recurrence by hand, against NumPy, scikit-learn, nn.LSTM, autograd and many simulated years."""
+
+import itertools
+import math
+import subprocess
+import sys
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+import torch
+from conftest import REAL, ROOT, chapter
+
+import utils
+
+load, from_scratch = chapter("03_lstm", "load", "from_scratch")
+FOLDER = ROOT / "03_lstm"
+
+
+def run(script, *options, code=0):
+    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
+    done = subprocess.run([sys.executable, str(FOLDER / script), *map(str, options)], capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def station():
+    return load.read_series("station")
+
+
+def table(n=200, step=timedelta(hours=1), **columns):
+    """Lines of a good CSV file: the header and n rows of date, a (a wave) and b (a ramp)."""
+    first = datetime(2020, 1, 1)
+    columns = {"a": [f"{math.sin(t / 4):.5f}" for t in range(n)], "b": [str(t * 0.5) for t in range(n)], **columns}
+    return [",".join(["date", *columns])] + [
+        ",".join([str(first + t * step), *(column[t] for column in columns.values())]) for t in range(n)]
+
+
+def write(path, lines, end="\n"):
+    path.write_bytes(end.join(lines).encode() if isinstance(lines, list) else lines)
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------- the split, the scaler
+@pytest.mark.parametrize("lookback,horizon", [(336, 96), (720, 720), (24, 336), (1, 1)])
+def test_the_split_is_that_of_the_papers(station, lookback, horizon):
+    data = load.prepare(station, lookback, horizon)
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    raw = station.values.numpy()
+    scaler = preprocessing.StandardScaler().fit(raw[:8640])
+    expected = torch.from_numpy(scaler.transform(raw)).float()
+    torch.testing.assert_close(data.train, expected[:8640])
+    torch.testing.assert_close(data.val, expected[8640 - lookback : 11520])
+    torch.testing.assert_close(data.test, expected[11520 - lookback : 14400])
+    torch.testing.assert_close(data.mean, torch.from_numpy(scaler.mean_).float())
+    torch.testing.assert_close(data.std, torch.from_numpy(scaler.scale_).float())
+    for part, rows in ((data.train, 8640 - lookback), (data.val, 2880), (data.test, 2880)):
+        inputs, targets = load.windows(part, lookback, horizon)
+        assert len(inputs) == len(targets) == rows - horizon + 1
+    assert len(data.dates) == len(set(data.dates)) == 14400 and data.dates == sorted(data.dates)
+
+
+@pytest.mark.real("ETTh1.csv")
+def test_etth1_itself(monkeypatch):
+    monkeypatch.setattr(utils, "DATA_DIR", REAL)
+    data = load.load_data(None, 336, 96)
+    assert (data.name, data.stand_in, data.noise_floor, data.period) == ("etth1", False, None, 24)
+    assert data.columns == load.COLUMNS == (REAL / "ETTh1.csv").read_text().splitlines()[0].split(",")[1:]
+    raw = np.loadtxt(REAL / "ETTh1.csv", delimiter=",", skiprows=1, usecols=range(1, 8))
+    assert raw.shape == (17420, 7)
+    torch.testing.assert_close(data.test * data.std + data.mean, torch.from_numpy(raw[11184:14400]).float(),
+                               rtol=1e-4, atol=1e-4)
+    assert data.dates[0] == "2016-07-01 00:00:00" and data.dates[11520] == "2017-10-24 00:00:00"
+    oil = data.test[336:, 6].mean().item()
+    assert -1.345 < oil < -1.335  # the header's claim
+    assert load.longest_run(torch.from_numpy(raw[:8640, 0])) > 48  # and that its meters stood still for days
+
+
+def test_windows_are_consecutive_rows_and_take_no_memory():
+    part = torch.arange(30.0).view(15, 2)
+    inputs, targets = load.windows(part, 4, 3)
+    assert inputs.shape == (9, 4, 2) and targets.shape == (9, 3, 2)
+    for i in range(9):
+        assert torch.equal(inputs[i], part[i : i + 4]) and torch.equal(targets[i], part[i + 4 : i + 7])
+    for side in (inputs, targets):
+        assert side.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+
+
+def test_autocorrelation_and_longest_run_against_their_definitions():
+    rng = np.random.default_rng(0)
+    x = np.sin(np.arange(300) / 3)[:, None] + rng.standard_normal((300, 2))
+    r = load.autocorrelation(torch.from_numpy(x), 40)
+    d = x - x.mean(0)
+    for lag in (0, 1, 19, 40):
+        np.testing.assert_allclose(r[lag], (d[lag:] * d[: len(d) - lag]).sum(0) / (d * d).sum(0), atol=1e-12)
+    for _ in range(20):
+        x = rng.integers(0, 2, 40)
+        expected = max(len(list(group)) for _, group in itertools.groupby(x))
+        assert load.longest_run(torch.from_numpy(x)) == expected
+    assert load.longest_run(torch.ones(7)) == 7
+
+
+@pytest.mark.parametrize("step,rows", [(timedelta(hours=1), 24), (timedelta(minutes=15), 96), (timedelta(days=1), 7),
+                                       (timedelta(weeks=1), 1), (timedelta(hours=5), 1), (timedelta(days=2), 1)])
+def test_period(step, rows):
+    assert load.period([datetime(2020, 1, 1), datetime(2020, 1, 1) + step]) == rows
+
+
+# ---------------------------------------------------------------------------------------------- the stand-in
+def test_station_is_the_same_at_every_run_and_of_etth1s_shape(station):
+    torch.manual_seed(7)
+    np.random.seed(7)
+    again = load.read_series("station")
+    assert torch.equal(station.values, again.values) and not np.array_equal(load.station(seed=1)[0], again.values)
+    assert station.values.shape == (17420, 7) and station.columns == load.COLUMNS and station.stand_in
+    assert str(station.dates[0]) == "2016-07-01 00:00:00" and str(station.dates[-1]) == "2018-06-26 19:00:00"
+    assert np.array_equal(load.station(1000)[1], load.station()[1][:1000])  # what is known does not hang on the length
+
+
+@pytest.fixture(scope="module")
+def years():
+    """A station that is simulated for fourteen years: y, known, x."""
+    return load.station(120_000, seed=3)[:3]
+
+
+def test_the_noise_floor_is_what_the_oracle_loses_over_many_years(years):
+    y, known, x = years
+    expected, measured = load.expected_floor(96), load.oracle_errors(y, known, x, range(0, 119_000, 1), 96)
+    for step in (1, 6, 24, 96):
+        np.testing.assert_allclose(measured[step - 1], expected[step - 1], rtol=0.12)  # the load jumps only 240 times
+    ## far ahead nothing is left but the spread of all that is random
+    np.testing.assert_allclose(load.expected_floor(20_000)[-1], np.diag(
+        load.station_equations()[2].T @ np.cov(x.T) @ load.station_equations()[2]) + load.NOISE**2, rtol=0.1)
+
+
+def test_no_forecast_beats_the_noise_floor(years):
+    """The oracle's error says nothing about the states it knows, so no correction helps; and ridge regression loses."""
+    linear = pytest.importorskip("sklearn.linear_model")
+    y, known, x = years
+    A, _, G = load.station_equations()
+    residual, n = y - known, 60_000
+    for steps in (1, 24, 96):
+        truth = residual[steps:]
+        best = x[:-steps] @ np.linalg.matrix_power(A, steps).T @ G
+        features = np.hstack([x[:-steps], x[:-steps] ** 2, best])
+        correction = linear.LinearRegression().fit(features[:n], (truth - best)[:n])
+        corrected = best[n:] + correction.predict(features[n:])
+        floor = ((truth - best)[n:] ** 2).mean()
+        assert ((truth[n:] - corrected) ** 2).mean() > 0.99 * floor
+        past = np.hstack([residual[23 - lag : len(residual) - steps - lag] for lag in range(24)])
+        ridge = linear.Ridge(10.0).fit(past[:n:6], truth[23:][:n:6])
+        assert ((truth[23:][n:] - ridge.predict(past[n:])) ** 2).mean() > floor
+
+
+def test_the_printed_floor_is_of_the_very_windows_of_the_test_part(station):
+    data = load.prepare(station, 48, 24)
+    y, known, x, _ = load.station()
+    A, _, G = load.station_equations()
+    inputs, targets = load.windows(data.test, 48, 24)
+    total = 0.0
+    for i in range(len(inputs)):  # window i: the last row it sees is 11520 + i - 1
+        t = 11520 + i - 1
+        state = x[t]
+        for step in range(1, 25):
+            state = A @ state
+            scaled = (known[t + step] + state @ G - data.mean.numpy()) / data.std.numpy()
+            total += ((targets[i, step - 1].numpy() - scaled) ** 2).mean()
+        if i == 300:
+            break
+    errors = load.oracle_errors(y, known, x, range(11519, 11519 + 301), 24) / data.std.double().numpy() ** 2
+    assert total / 301 / 24 == pytest.approx(errors.mean(), rel=1e-4)
+    floor = load.noise_floor(24, data.std.double().numpy())
+    assert floor.shape == (24, 7) and data.noise_floor == pytest.approx(floor.mean(), rel=1e-5)
+    whole = load.oracle_errors(y, known, x, range(11519, 14400 - 24), 24) / data.std.double().numpy() ** 2
+    np.testing.assert_allclose(floor, whole, rtol=1e-5)
+    assert len(range(11519, 14400 - 24)) == len(inputs)
+
+
+def test_stand_in_only_where_the_real_set_is_out_of_reach(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(load, "URLS", ["http://127.0.0.1:9/ETTh1.csv"])
+    found = load.read_series(None)
+    assert found.name == "station" and found.stand_in and "STAND-IN" in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match="--data station"):
+        load.read_series("etth1")
+    (tmp_path / "ETTh1.csv").write_text("corrupt")
+    with pytest.raises(utils.InputError, match="not the expected file"):
+        load.read_series(None)
+
+
+# ---------------------------------------------------------------------------------------------- a file of one's own
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_good_file(tmp_path, end):
+    lines = table(200, timedelta(days=1))
+    lines[1:] = [line.replace(" 00:00:00", "") for line in lines[1:]]
+    path = write(tmp_path / "x.csv", ("\ufeff" + end.join(lines) + end * 3).encode())
+    data = load.load_data(path, 20, 10)
+    assert [len(data.train), len(data.val), len(data.test)] == [120, 20 + 40, 20 + 40]
+    assert (data.name, data.stand_in, data.noise_floor, data.period) == ("x.csv", False, None, 7)
+    assert data.columns == ["a", "b"] and data.dates[199] == "2020-07-18 00:00:00"
+    torch.testing.assert_close(data.train[:, 1] * data.std[1] + data.mean[1], torch.arange(120) * 0.5)
+
+
+def test_the_date_may_be_any_column_and_carry_a_zone(tmp_path):
+    rows = [f"{t},2020-01-01T{t:02}:00:00+01:00,{-t}" for t in range(24)]
+    found = load.read_table(tmp_path / write(tmp_path / "x.csv", ["a,Timestamp,b", *rows]))
+    assert found.columns == ["a", "b"] and found.values[5].tolist() == [5, -5]
+    assert found.dates[1] - found.dates[0] == timedelta(hours=1)
+
+
+def changed(line, new, n=200):
+    lines = table(n)
+    lines[line - 1] = new if isinstance(new, str) else new(lines[line - 1])
+    return lines
+
+
+def without(*numbers):
+    return [line for number, line in enumerate(table(), 1) if number not in numbers]
+
+
+def cell(column, text):
+    return lambda line: ",".join([*line.split(",")[:column], text, *line.split(",")[column + 1 :]])
+
+
+BAD = {
+    "text": (changed(42, cell(2, "high")), "line 42, column b: 'high' is no number"),
+    "underscore": (changed(42, cell(1, "1_000")), "line 42, column a: '1_000' is no number"),
+    "one NaN": (changed(50, cell(1, "NaN")), r"1 cells .*\(a: 1\), the first in line 50, column a"),
+    "holes": ([line if i % 50 or not i else line.rsplit(",", 2)[0] + ",," for i, line in enumerate(table())],
+              r"8 cells are empty.*\(a: 4, b: 4\), the first in line 51, column a"),
+    "infinite": (changed(60, cell(2, "-inf")), r"infinite \(b: 1\), the first in line 60, column b"),
+    "gap": (without(100, 101, 102), r"gaps at 1 places \(3 rows are missing at one per 1:00:00\), .* line 100 "
+            r"\(2020-01-05 05:00:00\)"),
+    "gaps": (without(100, 150, 151), r"gaps at 2 places \(3 rows are missing"),
+    "uneven": (changed(70, cell(0, "2020-01-03 20:30:00")), r"2 rows don't follow .* line 70 \(2020-01-03 20:30:00\)"),
+    "unsorted": (table()[:80] + table()[90:99] + table()[80:90] + table()[99:],
+                 r"not sorted: 1 of its dates .* line 90 \(2020-01-04 07:00:00\)"),
+    "duplicate": (table()[:30] + table()[29:], r"1 dates are duplicates .* line 31 \(2020-01-02 04:00:00\)"),
+    "no date": (changed(12, cell(0, "7/1/2016 0:00")), "line 12, column date: '7/1/2016 0:00' is no date"),
+    "zones": (changed(12, cell(0, "2020-01-01 10:00:00+00:00")), "some dates have a time zone"),
+    "ragged": (changed(33, lambda line: line + ",1"), "line 33 has 4 cells, but line 1 names 3"),
+    "too few": (table(60), r"60 rows, 36 / 12 / 12 .* lookback 30 \+ horizon 10"),
+    "short test": (table(40), "40 rows, 24 / 8 / 8"),
+    "constant": (table(c=["7.5"] * 200), "column c is 7.5 in all 120 training rows"),
+    "too large": (table(c=[f"{t}e300" for t in range(1, 201)]), "column c has numbers too large"),
+    "no header": (table()[1:], "line 1 is no name"),
+    "twice": (["date,a,a", *table()[1:]], "names 'a' 2 times"),
+    "one column": ([line.split(",")[0] for line in table()], "has one column, 'date'"),
+    "semicolons": ([line.replace(",", ";") for line in table()], "has one column, 'date;a;b'.*commas"),
+    "empty": ([""], "has 0 lines"),
+    "header alone": (table()[:1], "has 1 lines"),
+    "not UTF-8": (b"date,a\n\xff\xfe", "no CSV in UTF-8"),
+    "binary": (b"date,a\n2020-01-01,\x00\n2020-01-02,1\n", "no CSV in UTF-8|is no number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_with_line_column_and_count(tmp_path, case):
+    lines, message = BAD[case]
+    with pytest.raises(utils.InputError, match=message) as error:
+        load.load_data(write(tmp_path / "x.csv", lines), 30, 10)
+    text = str(error.value)
+    assert text.startswith("x.csv") and text.endswith(".") and "\n" not in text
+
+
+def test_a_column_that_is_constant_only_while_training_is_refused(tmp_path):
+    path = write(tmp_path / "x.csv", table(c=["1"] * 120 + ["2"] * 80))
+    with pytest.raises(utils.InputError, match="column c is 1 in all 120"):
+        load.load_data(path, 30, 10)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    with pytest.raises(utils.InputError, match="is a folder"):
+        load.read_series(str(tmp_path))
+    with pytest.raises(utils.InputError, match="no such file"):
+        load.read_series(str(tmp_path / "none.csv"))
+
+
+# ---------------------------------------------------------------------------------------------- from_scratch.py
+def test_recurrence_by_hand_agrees_with_pytorch_and_autograd():
+    errors = from_scratch.check_against_pytorch()
+    assert len(errors) == 8 and max(errors.values()) < 1e-12, errors
+
+
+def small_problem():
+    g = torch.Generator().manual_seed(1)
+    w = {name: t.double() for name, t in from_scratch.init(3, 5, 4, 1.0, g).items()}
+    for name in ("head", "head_bias"):  # zeros would send no gradient back, and nothing would be checked
+        w[name] = torch.randn(w[name].shape, generator=g, dtype=torch.float64)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    return draw(6, 7, 3), draw(6, 4, 3), w
+
+
+def test_gradients_by_hand_agree_with_finite_differences():
+    x, y, w = small_problem()
+    _, gradients = from_scratch.loss_and_gradients(x, y, w)
+    for name, weight in w.items():
+        flat = weight.view(-1)
+        for i in range(0, len(flat), 1 + len(flat) // 7):
+            flat[i] += 1e-6
+            up = from_scratch.loss_and_gradients(x, y, w)[0]
+            flat[i] -= 2e-6
+            down = from_scratch.loss_and_gradients(x, y, w)[0]
+            flat[i] += 1e-6
+            assert gradients[name].reshape(-1)[i].item() == pytest.approx((up - down) / 2e-6, abs=1e-7), name
+
+
+def test_the_forecast_before_training_repeats_the_last_row_and_follows_the_level():
+    x = torch.randn(4, 7, 3)
+    w = from_scratch.init(3, 5, 4, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(from_scratch.forward(x, w)[0], x[:, -1:].expand(-1, 4, -1))
+    x, _, w = small_problem()
+    torch.testing.assert_close(from_scratch.forward(x + 10, w)[0], from_scratch.forward(x, w)[0] + 10)
+
+
+def test_clip_against_pytorch():
+    for longest in (0.1, 1e6):
+        ours = {"a": torch.randn(4, 5), "b": torch.randn(7)}
+        leaves = [torch.nn.Parameter(torch.zeros_like(t)) for t in ours.values()]
+        for leaf, t in zip(leaves, ours.values()):
+            leaf.grad = t.clone()
+        torch.nn.utils.clip_grad_norm_(leaves, longest)
+        from_scratch.clip(ours, longest)
+        for leaf, t in zip(leaves, ours.values()):
+            torch.testing.assert_close(t, leaf.grad)
+
+
+@pytest.mark.parametrize("kind,change", [("rnn", 1.5), ("lstm", 2.0)])
+def test_gradient_norms_against_autograd(kind, change):
+    T, B, C, M = 9, 3, 2, 4
+    x = torch.randn(T, B, C, dtype=torch.float64)
+    ours = from_scratch.gradient_norms(x, M, kind, change, torch.Generator().manual_seed(5))
+    g, n = torch.Generator().manual_seed(5), 4 if kind == "lstm" else 1
+    W_x, W_h, b = ((2 * torch.rand(*s, generator=g, dtype=x.dtype) - 1) / M**0.5
+                   for s in ((C, n * M), (M, n * M), (n * M,)))
+    v = torch.randn(B, M, generator=g, dtype=x.dtype)
+    v = v / v.norm(dim=-1, keepdim=True)
+    if kind == "rnn":
+        cell = torch.nn.RNNCell(C, M).double()
+        W_h = W_h * change
+    else:
+        cell = torch.nn.LSTMCell(C, M).double()
+        b[M : 2 * M] += change
+    with torch.no_grad():
+        for p, value in zip(cell.parameters(), (W_x.mT, W_h.mT, b, torch.zeros_like(b))):
+            p.copy_(value)
+    state, states = torch.zeros(B, M, dtype=x.dtype), []
+    state = (state, state) if kind == "lstm" else state
+    for x_t in x:
+        state = cell(x_t, state)
+        state = (state[0] * 1, state[1] * 1) if kind == "lstm" else state  # h and c as two inputs of the next step
+        states.append(state if kind == "lstm" else (state,))
+    loss = (states[-1][0] * v).sum()
+    for back in range(T):
+        leaves = states[T - 1 - back]
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        norm = torch.cat([g for g in gradients if g is not None], -1).norm(dim=-1).mean().item()
+        assert ours[back].item() == pytest.approx(norm, rel=1e-5), back  # float32 is what the curve is kept in
+
+
+def test_plain_gradients_vanish_or_explode_and_open_forget_gates_keep_them(station):
+    """What the picture shows, and what the docstrings of the two cells say."""
+    x = load.prepare(station, 1, 1).train[: 200 * 8].view(8, 200, 7).transpose(0, 1).double()
+    norm = lambda kind, change: from_scratch.gradient_norms(  # noqa: E731
+        x, 64, kind, change, torch.Generator().manual_seed(0))[-1].item()
+    assert norm("rnn", 1.0) < 1e-25 and norm("rnn", 6.0) > 1e10
+    assert norm("rnn", 1.0) < norm("lstm", 0.0) < norm("lstm", 1.0) < 1e-6
+    assert 1e-2 < norm("lstm", 5.0) < 1e2
+
+
+# ---------------------------------------------------------------------------------------------- the scripts
+def main(module, monkeypatch, capsys, *options):
+    """What a script prints, without the seconds that a process of its own needs."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, options)])
+    module.main()
+    return capsys.readouterr().out
+
+
+def test_load_as_a_script(tmp_path, monkeypatch, capsys):
+    out = main(load, monkeypatch, capsys, "--data", "station", "--out", tmp_path)
+    assert out.count("STAND-IN") == 2 and "noise floor" in out and "2,785" in out
+    for name in ("series.png", "autocorrelation.png", "window.png"):
+        assert (tmp_path / name).stat().st_size > 20_000
+    path = write(tmp_path / "one.csv", [line.rsplit(",", 1)[0] for line in table(200, timedelta(hours=5))])
+    options = ("--data", path, "--lookback", 20, "--horizon", 5, "--out", tmp_path)
+    assert "every 1 rows" in main(load, monkeypatch, capsys, *options)
+    path = write(tmp_path / "bad.csv", BAD["text"][0])
+    assert "column b" in run("load.py", "--data", path, "--out", tmp_path, code=1)
+
+
+def test_from_scratch_as_a_script(tmp_path):
+    options = ("--data", "station", "--lookback", 24, "--horizon", 12, "--hidden-size", 16, "--epochs", 1)
+    out = run("from_scratch.py", *options, "--out", tmp_path)
+    figures = {line[:28].strip(): [float(v) for v in line[28:].split()[:2] if "." in v] for line in out.splitlines()
+               if line.startswith(("repeat last", "LSTM by hand", "the best possible"))}
+    assert figures["LSTM by hand"][0] < 0.8 * figures["repeat last"][0]  # it has learned
+    assert figures["LSTM by hand"][1] > figures["the best possible forecast"][0]
+    assert "LSTM, backward" in out and (tmp_path / "from_scratch.png").stat().st_size > 20_000
+
+
+def test_from_scratch_refuses_what_makes_no_sense(tmp_path, monkeypatch, capsys):
+    for option, value in (("--lookback", 0), ("--lr", -1), ("--seed", -1)):
+        with pytest.raises(utils.InputError, match=f"{option} {value}"):
+            main(from_scratch, monkeypatch, capsys, option, value, "--out", tmp_path)
