@@ -179,12 +179,15 @@ def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 class Classifier(nn.Module):
     """One score per class for each text: ids (B, T) -> (B, K). Named as transformers' ...ForSequenceClassification.
 
-    config: Bert's, and labels, the K names of the classes.
+    config: Bert's; labels, the K names of the classes; pooling, what the head reads: "cls", as in transformers, or
+    "mean", which transformers' classifiers don't have.
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        self.add_module(config["model_type"], Bert(config | {"pooler": config["model_type"] == "bert"}))
+        config = {"pooling": "cls"} | config
+        pooler = config["model_type"] == "bert" and config["pooling"] == "cls"
+        self.add_module(config["model_type"], Bert(config | {"pooler": pooler}))
         self.config = self.encoder.config
         C = self.config["n_embd"]
         if config["model_type"] == "distilbert":  # which has no pooler of its own
@@ -197,7 +200,8 @@ class Classifier(nn.Module):
         return next(self.children())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
-        x = self.encoder.pool(self.encoder(ids, mask, types))  # (B, C)
+        hidden = self.encoder(ids, mask, types)
+        x = self.encoder.pool(hidden) if self.config["pooling"] == "cls" else mean_pool(hidden, mask)  # (B, C)
         if self.config["model_type"] == "distilbert":
             x = self.pre_classifier(x).relu()
         return self.classifier(self.dropout(x)).float()
@@ -279,7 +283,10 @@ def read_config(path: Path) -> dict:
             config["labels"] = [str(labels[str(i)]) for i in range(len(labels))]
         except KeyError as error:
             raise utils.InputError(f"{path}: id2label lacks {error}; take the model's own config.json.") from error
-    return config | {name: found[name] for name in ("stand_in",) if name in found}
+    if found.get("pooling", "mean") != "mean":
+        raise utils.InputError(f"{path}: pooling is {found['pooling']!r:.60}, and this Classifier has 'mean' or none; "
+                               "take the model's own config.json.")
+    return config | {name: found[name] for name in ("stand_in", "pooling") if name in found}
 
 
 def read_model(path: Path, config: dict, kind: type = Bert) -> nn.Module:
@@ -345,6 +352,8 @@ def save_model(model: nn.Module, folder: Path) -> None:
         config["id2label"] = dict(enumerate(c["labels"]))
         config["label2id"] = {label: i for i, label in enumerate(c["labels"])}
     config |= {name: c[name] for name in ("stand_in",) if name in c}
+    if c.get("pooling") == "mean" and type(model) is Classifier:  # unknown to transformers: it shall open the encoder
+        config |= {"architectures": [FAMILIES[family] + "Model"], "pooling": "mean"}
     data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
     if path.exists() and path.read_bytes() != data:
         path.unlink()  # a kill between the two writes shall leave no folder with new weights and an old config
@@ -378,43 +387,47 @@ STAND_IN = {"model_type": "bert", "n_positions": 256, "n_layer": 4, "n_head": 4,
 STAND_IN_VOCAB, STAND_IN_STEPS = 3000, 600
 
 
-def load_bert(name: str | None = None, kind: type = Bert, labels: list[str] | None = None, dropout: float = 0.1,
-              option: str = "--model") -> tuple[nn.Module, WordPiece, dict]:
-    """(model, tokenizer, config) for minilm, bert-base-uncased, distilbert-base-uncased, stand-in, or a folder with
-    config.json, weights and vocab.txt; None is minilm, or the stand-in where that can't be reached.
+def load_bert(name: str | None = None, kind: type = Bert, **options) -> tuple[nn.Module, WordPiece, dict]:
+    """find_bert, and open_bert what it found: (model, tokenizer, config) by name."""
+    return open_bert(*find_bert(name), kind, **options)
 
-    kind: Bert, Classifier (with labels, unless the folder's config has them) or Spans. A head that the files do not
-    hold is drawn from torch's generator. config also has name, by which the model is found again, and, for the
-    stand-in and what comes from it, stand_in. Raises utils.InputError for what can't be had or doesn't fit together.
+
+def open_bert(folder: Path, name: str, kind: type = Bert, labels: list[str] | None = None, dropout: float = 0.1,
+              pooling: str | None = None) -> tuple[nn.Module, WordPiece, dict]:
+    """(model, tokenizer, config) from a folder with config.json, weights and vocab.txt.
+
+    kind: Bert, Classifier or Spans. A head that the files do not hold is drawn from torch's generator. labels and
+    pooling: a Classifier's; without them those in config.json, if there are any. config also has name and, for the
+    stand-in and what comes from it, stand_in. Raises utils.InputError for what doesn't fit together.
     """
-    folder = find_bert(name, option)
-    name = name or {"minilm": "minilm", "bert-stand-in": "stand-in"}[folder.name]
     config, tokenizer = read_config(folder / "config.json"), WordPiece.load(folder)
     ## DistilBERT's vocabulary and BERT's have 30,522 lines; some models round the table up, and never use the rest.
     if len(tokenizer.names) > config["vocab_size"]:
         raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.names):,} tokens, and the model "
                                f"{config['vocab_size']:,}; take vocab.txt from where the weights are from.")
-    config |= {"dropout": dropout, "name": name} | ({"labels": labels} if labels else {})
+    config |= {"dropout": dropout, "name": name}
+    config |= {key: value for key, value in (("labels", labels), ("pooling", pooling)) if value}
     if kind is Classifier and "labels" not in config:
         raise utils.InputError(f"{folder / 'config.json'} names no classes (id2label); take a fine-tuned classifier.")
     model = read_model(folder, config, kind)
     return model, tokenizer, model.config
 
 
-def find_bert(name: str | None = None, option: str = "--model") -> Path:
-    """The folder of a model: see load_bert."""
+def find_bert(name: str | None = None, option: str = "--model") -> tuple[Path, str]:
+    """(folder, name) of minilm, bert-base-uncased, distilbert-base-uncased, stand-in, or a folder; None is minilm, or
+    the stand-in where that can't be reached. Raises utils.InputError for what can't be had."""
     if name and name not in (*FILES, "stand-in"):
         if not Path(name).is_dir():
             raise utils.InputError(f"{option} {name} is no folder; give one with config.json, model.safetensors and "
                                    f"vocab.txt, or {', '.join(FILES)} or stand-in.")
-        return Path(name)
+        return Path(name), name
     if name != "stand-in":
         folder, (place, files) = utils.DATA_DIR / (name or "minilm"), FILES[name or "minilm"]
         weights_here = (folder / "model.safetensors").exists()
         try:
             for file, sha256 in files.items():
                 utils.download([HUB + place + file], folder / file, sha256)
-            return folder
+            return folder, name or "minilm"
         except ConnectionError as error:
             if name or weights_here:  # asked for by name, or half there: never replaced by something else
                 raise utils.InputError(f"{error} Use {option} stand-in to work without a network.") from error
@@ -424,7 +437,7 @@ def find_bert(name: str | None = None, option: str = "--model") -> Path:
         pretrain(folder)
     utils.notice("STAND-IN: in place of MiniLM this run uses a small BERT, pre-trained on Python's manual.",
                  "Its figures can't be compared with those of MiniLM or BERT.")
-    return folder
+    return folder, "stand-in"
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in

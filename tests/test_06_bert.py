@@ -387,7 +387,7 @@ def test_a_head_of_other_classes_is_refused(tmp_path):
     save(make_theirs("bert", "ForSequenceClassification"), tmp_path, vocab=True)
     assert bert.load_bert(str(tmp_path), bert.Classifier)[2]["labels"] == LABELS
     with refused("classifier.weight", "(3, 24)", "(2, 24)"):
-        bert.load_bert(str(tmp_path), bert.Classifier, ["no", "yes"])
+        bert.load_bert(str(tmp_path), bert.Classifier, labels=["no", "yes"])
 
 
 # ---------------------------------------------------------------------------------------------- which model
