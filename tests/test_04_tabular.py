@@ -1,8 +1,9 @@
-"""Chapter 04, load.py and from_scratch.py, against scikit-learn, autograd, torch.nn.functional and torch.optim."""
+"""Chapter 04, load.py, from_scratch.py, load_model.py, against scikit-learn, autograd, F and torch.optim."""
 
 import csv
 import hashlib
 import io
+import itertools
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from conftest import REAL, ROOT, chapter
 
 import utils
 
-load, from_scratch = chapter("04_tabular", "load", "from_scratch")
+load, from_scratch, train, load_model = chapter("04_tabular", "load", "from_scratch", "train", "load_model")
 FOLDER = ROOT / "04_tabular"
 
 
@@ -556,6 +557,290 @@ def test_one_batch_can_be_overfitted():
         loss, dz = from_scratch.bce_with_logits(z, y)
         from_scratch.adam_step(w, from_scratch.mlp_backward(w, dz, saved), state, 0.01)
     assert loss < 0.01
+
+
+# ---------------------------------------------------------------------------------------------- load_model.py: curves
+def guesses(n=1000, ties=False):
+    """Probabilities that sort the targets well but not perfectly."""
+    g = torch.Generator().manual_seed(0)
+    y = (torch.rand(n, generator=g) < 0.3).float()
+    p = (1.5 * torch.randn(n, generator=g, dtype=torch.float64) + 2 * y - 1).sigmoid()
+    return (p * 20).round() / 20 if ties else p, y
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_curves_against_sklearn(ties):
+    metrics, curves = pytest.importorskip("sklearn.metrics"), pytest.importorskip("sklearn.calibration")
+    p, y = guesses(ties=ties)
+    close = lambda mine, theirs: np.testing.assert_allclose(mine.numpy(), theirs, atol=1e-12)  # noqa: E731
+    fpr, tpr, _ = metrics.roc_curve(y, p, drop_intermediate=False)
+    for mine, theirs in zip(load_model.roc_curve(p, y), (fpr, tpr)):
+        close(mine, theirs)
+    assert torch.trapezoid(*load_model.roc_curve(p, y)[::-1]).item() == pytest.approx(load.roc_auc(p, y))
+    precision, recall, thresholds = metrics.precision_recall_curve(y, p)
+    for mine, theirs in zip(load_model.precision_recall(p, y), (precision[:-1], recall[:-1], thresholds)):
+        close(mine, theirs[::-1])
+    assert load_model.average_precision(p, y) == pytest.approx(metrics.average_precision_score(y, p))
+    mean, share, count = load_model.calibration(p, y, 8)
+    theirs = curves.calibration_curve(y, p, n_bins=8)
+    close(share, theirs[0])
+    close(mean, theirs[1])
+    assert count.sum() == len(y) and len(count) == 8
+    near = p[p > 0.9]
+    assert len(load_model.calibration(near, y[p > 0.9], 8)[0]) == 1  # empty bins are left out
+
+
+def test_calibration_error_tells_a_scale_that_auc_does_not():
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(200_000, generator=g, dtype=torch.float64)
+    y = (torch.rand(len(p), generator=g) < p).float()
+    assert load_model.calibration_error(p, y) < 0.01
+    assert load_model.calibration_error(p / 2, y) == pytest.approx(0.25, abs=0.01)
+    assert load.roc_auc(p / 2, y) == load.roc_auc(p, y)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_threshold_has_the_best_f1_of_all(ties):
+    metrics = pytest.importorskip("sklearn.metrics")
+    p, y = guesses(300, ties)
+    found = metrics.f1_score(y, p > load_model.best_threshold(p, y))
+    tried = [metrics.f1_score(y, p > t) for t in [*p.tolist(), -1.0]]
+    assert found == pytest.approx(max(tried), abs=1e-12) and found > metrics.f1_score(y, p > 0.5)
+    assert 0 < load_model.best_threshold(torch.tensor([0.4, 0.6]).double(), torch.ones(2)) < 0.4  # everyone is named
+
+
+# ---------------------------------------------------------------------------------------------- load_model.py: columns
+@pytest.fixture(scope="module")
+def table():
+    """A table of 2,000 rows: three numbers, one of them also there as a word, and two columns of categories."""
+    g = torch.Generator().manual_seed(0)
+    size = torch.randint(1, 5, (2000,), generator=g)
+    numeric = torch.stack([torch.randn(2000, generator=g), size.float(), torch.randn(2000, generator=g) * 9], 1)
+    color = torch.randint(2, 5, (2000,), generator=g)
+    color[:100] = load.NO_VALUE
+    part = load.Part(numeric, torch.stack([size + 1, color, (color > 2) + 2], 1), torch.zeros(2000))
+    part = part._replace(target=(torch.rand(2000, generator=g) < numeric[:, 0].sigmoid()).float())
+    schema = {"numeric": ["x", "size", "noise"], "median": [0.0, 2.0, 0.0], "categorical": ["name", "color", "dark"],
+              "values": [["S", "M", "L", "XL"], ["red", "green", "blue"], ["no", "yes"]], "target": "sold",
+              "negative": "no", "positive": "yes"}
+    return load.Data(part, part, part, schema, "shop.csv", False, None, None)
+
+
+def test_matrix_and_part_are_inverse(table):
+    matrix = load_model.to_matrix(table.train)
+    back = load_model.to_part(matrix, table.schema)
+    assert torch.equal(back.numeric, table.train.numeric) and torch.equal(back.categories, table.train.categories)
+    assert matrix.shape == (2000, 6) and back.categories.dtype == torch.int64
+
+
+def test_columns_that_tell_each_other_are_tied_and_only_those(table, census):
+    matrix = load_model.to_matrix(table.train)
+    assert load_model.tied_columns(matrix) == [[0], [1, 3], [2], [4], [5]]  # dark follows from color, and not back
+    matrix[7, 3] = 5 - matrix[7, 3] + 2  # one exception
+    assert [1, 3] not in load_model.tied_columns(matrix)
+    assert load_model.tied_columns(load_model.to_matrix(census.train)) == [
+        [0], [1], [2, 7], [3], [4], [5], [6], [8], [9], [10], [11], [12], [13]]  # education-num and education
+
+
+def test_permutation_importance_against_sklearn(table, monkeypatch):
+    inspection, base = pytest.importorskip("sklearn.inspection"), pytest.importorskip("sklearn.base")
+    predict = lambda model, part: (2 * part.numeric[:, 0] + 0.3 * part.categories[:, 1]).double().sigmoid()  # noqa: E731
+    monkeypatch.setattr(load_model, "predict", predict)
+    groups = [[0], [1, 3], [2], [4], [5]]
+    lost = load_model.permutation_importance(None, table.train, table.schema, groups, 20, 0)
+    assert lost.shape == (5, 20) and not lost[[1, 2, 4]].any()  # columns that the model does not look at
+
+    class Model(base.ClassifierMixin, base.BaseEstimator):
+        classes_ = np.array([0, 1])
+
+        def fit(self, x, y):
+            return self
+
+        def predict_proba(self, x):
+            p = predict(None, load_model.to_part(torch.from_numpy(x), table.schema)).numpy()
+            return np.stack([1 - p, p], 1)
+
+    theirs = inspection.permutation_importance(Model(), load_model.to_matrix(table.train).numpy(),
+                                               table.train.target.numpy(), scoring="roc_auc", n_repeats=20)
+    for g, group in enumerate(groups):
+        error = 5 * (theirs.importances_std[group[0]] ** 2 / 20 * 2) ** 0.5 + 1e-12
+        assert lost[g].mean().item() == pytest.approx(theirs.importances_mean[group[0]], abs=error)
+    assert lost[0].mean() > 0.1
+
+
+def test_pca_against_sklearn():
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    x = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    judge = decomposition.PCA(2).fit(x.numpy())
+    places, shares = load_model.pca(x)
+    theirs = torch.from_numpy(judge.transform(x.numpy()))
+    torch.testing.assert_close(places.abs(), theirs.abs())  # a direction may point either way
+    assert (places * theirs).sum(0).abs().tolist() == pytest.approx((theirs**2).sum(0).tolist())
+    assert shares.tolist() == pytest.approx(judge.explained_variance_ratio_.tolist())
+
+
+def test_figures_by_group_against_sklearn(table):
+    metrics = pytest.importorskip("sklearn.metrics")
+    p = torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    groups = load_model.by_group(p, table.test, table.schema, "color", 0.4)
+    assert list(groups) == ["(missing)", "red", "green", "blue"] and groups["(missing)"]["rows"] == 100
+    assert sum(group["rows"] for group in groups.values()) == 2000
+    rows = (table.test.categories[:, 1] == 3).numpy()
+    y, said = table.test.target.numpy()[rows], p.numpy()[rows] > 0.4
+    green = groups["green"]
+    assert green["positive"] == pytest.approx(y.mean()) and green["named"] == pytest.approx(said.mean())
+    assert green["accuracy"] == pytest.approx(metrics.accuracy_score(y, said))
+    assert green["recall"] == pytest.approx(metrics.recall_score(y, said))
+    assert green["auc"] == pytest.approx(metrics.roc_auc_score(y, p.numpy()[rows]))
+
+
+# ---------------------------------------------------------------------------------------------- load_model.py: a person
+def test_what_is_said_of_a_person(table, capsys):
+    groups = load_model.tied_columns(load_model.to_matrix(table.train))
+    read = lambda text: load_model.read_person(text, table, groups)  # noqa: E731
+    person = read("x=0.5, name=L, color=?")
+    assert person.given == [[0], [1, 3], [4]] and person.words == {0: "0.5", 3: "L", 4: "?", 1: "3"}
+    assert person.row.tolist() == [0.5, 3, 0, 4, load.NO_VALUE, load.NO_VALUE]
+    assert "size=3 follows from name" in capsys.readouterr().out
+    person = read("size=2,dark=?, x = ")  # x and dark are never missing in training: nothing is known of them
+    assert person.given == [[1, 3]] and person.words[3] == "M"
+    assert "name=M follows from size" in capsys.readouterr().out
+    person = read("name=XXXL, x=1e6")
+    assert person.given == [[0], [3]] and person.row[3] == load.UNSEEN
+    out = capsys.readouterr().out
+    assert "name=XXXL was in no training row" in out and "x=1e6 lies outside what training saw, -" in out
+    for text, words in (("x", "'x' is no COLUMN=VALUE"), ("x=1, x=2", "x is given twice"), ("", "'' is no COLUMN"),
+                        ("y=1", "no column 'y'; there are x, size"), ("x=red", "x needs a number")):
+        with pytest.raises(utils.InputError, match=words):
+            read(text)
+
+
+def test_what_is_not_known_of_a_person_comes_from_the_rows_most_like_it(table):
+    matrix = load_model.to_matrix(table.train)
+    person = load_model.Person(matrix[500], [[4], [0]], {4: "", 0: ""})
+    rows = load_model.fill_in(person, table, 3000, torch.Generator().manual_seed(0), nearest=50)
+    assert (rows[:, [0, 4]] == matrix[500, [0, 4]]).all()
+    share = torch.tensor([(matrix[:, 0] < x).double().mean() for x in matrix[:, 0]])
+    distance = (share - share[500]).abs() + (matrix[:, 4] != matrix[500, 4])
+    near = distance.argsort()[:50]
+    assert {tuple(row) for row in rows[:, 1:4].tolist()} == {tuple(row) for row in matrix[near][:, 1:4].tolist()}
+    assert len(rows[:, 2].unique()) == 50  # all of them, in turn
+
+
+def contributions(table, monkeypatch, f, row, groups, samples=4000):
+    """load_model.contributions for a model that is the function f of the matrix."""
+    monkeypatch.setattr(load_model, "predict", lambda model, part: f(load_model.to_matrix(part)))
+    return load_model.contributions(None, row.expand(samples, -1).clone(), groups, table,
+                                    torch.Generator().manual_seed(0))
+
+
+def test_shares_of_a_sum_are_its_terms_and_always_sum_to_the_difference(table, monkeypatch):
+    matrix = load_model.to_matrix(table.train)
+    groups, row, w = [[0], [1, 3], [2], [4], [5]], matrix[3], torch.tensor([0.3, -0.2, 0.05, 0.1, 0.0, 1.0]).double()
+    p, mean, shares, alone = contributions(table, monkeypatch, lambda m: m @ w, row, groups)
+    expected = [((row - matrix.mean(0)) * w)[group].sum().item() for group in groups]
+    assert p == pytest.approx((row @ w).item()) and p - mean == pytest.approx(shares.sum().item())
+    assert shares.tolist() == pytest.approx(expected, abs=0.05) and torch.allclose(shares, alone)
+    f = lambda m: (m @ w).sigmoid() * (m[:, 4] + m[:, 0].cos())  # noqa: E731
+    p, mean, shares, alone = contributions(table, monkeypatch, f, row, groups, 50)
+    assert p - mean == pytest.approx(shares.sum().item()) and not torch.allclose(shares, alone, atol=1e-3)
+
+
+def test_shares_against_shapleys_formula_over_all_subsets(table, monkeypatch):
+    matrix = load_model.to_matrix(table.train)
+    groups, row = [[0], [1, 3], [2, 4, 5]], matrix[11]
+    f = lambda m: (m[:, 0] * m[:, 1] + 0.1 * m[:, 2] * (m[:, 4] - m[:, 0])).sigmoid()  # noqa: E731
+    _, _, shares, alone = contributions(table, monkeypatch, f, row, groups, 20_000)
+
+    def value(known):  # mean over all training rows, with what is known put in
+        rows = matrix.clone()
+        for g in known:
+            rows[:, groups[g]] = row[groups[g]]
+        return f(rows).mean().item()
+
+    for g in range(3):
+        others, total = [o for o in range(3) if o != g], 0.0
+        for n, weight in ((0, 1 / 3), (1, 1 / 6), (2, 1 / 3)):
+            total += weight * sum(value((*some, g)) - value(some) for some in itertools.combinations(others, n))
+        assert shares[g].item() == pytest.approx(total, abs=0.015)
+        assert alone[g].item() == pytest.approx(value(range(3)) - value(others), abs=0.015)
+
+
+def test_of_two_values_that_say_the_same_each_gets_half_and_alone_neither_shows(table, monkeypatch):
+    matrix = load_model.to_matrix(table.train)
+    row = matrix[(matrix[:, 4] == 2).nonzero()[0, 0]].clone()  # red; not dark
+    f = lambda m: ((m[:, 4] == 2) | (m[:, 2] > 1000)).double()  # noqa: E731
+    row[2] = 2000  # no training row has as much noise
+    p, mean, shares, alone = contributions(table, monkeypatch, f, row, [[0], [1, 3], [2], [4], [5]])
+    assert p == 1 and mean == pytest.approx((matrix[:, 4] == 2).double().mean().item(), abs=0.03)
+    assert shares[2].item() == pytest.approx(shares[3].item(), abs=0.03) and shares[2] > 0.25
+    assert not alone.any()  # take one away, and the other still says it
+
+
+# ---------------------------------------------------------------------------------------------- load_model.py: as used
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small model of the census, and what train.py printed."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--data", "census", "--members", "2", "--hidden", "16", "--epochs", "2",
+                                    "--lr", "0.01", "--device", "cpu", "--out", str(out)])
+        utils.run(train.main)
+    return out
+
+
+def test_the_saved_model_gives_the_reported_figures_and_knows_its_columns(trained, census):
+    model, saved = load_model.load_tabular(trained / "model.pt", torch.device("cpu"))
+    assert saved["schema"] == census.schema
+    p = load_model.predict(model, census.val)
+    assert load.roc_auc(p, census.val.target) == pytest.approx(saved["metrics"]["val_auc"], abs=1e-9)
+    k = census.schema["categorical"].index("occupation")
+    places = load_model.value_embeddings(model, k, len(census.schema["values"][k])).clone()
+    assert places.shape[0] == len(census.schema["values"][k])
+    with torch.no_grad():  # move one value's embedding: only rows of that value change
+        model.table[int(model.first[k]) + load.KNOWN + 3] += 1
+    moved = load_model.predict(model, census.val) != p
+    assert torch.equal(moved, census.val.categories[:, k] == load.KNOWN + 3)
+    assert (load_model.value_embeddings(model, k, len(places)) != places).any(1).nonzero().tolist() == [[3]]
+
+
+def test_load_model_shows_all_and_refuses_what_it_must(trained, tmp_path, monkeypatch, capsys):
+    model = ["--model", trained / "model.pt", "--out", tmp_path]
+    out = run("load_model.py", *model, "--repeats", 1)
+    assert "best F1 on val" in out and "came true" in out and out.count("STAND-IN") == 2
+    for word in ("Female", "Amer-Indian-Eskimo", "education-num and education"):
+        assert word in out
+    capsys.readouterr()
+    person = call(monkeypatch, capsys, load_model, *model, "--person", "age=45, education=Masters, relationship=Wife")
+    assert "education-num=14 follows from education" in person and "not said, and averaged" in person
+    p, mean = (float(part.split("%")[0].split()[-1]) for part in person.split("probability of")[1].split(";")[:2])
+    total = float(person.split("all together")[1].split("%")[0])
+    assert p - mean == pytest.approx(total, abs=0.21)  # three roundings
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "embeddings.png", "importance.png",
+                                                                "person.png"]
+    failure = lambda *options: call(monkeypatch, capsys, load_model, *model, *options, code=1)  # noqa: E731
+    assert "no column 'shoe'" in failure("--person", "shoe=43")
+    assert "--by age: no such category column" in failure("--by", "age")
+    assert "--repeats 0" in failure("--repeats", 0)
+    assert "does not exist" in failure("--model", tmp_path / "none.pt")
+    path = write(tmp_path / "a.csv", *shop())
+    assert "lacks columns that the model was trained on; give census" in failure("--data", path)
+
+
+def test_a_model_of_a_csv_file_needs_that_file(tmp_path, monkeypatch, capsys):
+    header, rows = shop(300)
+    path = write(tmp_path / "a.csv", header, rows)
+    call(monkeypatch, capsys, train, "--data", path, "--target", "sold", "--types", "zip=category", "price=ignore",
+         "--members", 1, "--epochs", 1, "--device", "cpu", "--out", tmp_path)
+    options = ["--model", tmp_path / "model.pt", "--out", tmp_path]
+    out = call(monkeypatch, capsys, load_model, *options, "--data", path, "--by", "color", "zip")
+    assert "00103" in out and "(missing)" in out
+    assert "probability of sold yes" in call(monkeypatch, capsys, load_model, *options, "--data", path, "--person",
+                                             "zip=00103, color=?")
+    assert "say where that file is with --data" in call(monkeypatch, capsys, load_model, *options, code=1)
+    other = write(tmp_path / "b.csv", *shop(300, seed=1))
+    assert "is not the table that the model was trained on; give a.csv" in call(
+        monkeypatch, capsys, load_model, *options, "--data", other, code=1)
 
 
 # ---------------------------------------------------------------------------------------------- as users run them

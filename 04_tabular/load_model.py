@@ -1,0 +1,513 @@
+"""Using a model of a table: one person's probability and what moved it, and what to ask of a model before trusting it.
+
+You learn here: how a probability becomes a decision, and why the threshold is chosen on validation rows; what ROC,
+precision-recall and calibration curves show; which columns a model needs; which values it takes to be alike; how to
+share out a probability among the values that made it; and that one accuracy can be several, by group.
+
+    python 04_tabular/train.py                             first, to have a model
+    python 04_tabular/load_model.py                        all of the above, on the test rows
+    python 04_tabular/load_model.py --person "age=39, education=Bachelors, occupation=Sales, relationship=Husband"
+
+You should see (Adult, after train.py with seed 0): RESULTS
+Writes to outputs/: curves.png, importance.png, embeddings.png; with --person: person.png. Left out on purpose: making
+a model fair; this only shows where it is not.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import COLUMNS, KNOWN, NO_VALUE, UNSEEN, Data, Part, encode_row, is_missing, load_data  # noqa: E402
+from load import logistic_baseline, read_csv, roc_auc  # noqa: E402
+from train import SCRIPT, TabularNet, measures, predict  # noqa: E402
+
+# Shapes: N rows, F numeric columns, K category columns, C = F + K columns, G groups of columns, S samples, V values of
+# one column, E members, D width of an embedding
+
+
+def load_tabular(path: Path, device: torch.device) -> tuple[TabularNet, dict]:
+    """Rebuild the model that train.py saved; also return the checkpoint, for its schema and data name."""
+    saved = utils.load_checkpoint(path, SCRIPT, device)
+    model = TabularNet(**saved["config"]).to(device)
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise utils.InputError(
+            f"{path} holds other weights than its own config names; train again with: python {SCRIPT}"
+        ) from error
+    return model.eval(), saved
+
+
+def data_of(saved: dict, path: str | None) -> Data:
+    """The table the model was trained on, split as it was then. Raises utils.InputError where it is another one.
+
+    The columns' types come from the model's schema, whatever was asked for or inferred at training time.
+    """
+    name, schema = path or saved["data"], saved["schema"]
+    if name not in ("adult", "census") and path is None:
+        raise utils.InputError(f"the model was trained on {name}; say where that file is with --data.")
+    columns = COLUMNS if name in ("adult", "census") else read_csv(Path(name)).columns
+    kinds = {**dict.fromkeys(schema["numeric"], "numeric"), **dict.fromkeys(schema["categorical"], "category")}
+    if not {*kinds, schema["target"]} <= {*columns}:
+        raise utils.InputError(f"--data {name} lacks columns that the model was trained on; give {saved['data']}.")
+    types = [f"{c}={kinds.get(c, 'ignore')}" for c in columns if c != schema["target"]]
+    data = load_data(name, None if name in ("adult", "census") else schema["target"], types)
+    if data.schema != schema:
+        raise utils.InputError(f"--data {name} is not the table that the model was trained on; give {saved['data']} as "
+                               "it was then.")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------- columns
+def to_matrix(part: Part) -> Tensor:
+    """All columns side by side, (N, C) float64: the numbers, then the categories' indices."""
+    return torch.cat([part.numeric.double(), part.categories.double()], 1)
+
+
+def to_part(matrix: Tensor, schema: dict) -> Part:
+    """The inverse of to_matrix, without targets."""
+    n = len(schema["numeric"])
+    return Part(matrix[:, :n].float(), matrix[:, n:].long(), torch.full((len(matrix),), torch.nan))
+
+
+def tied_columns(matrix: Tensor) -> list[list[int]]:
+    """The columns of a matrix (N, C) in groups: one is with another where each tells exactly what the other is.
+
+    ## Adult has education twice, as a word and as a number of school years. To change one and leave the other makes a
+    ## person who can't exist, and a model may say anything of such a person. So they are moved together. Values that
+    ## hardly ever come twice prove nothing: of a number different in each row, any column would seem to follow.
+    """
+    codes = [column.unique(return_inverse=True)[1] for column in matrix.T]
+    sizes = [int(code.max()) + 1 for code in codes]
+    groups = []
+    for c, (code, size) in enumerate(zip(codes, sizes)):
+        for group in groups:
+            other = group[0]
+            if 1 < size == sizes[other] < len(matrix) / 2 and len((codes[other] * size + code).unique()) == size:
+                group.append(c)
+                break
+        else:
+            groups.append([c])
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------- curves
+def counts_by_threshold(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholds (T,), every probability that occurs, falling, and how many positives (T,) and negatives (T,) are at
+    or above each. All curves below are made of these three."""
+    order = p.argsort(descending=True)
+    p, y = p[order], y[order].double()
+    last = torch.cat([p.diff() != 0, torch.tensor([True])])  # of equal probabilities, all pass or none
+    return p[last], y.cumsum(0)[last], (1 - y).cumsum(0)[last]
+
+
+def roc_curve(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """False positive rates and true positive rates (T + 1,) each, from no row named to all rows named.
+
+    ##     true positive rate  = TP / all positives       false positive rate = FP / all negatives
+    ## Lower the threshold step by step: each positive row that passes is a step up, each negative one a step to the
+    ## right. A model that guesses walks along the diagonal. The area below the walk is the AUC.
+    """
+    _, tp, fp = counts_by_threshold(p, y)
+    zero = torch.zeros(1, dtype=torch.float64)
+    return torch.cat([zero, fp / fp[-1]]), torch.cat([zero, tp / tp[-1]])
+
+
+def precision_recall(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Precision, recall and thresholds (T,) each, thresholds falling.
+
+    ##     precision = TP / (TP + FP)       recall = TP / all positives
+    ## Where positives are rare, a small false positive rate may still be more rows than there are positives. The ROC
+    ## curve does not show it; precision does.
+    """
+    thresholds, tp, fp = counts_by_threshold(p, y)
+    return tp / (tp + fp), tp / tp[-1], thresholds
+
+
+def average_precision(p: Tensor, y: Tensor) -> float:
+    """sum_n (R_n - R_(n-1)) P_n: the mean precision over all recalls, the area below the curve drawn as steps."""
+    precision, recall, _ = precision_recall(p, y)
+    return (recall.diff(prepend=torch.zeros(1, dtype=torch.float64)) * precision).sum().item()
+
+
+def calibration(p: Tensor, y: Tensor, bins: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the rows whose probability falls into each of `bins` equal bins: mean probability, share of positives, count.
+
+    ## A probability of 80 % should come true four times in five. AUC can't tell: halve all probabilities, and the order
+    ## of the rows is the same. Empty bins are left out.
+    """
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    which = torch.searchsorted(edges[1:-1], p.double())  # (N,)
+    count = which.bincount(minlength=bins)
+    mean, share = (which.bincount(values.double(), minlength=bins)[count > 0] / count[count > 0] for values in (p, y))
+    return mean, share, count[count > 0]
+
+
+def calibration_error(p: Tensor, y: Tensor, bins: int = 10) -> float:
+    """The distance between probability and share of positives, as a mean over rows (Naeini et al. 2015)."""
+    mean, share, count = calibration(p, y, bins)
+    return ((mean - share).abs() * count).sum().item() / len(p)
+
+
+def best_threshold(p: Tensor, y: Tensor) -> float:
+    """The threshold with the highest F1, 2 TP / (2 TP + FP + FN), half-way to the next lower probability.
+
+    ## One half is best for accuracy, where the probabilities are right: it takes both mistakes to cost the same. F1
+    ## looks at the positives alone and wants more of them named. The threshold is a number fitted to data like any
+    ## other: chosen on the test rows, it would fit their chance, and their figure would be too good. So validation
+    ## chooses it.
+    """
+    thresholds, tp, fp = counts_by_threshold(p, y)
+    best = int((2 * tp / (tp + fp + tp[-1])).argmax())  # TP + FN is all positives
+    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
+    return ((thresholds[best] + lower) / 2).item()
+
+
+# ---------------------------------------------------------------------------------------------- what the model needs
+def permutation_importance(model: TabularNet, part: Part, schema: dict, groups: list[list[int]], repeats: int,
+                           seed: int) -> Tensor:
+    """How much AUC is lost on part when a group of columns is shuffled: (G, repeats) (Breiman 2001).
+
+    ## Shuffled, a column still has the values it had, but at other rows: whatever it told about its row is gone. What
+    ## AUC that costs is how much the model relies on it. Not how much there is to know in it: where two columns tell
+    ## nearly the same, as marital status and relationship do, the model gets by with the other one.
+    """
+    matrix, generator = to_matrix(part), torch.Generator().manual_seed(seed)
+    before = roc_auc(predict(model, part), part.target)
+    lost = torch.zeros(len(groups), repeats)
+    bar = utils.Progress(lost.numel(), "shuffles")
+    for g, columns in enumerate(groups):
+        for r in range(repeats):
+            shuffled = matrix.clone()
+            rows = torch.randperm(len(matrix), generator=generator)
+            shuffled[:, columns] = matrix[rows][:, columns]
+            lost[g, r] = before - roc_auc(predict(model, to_part(shuffled, schema)), part.target)
+            bar.update(g * repeats + r + 1, "importance")
+    bar.clear()
+    return lost
+
+
+def pca(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (V, I) seen from where they lie furthest apart: (V, 2), and each of the two directions' share of variance.
+
+    ## Centred, x = U S W^T, the singular value decomposition: the rows of W^T are directions at right angles, ordered
+    ## by how far the rows of x spread along them, and S^2 says how far. The places along the first two are
+    ## x W_2 = U_2 S_2.
+    """
+    U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    return (U * S)[:, :2], S[:2].square() / S.square().sum().clamp(min=1e-30)
+
+
+def value_embeddings(model: TabularNet, k: int, n_values: int) -> Tensor:
+    """What all members learned of category column k's values: (V, E D), without the places for missing and unseen.
+
+    ## Each member's embedding has axes of its own: only distances within one mean something. Side by side, the squared
+    ## distance of two values is the sum of their squared distances in all members.
+    """
+    first = int(model.first[k]) + KNOWN
+    return model.table[first : first + n_values].detach().flatten(1).cpu()
+
+
+def by_group(p: Tensor, part: Part, schema: dict, column: str, threshold: float) -> dict[str, dict[str, float]]:
+    """For each value of a category column: number of rows, share of positives, share named, and the usual measures."""
+    k = schema["categorical"].index(column)
+    words = {NO_VALUE: "(missing)", UNSEEN: "(unseen)", **dict(enumerate(schema["values"][k], KNOWN))}
+    out = {}
+    for i, word in words.items():
+        rows = part.categories[:, k] == i
+        if rows.any():
+            y, here = part.target[rows], p[rows]
+            named = (here > threshold).double().mean().item()
+            out[word] = {"rows": len(y), "positive": y.mean().item(), "named": named, **measures(here, y, threshold)}
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- one person
+class Person(NamedTuple):
+    row: Tensor  # (C,) as in to_matrix
+    given: list[list[int]]  # the known columns, those that are moved together in one group
+    words: dict[int, str]  # column -> what was said of it
+
+
+def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
+    """A description such as "age=39, sex=Female". Raises utils.InputError for what the table has no place for."""
+    schema, values = data.schema, {}
+    names = schema["numeric"] + schema["categorical"]
+    for item in text.split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name:
+            raise utils.InputError(f"--person: {item.strip()!r} is no COLUMN=VALUE; separate them by commas.")
+        if name in values:
+            raise utils.InputError(f"--person: {name} is given twice; leave one out.")
+        values[name] = value
+    row = to_matrix(encode_row(values, schema))[0]  # names strangers
+    train, n = to_matrix(data.train), len(schema["numeric"])
+    words = {names.index(name): value for name, value in values.items()}
+    for c in list(words):
+        if is_missing(words[c]) and (c < n or not (train[:, c] == NO_VALUE).any()):
+            del words[c]  # in training everybody answered, so what silence means was never learned
+        elif c < n and not train[:, c].min() <= row[c] <= train[:, c].max():
+            print(f"{names[c]}={words[c]} lies outside what training saw, {train[:, c].min():g} to "
+                  f"{train[:, c].max():g}")
+        elif c >= n and row[c] == UNSEEN:
+            print(f"{names[c]}={words[c]} was in no training row; it counts as unseen")
+    for group in groups:  # what follows from what was said
+        known = [c for c in group if c in words]
+        for c in group:
+            same = (train[:, known] == row[known]).all(1)
+            if known and c not in words and same.any():
+                row[c] = train[same][0, c]
+                words[c] = f"{row[c]:g}" if c < n else schema["values"][c - n][int(row[c]) - KNOWN]
+                print(f"{names[c]}={words[c]} follows from {names[known[0]]}")
+    known = [[c for c in group if c in words] for group in groups]
+    return Person(row, [group for group in known if group], words)
+
+
+def fill_in(person: Person, data: Data, samples: int, generator: torch.Generator, nearest: int = 200) -> Tensor:
+    """The person `samples` times, (S, C): what is not known of them taken from training rows that are like them.
+
+    ## Any row will not do: a husband whose marital status is drawn from all rows would be unmarried every other time.
+    ## So draw from the nearest rows, by what is known: a category differs by 1 or by 0, a number by the share of the
+    ## training rows between the two.
+    """
+    train, n = to_matrix(data.train), len(data.schema["numeric"])
+    distance = 1e-6 * torch.rand(len(train), generator=generator)  # decides among equals
+    for c in (group[0] for group in person.given):
+        if c < n:
+            column = train[:, c].contiguous()
+            between = torch.searchsorted(column.sort().values, torch.cat([column, person.row[c : c + 1]]))
+            distance += (between[:-1] - between[-1]).abs() / len(train)
+        else:
+            distance += train[:, c] != person.row[c]
+    near = distance.argsort()[:nearest]
+    rows = train[near[torch.randint(len(near), (samples,), generator=generator)]]  # (S, C)
+    known = [c for group in person.given for c in group]
+    rows[:, known] = person.row[known]
+    return rows
+
+
+def contributions(model: TabularNet, rows: Tensor, groups: list[list[int]], data: Data,
+                  generator: torch.Generator) -> tuple[float, float, Tensor, Tensor]:
+    """What moved the mean probability of rows (S, C), each a person, from that of S random training rows.
+
+    Returns both means, each group of columns' share of the difference (G,), and by how much the probability falls
+    where one group alone is replaced (G,). groups: all columns, each in one of them.
+
+    ## The simple way is the last one: replace one value by those of the training rows and see what changes. It misses
+    ## what two values do together: take away "married", and "husband" still says it; take away "husband", and "married"
+    ## does. Each alone changes little. So start from a training row and put in the person's values one after the other;
+    ## each takes credit for the step it makes. The credit depends on the order: the mean over random orders is the
+    ## Shapley value (Strumbelj & Kononenko 2014). The steps of a walk lead from its first probability to its last, and
+    ## so the shares sum to the difference exactly. Both say what moved the model, not what would move an income.
+    """
+    train, (S, C), G = to_matrix(data.train), rows.shape, len(groups)
+    start = train[torch.randint(len(train), (S,), generator=generator)]  # (S, C)
+    mask = torch.zeros(G, C, dtype=torch.bool)  # which columns belong to group g
+    for g, group in enumerate(groups):
+        mask[g, group] = True
+    order = torch.rand(S, G, generator=generator).argsort(1)  # (S, G): which group comes when
+    put = torch.cat([torch.zeros(S, 1, C), mask[order].cumsum(1)], 1) > 0  # (S, G + 1, C): after each step, what is put
+    walks = torch.where(put, rows[:, None], start[:, None])  # (S, G + 1, C)
+    p = predict(model, to_part(walks.flatten(0, 1), data.schema)).view(S, G + 1)
+    shares = torch.zeros(S, G, dtype=p.dtype).scatter_(1, order, p.diff(dim=1)).mean(0)
+    without = torch.where(mask, start[:, None], rows[:, None])  # (S, G, C)
+    alone = p[:, -1:] - predict(model, to_part(without.flatten(0, 1), data.schema)).view(S, G)
+    return p[:, -1].mean().item(), p[:, 0].mean().item(), shares, alone.mean(0)
+
+
+def show_person(model: TabularNet, data: Data, text: str, out: Path, seed: int) -> None:
+    """Print and draw one person's probability and what moved it."""
+    schema, names = data.schema, data.schema["numeric"] + data.schema["categorical"]
+    groups = tied_columns(to_matrix(data.train))
+    person = read_person(text, data, groups)
+    threshold = best_threshold(predict(model, data.val), data.val.target)
+    unknown = [c for c in range(len(names)) if c not in person.words]
+    words = [" and ".join(f"{names[c]}={person.words[c]}" for c in group) for group in person.given]
+    words += ["all that was not said, as in rows like this"] * bool(unknown)
+    generator = torch.Generator().manual_seed(seed)
+    rows = fill_in(person, data, 1000, generator)
+    p, mean, shares, alone = contributions(model, rows, person.given + [unknown] * bool(unknown), data, generator)
+    print(f"\nprobability of {schema['target']} {schema['positive']}: {p:.1%}; of a row of training on average "
+          f"{mean:.1%}\nabove {threshold:.2f} (best F1 on validation) counts as {schema['positive']}: here "
+          f"{schema['positive'] if p > threshold else schema['negative']}")
+    if unknown:
+        print(f"not said, and averaged over rows like this: {', '.join(names[c] for c in unknown)}")
+    print(f"\n{'what moved it':52}{'share':>9}{'replaced alone':>17}")
+    order = shares.abs().argsort(descending=True).tolist()
+    for g in order:
+        print(f"{words[g]:52}{shares[g]:+9.1%}{alone[g]:+17.1%}")
+    print(f"{'all together':52}{shares.sum():+9.1%}")
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(order)))
+    axes.use_sticky_edges, left = False, mean  # bars keep away from the frame
+    for place, g in enumerate(order):  # each bar begins where the one above it ended
+        axes.barh(place, shares[g].item(), left=left, color=utils.COLORS[2 if shares[g] > 0 else 1])
+        left += shares[g].item()
+    axes.axvline(mean, color="black", lw=1, ls=":", label=f"average row {mean:.1%}")
+    axes.axvline(p, color="black", lw=1, label=f"this one {p:.1%}")
+    axes.set_yticks(range(len(order)), [words[g] for g in order], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(title=f"What moved the probability ({data.name}{', stand-in' * data.stand_in})",
+             xlabel=f"probability of {schema['target']} {schema['positive']}")
+    axes.legend(fontsize=8)
+    utils.save_figure(figure, out / "person.png")
+    print(f"\nwrote {out / 'person.png'}")
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: str):
+    """ROC, precision-recall and calibration of several models: probabilities (N,) each."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    for (name, p), style in zip(curves.items(), ("-", "--")):
+        fpr, tpr = roc_curve(p, y)
+        axes[0].plot(fpr, tpr, style, label=f"{name}, AUC {roc_auc(p, y):.4f}")
+        precision, recall, thresholds = precision_recall(p, y)
+        axes[1].plot(recall, precision, style, label=f"{name}, mean {average_precision(p, y):.4f}")
+        mean, share, _ = calibration(p, y)
+        axes[2].plot(mean, share, style, marker="o", label=f"{name}, error {calibration_error(p, y):.4f}")
+        if style == "-":
+            here = int((thresholds > threshold).sum()) - 1
+            spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")
+            axes[0].plot(fpr[here + 1], tpr[here + 1], **spot)
+            axes[1].plot(recall[here], precision[here], **spot)
+    axes[0].plot([0, 1], [0, 1], ":", color="grey", label="guessing")
+    axes[1].axhline(y.mean().item(), ls=":", color="grey", label="guessing")
+    axes[2].plot([0, 1], [0, 1], ":", color="grey", label="as said")
+    axes[0].set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
+    axes[1].set(title="Precision and recall", xlabel="recall", ylabel="precision")
+    axes[2].set(title="Calibration", xlabel="probability, mean in the bin", ylabel="share of positives")
+    for a in axes:
+        a.legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def write_labels(a, places: Tensor, words: list[str]) -> None:
+    """Write each word beside its dot (V, 2), in the corner where it covers the fewest words and dots."""
+    low, high = torch.tensor([a.get_xlim(), a.get_ylim()]).T  # (2,) each
+    dots = (places - low) / (high - low)  # of the axes' width and height
+    taken = [(x - 0.01, y - 0.01, x + 0.01, y + 0.01) for x, y in dots.tolist()]
+    for (x, y), word in zip(dots.tolist(), words):
+        width, height = 0.019 * len(word), 0.035  # of 7-point letters
+        boxes = {}
+        for ha, va in (("left", "bottom"), ("left", "top"), ("right", "bottom"), ("right", "top")):
+            left, bottom = x + 0.012 if ha == "left" else x - 0.012 - width, y if va == "bottom" else y - height
+            box = left, bottom, left + width, bottom + height
+            covered = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
+            boxes[ha, va] = box, covered + 9 * (box[0] < 0 or box[2] > 1)
+        ha, va = min(boxes, key=lambda corner: boxes[corner][1])
+        taken.append(boxes[ha, va][0])
+        a.text(x + (0.012 if ha == "left" else -0.012), y, word, fontsize=7, ha=ha, va=va, transform=a.transAxes)
+
+
+def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 50, limit: int = 6):
+    """The values of the largest category columns in two dimensions, those that at least so many training rows have."""
+    schema = data.schema
+    shown = sorted((k for k, values in enumerate(schema["values"]) if len(values) > 2),
+                   key=lambda k: -len(schema["values"][k]))[:limit]
+    figure, axes = plt.subplots(max(1, -(-len(shown) // 3)), 3, figsize=(15, 4.6 * max(1, -(-len(shown) // 3))),
+                                squeeze=False)
+    for a in axes.flat[len(shown) :]:
+        a.axis("off")
+    for a, k in zip(axes.flat, shown):
+        values, column = schema["values"][k], data.train.categories[:, k]
+        counts = column.bincount(minlength=len(values) + KNOWN)[KNOWN:]
+        often = (counts >= min(at_least, counts.sort(descending=True).values[2])).nonzero()[:, 0]
+        places, shares = pca(value_embeddings(model, k, len(values))[often])  # (V, 2)
+        rate = [data.train.target[column == i].mean().item() for i in (often + KNOWN).tolist()]
+        dots = a.scatter(*places.T, c=rate, cmap="viridis", s=25)
+        figure.colorbar(dots, ax=a, label=f"share of {schema['positive']}")
+        a.set_title(f"{schema['categorical'][k]} ({shares.sum():.0%} of the variance)", fontsize=10)
+        a.margins(0.12)
+        write_labels(a, places, [values[i][:18] for i in often.tolist()])
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py saved")
+    add("--data", help="the table it was trained on, where that is a CSV file of yours")
+    add("--person", help='one row, as "age=39, sex=Female"; what is left out is averaged over rows like it')
+    add("--by", nargs="+", metavar="COLUMN", help="category columns to show figures by; without it sex and race")
+    add("--repeats", type=int, default=3, help="shuffles of each column for its importance; more make its mean surer")
+    add("--device", default="cpu", help="auto, cpu, cuda or mps")
+    add("--seed", type=int, default=0, help="decides shuffles, and the rows that fill in what is not known of a person")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
+    args = parser.parse_args()
+    if args.repeats < 1:
+        raise utils.InputError(f"--repeats {args.repeats} must be greater than zero.")
+    utils.check_writable(args.out)
+    utils.set_seed(args.seed)
+    model, saved = load_tabular(args.model, utils.pick_device(args.device))
+    data = data_of(saved, args.data)
+    schema, label = data.schema, data.name + ", stand-in" * data.stand_in
+    columns = args.by or [name for name in ("sex", "race") if name in schema["categorical"]]
+    for name in columns:
+        if name not in schema["categorical"]:
+            raise utils.InputError(f"--by {name}: no such category column; there are "
+                                   f"{', '.join(schema['categorical'])}.")
+    if args.person is not None:
+        show_person(model, data, args.person, args.out, args.seed)
+        if data.stand_in:
+            utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
+        return
+
+    ## The threshold comes from the validation rows; the figures beside it from the test rows, which chose nothing.
+    y = data.test.target
+    p, p_val = predict(model, data.test), predict(model, data.val)
+    threshold = best_threshold(p_val, data.val.target)
+    print(f"\n{f'test ({label})':32}" + "".join(f"{name:>10}" for name in measures(p, y)))
+    for name, t in (("threshold 0.50", 0.5), (f"threshold {threshold:.2f}, best F1 on val", threshold)):
+        print(f"{name:32}" + "".join(f"{value:10.4f}" for value in measures(p, y, t).values()))
+    mean, share, count = calibration(p, y)
+    print(f"\nprobabilities and how often they came true; off by {calibration_error(p, y):.4f} on average\n"
+          "  said     " + "".join(f"{value:8.1%}" for value in mean) + "\n  came true" +
+          "".join(f"{value:8.1%}" for value in share) + "\n  rows     " + "".join(f"{value:8,}" for value in count))
+    linear = logistic_baseline(data).sigmoid()
+    utils.save_figure(draw_curves({"network": p, "logistic regression": linear}, y, threshold, f"Test rows ({label})"),
+                      args.out / "curves.png")
+
+    ## One accuracy for all may be two: a group of few positives is easily named right. What is missed shows in recall.
+    ## Named and positive apart, a group gets more, or less, than it has; where only recall differs, more of its
+    ## positives go unseen. They can't all be equal while groups differ in their share of positives (Kleinberg et al.
+    ## 2017): which one should be is no question of statistics.
+    shown = ("accuracy", "precision", "recall", "auc")
+    for name in columns:
+        print(f"\n{name:24}{'rows':>8}{'positive':>10}{'named':>10}" + "".join(f"{m:>10}" for m in shown) +
+              "   (test, threshold 0.50)")
+        for value, figures in by_group(p, data.test, schema, name, 0.5).items():
+            print(f"{value:24}{figures['rows']:8,}{figures['positive']:10.1%}{figures['named']:10.1%}" +
+                  "".join(f"{figures[m]:10.4f}" for m in shown))
+
+    names, groups = schema["numeric"] + schema["categorical"], tied_columns(to_matrix(data.train))
+    lost = permutation_importance(model, data.val, schema, groups, args.repeats, args.seed)  # (G, repeats)
+    words, order = ["\n".join(names[c] for c in group) for group in groups], lost.mean(1).argsort(descending=True)
+    print(f"\n{'AUC lost when shuffled (validation)':40}{'mean':>8}{'std':>9}")
+    for g in order.tolist():
+        spread = lost[g].std().item() if args.repeats > 1 else 0.0
+        print(f"{words[g].replace(chr(10), ' and '):40}{lost[g].mean():8.4f}{spread:9.4f}")
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(groups)))
+    axes.barh([words[g] for g in order], lost.mean(1)[order].tolist(), color=utils.COLORS[0])
+    axes.plot(lost[order].flatten(), np.repeat(np.arange(len(groups)), args.repeats), ".", color="black", ms=4)
+    axes.invert_yaxis()
+    axes.set(title=f"AUC lost when a column is shuffled ({label}, validation)", xlabel="AUC")
+    utils.save_figure(figure, args.out / "importance.png")
+    title = f"Embeddings in two dimensions; values close together are alike to the model ({label})"
+    utils.save_figure(draw_embeddings(model, data, title), args.out / "embeddings.png")
+    print(f"\nwrote curves.png, importance.png and embeddings.png to {args.out}")
+    if data.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
+
+
+if __name__ == "__main__":
+    utils.run(main)
