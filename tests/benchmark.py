@@ -403,6 +403,149 @@ def gpt2_generation(length: int = 256) -> None:
     row("06 generation, 124 M, tokens/s", ours, theirs, f"transformers' generate with cache, float32 ({dtype} here)")
 
 
+def boosting(seeds: int = 3) -> None:
+    """UCI Adult: train.py of chapter 04 as a user runs it, and scikit-learn's boosted trees with default settings."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    tab_load, tab_train = chapter("04_tabular", "load", "train")
+    data = tab_load.load_data(None)
+    if data.stand_in:
+        print("04 boosting: left out, UCI Adult is not at hand")
+        return
+    columns = [torch.cat([part.numeric, part.categories], 1).numpy() for part in (data.train, data.test)]
+    words = [False] * data.train.numeric.shape[1] + [True] * data.train.categories.shape[1]
+    sides = {"ours": [], "peer": []}
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, ROOT / "04_tabular" / "train.py", "--data", "adult", "--seed", str(seed)]
+            subprocess.run([*command, "--out", out], check=True, stdout=subprocess.DEVNULL)
+            written = json.loads((Path(out) / "metrics.json").read_text())
+        figures = (100 * written["metrics"][f"test_{name}"] for name in ("accuracy", "auc"))
+        sides["ours"].append((*figures, written["seconds"]))
+        peer, start = HistGradientBoostingClassifier(categorical_features=words, random_state=seed), time.perf_counter()
+        peer.fit(columns[0], data.train.target.numpy())
+        seconds = time.perf_counter() - start
+        p = torch.from_numpy(peer.predict_proba(columns[1])[:, 1])
+        figures = tab_train.measures(p, data.test.target)
+        sides["peer"].append((100 * figures["accuracy"], 100 * figures["auc"], seconds))
+    note = f"HistGradientBoostingClassifier, default settings, same rows; mean of {seeds} seeds on both sides"
+    for name, ours, theirs in zip(("test accuracy, %", "test AUC, %", "seconds of training"),
+                                  *([statistics.mean(values) for values in zip(*side)] for side in sides.values())):
+        row(f"04 {name}", ours, theirs, note, lower="seconds" in name)
+
+
+def bert_folder(folder: Path) -> str:
+    """MiniLM with a new head, and an adapter of rank 8 for query and value, in the files of hub and PEFT; or, where
+    MiniLM's weights are not at hand, random ones of its shape. Returns which of the two."""
+    bert, lora, classify = chapter("06_finetune", "bert", "lora", "bert_classify")
+    torch.manual_seed(0)
+    here = utils.DATA_DIR / "minilm"
+    options = {"labels": ["negative", "positive"], "pooling": "cls"}
+    if here.exists():
+        model = bert.open_bert(here, "minilm", bert.Classifier, **options)[0]
+    else:
+        model = bert.Classifier(bert.SIZES["minilm"] | options)
+    bert.save_model(model, folder)
+    lora.add_lora(model, 8, 16, 0.0, ["query", "value"])
+    lora.save_adapter(model, folder / "adapter", str(folder), "", "SEQ_CLS", classify.heads(model))
+    return "MiniLM" if here.exists() else "random weights of MiniLM's shape"
+
+
+def bert_side(side: str, folder: Path, method: str, steps: int = 20) -> None:
+    """One side of the row `bert`, in a process of its own, for memory is counted by the process. Prints JSON."""
+    utils.keep_memory() if side == "ours" else None
+    bert, lora, classify, ft = chapter("06_finetune", "bert", "lora", "bert_classify", "train")
+    dtype = utils.pick_dtype(torch.device("cpu")) if side == "ours" else torch.float32
+    if side == "ours":
+        config = bert.read_config(folder / "config.json") | {"dropout": 0.0}
+        model = bert.read_model(folder, config, bert.Classifier).train()
+        if method == "lora":
+            model.requires_grad_(False)
+            lora.load_adapter(model, folder / "adapter", "", classify.heads(model))
+        options = {"fused": True}
+    else:
+        import peft
+        from transformers import AutoModelForSequenceClassification
+
+        none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = AutoModelForSequenceClassification.from_pretrained(folder, **none).train()
+        if method == "lora":
+            model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True).train()
+        options = {}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, **options)
+    generator = torch.Generator().manual_seed(0)  # lengths as SST-2's, in batches of a length on both sides
+    lengths = torch.randint(4, 44, (7000,), generator=generator).tolist()
+    seconds, losses = [], []
+    for _, rows in zip(range(steps), classify.batches(lengths, 32, seed=0)):
+        texts = [torch.randint(1000, 30000, (lengths[i],), generator=generator).tolist() for i in rows]
+        ids, mask = chapter("06_finetune", "wordpiece").pad(texts, 0)
+        y = torch.randint(2, (32,), generator=generator)
+        start = time.perf_counter()
+        if side == "ours":
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = model(ids, mask)
+            loss = F.cross_entropy(logits, y)
+        else:
+            loss = model(input_ids=ids, attention_mask=mask.long(), labels=y).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": statistics.mean(seconds[2:]), "memory": ft.peak_memory(torch.device("cpu")),
+                      "losses": losses, "trained": sum(p.numel() for p in trained), "dtype": str(dtype)}))
+
+
+def bert() -> None:
+    """A training step of MiniLM as a classifier, 32 sentences a batch, whole and by LoRA: seconds, peak memory."""
+    for method in ("full", "lora"):
+        with tempfile.TemporaryDirectory() as folder:
+            what = bert_folder(Path(folder))
+            runs = {"ours": [], "peer": []}
+            for side in ["ours", "peer"] * 3:
+                command = [sys.executable, __file__, "--side", side, "--folder", folder, "--job", f"bert-{method}"]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+        seconds, memory = ([statistics.median(run[key] for run in side) for side in runs.values()]
+                           for key in ("seconds", "memory"))
+        ours, peer = runs["ours"][0], runs["peer"][0]
+        note = (f"transformers{' + peft' * (method == 'lora')}, float32 ({ours['dtype']} here), {what}; "
+                f"{ours['trained']:,} and {peer['trained']:,} trained")
+        row(f"06 seconds per step of BERT, {method}", *seconds, note, lower=True)
+        difference = max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"]))
+        note = f"same runs; losses differ by up to {difference:.4f} of {peer['losses'][0]:.2f}"
+        row(f"06 peak memory of BERT, {method}, GB", memory[0] / 1e9, memory[1] / 1e9, note, lower=True)
+
+
+def wordpiece() -> None:
+    """Texts per second, all of SST-2 from text to ids; a new tokenizer each time, as ours remembers words."""
+    from transformers import BertTokenizerFast
+
+    module, classify = chapter("06_finetune", "wordpiece", "bert_classify")
+    path = utils.DATA_DIR / "minilm" / "vocab.txt"
+    if not path.exists() or not (utils.DATA_DIR / "sst2").exists():
+        print("06 wordpiece: left out, MiniLM's vocabulary or SST-2 is not at hand")
+        return
+    texts = [text for part in classify.load_data("sst2")[:3] for text in part.texts]
+    found = {}
+
+    def once(side):
+        tokenizer = module.WordPiece.load(path) if side == "ours" else BertTokenizerFast(str(path))
+        start = time.perf_counter()
+        if side == "ours":
+            found[side] = [tokenizer.encode(text).ids for text in texts]
+        else:
+            found[side] = tokenizer(texts)["input_ids"]
+        return len(texts) / (time.perf_counter() - start)
+
+    ours, theirs = alternate(lambda: once("ours"), lambda: once("peer"), 5)
+    same = sum(a == b for a, b in zip(found["ours"], found["peer"], strict=True))
+    note = f"transformers' fast tokenizer, in Rust; {same:,} of {len(texts):,} equal"
+    row("06 WordPiece, texts/s", ours, theirs, note)
+
+
 def row(name: str, ours: float, peer: float, note: str, lower: bool = False) -> None:
     ratio = peer / ours if lower else ours / peer
     print(f"{name:40} ours {ours:10,.2f}   peer {peer:10,.2f}   {ratio:5.2f} x   {note}", flush=True)
@@ -414,8 +557,11 @@ ROWS = {
     "training": training,
     "generation": generation,
     "time_to_loss": time_to_loss,
+    "boosting": boosting,
     "lora": lora,
     "gpt2_generation": gpt2_generation,
+    "bert": bert,
+    "wordpiece": wordpiece,
 }
 
 if __name__ == "__main__":
@@ -423,9 +569,13 @@ if __name__ == "__main__":
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)  # lora starts this script anew
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--job", default="lora", help=argparse.SUPPRESS)  # what the new script does
     args = parser.parse_args()
     if args.side:
-        lora_side(args.side, args.folder)
+        if args.job == "lora":
+            lora_side(args.side, args.folder)
+        else:
+            bert_side(args.side, args.folder, args.job.removeprefix("bert-"))
         sys.exit()
     utils.keep_memory()
     for name in args.rows:

@@ -17,7 +17,7 @@ from conftest import REAL, ROOT, chapter
 
 import utils
 
-load, train = chapter("04_tabular", "load", "train")
+load, train, experiment = chapter("04_tabular", "load", "train", "experiment")
 FOLDER = ROOT / "04_tabular"
 SMALL = ["--data", "census", "--members", "2", "--hidden", "16", "--n-embd", "4", "--lr", "0.01", "--device", "cpu"]
 
@@ -344,6 +344,97 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert "the loss became" in run("train.py", *SMALL, "--epochs", 1, "--lr", "1e38", "--out", tmp_path, code=1)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+# ---------------------------------------------------------------------------------------------- experiment.py
+def same_weights(model, other):
+    """Copy all weights of other into model, with larger numbers: first weights are small and would hide mistakes."""
+    for p in other.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.load_state_dict(other.state_dict())
+
+
+def test_the_experiment_starts_from_what_train_uses(census, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    options = vars(train.parse_options()[0])
+    shared = experiment.BASE.keys() & options.keys()
+    assert len(shared) == len(experiment.BASE) - 2  # but for categories and numbers
+    assert {name for name in shared if experiment.BASE[name] != options[name]} <= {"members"}
+    recipe = experiment.BASE | {"dropout": 0.0}
+    config = {name: recipe[name] for name in ("members", "n_embd", "hidden", "n_layer", "dropout")}
+    theirs = train.TabularNet(**train.fit_columns(census, recipe["bins"], recipe["exact"]), **config)
+    mine = experiment.AnyNet(recipe, census)
+    same_weights(mine, theirs)
+    torch.testing.assert_close(mine(*mine.encode(census.val)), theirs(*theirs.encode(census.val)), atol=1e-3, rtol=1e-4)
+
+
+def test_one_hot_columns_can_do_what_embeddings_do(census):
+    """An embedding, then a linear layer, is one linear layer on one-hot columns: the product of the two matrices."""
+    recipe = experiment.BASE | {"dropout": 0.0, "members": 2, "exact": 0}
+    embedded = experiment.AnyNet(recipe, census)
+    one_hot = experiment.AnyNet(recipe | {"categories": "one-hot"}, census)
+    D, W = recipe["n_embd"], embedded.layers[0].weight  # (E, I, M)
+    with torch.no_grad():
+        for name, p in one_hot.named_parameters():
+            if not name.startswith("layers.0.weight"):
+                p.copy_(embedded.state_dict()[name])
+        bounds = [*embedded.first.tolist(), len(embedded.table)]
+        K = len(bounds) - 1
+        for e in range(2):
+            rows = [embedded.table[bounds[k] : bounds[k + 1], e] @ W[e, k * D : (k + 1) * D] for k in range(K)]
+            one_hot.layers[0].weight[e] = torch.cat([*rows, W[e, K * D :]])
+        part = load.Part(*(tensor[:200] for tensor in census.val))
+        torch.testing.assert_close(one_hot(*one_hot.encode(part)), embedded(*embedded.encode(part)), atol=1e-4,
+                                   rtol=1e-4)
+
+
+def test_ways_in_for_numbers(census):
+    x = census.train.numeric
+    kinds = ("raw", "standardised", "quantile")
+    nets = (experiment.AnyNet(experiment.BASE | {"numbers": kind}, census) for kind in kinds)
+    raw, standardised, quantile = (net.encode(census.train)[0] for net in nets)
+    assert torch.equal(raw[:, :, 0], x)
+    torch.testing.assert_close(standardised[:, :, 0].double(), (x.double() - x.double().mean(0)) / x.double().std(0),
+                               atol=1e-3, rtol=1e-3)
+    for f in range(x.shape[1]):  # order stays
+        order = x[:, f].argsort()
+        assert (quantile[order, f, 0].diff() >= 0).all()
+    model = experiment.AnyNet(experiment.BASE | {"numbers": "periodic", "exact": 0}, census)
+    bins, index = model.encode(load.Part(*(tensor[:3] for tensor in census.train)))
+    inputs, E, D = model.embed(bins, index), experiment.BASE["members"], experiment.BASE["n_embd"]
+    f, e, n = 3, 1, 2
+    angle = 2 * math.pi * model.frequencies[f, :, e] * bins[n, f, 0]
+    waves = torch.cat([angle.cos(), angle.sin()])  # (2 P,)
+    expected = F.relu(waves @ model.slopes[f, :, e] + model.offsets[f, 0, e])
+    assert len(inputs) == E
+    torch.testing.assert_close(inputs[e, n].view(-1, D)[index.shape[1] + f], expected)
+
+
+def test_experiment_runs(tmp_path):
+    path = tmp_path / "t.csv"
+    rng = np.random.default_rng(0)
+    rows = [[f"{x:.2f}", w, int(x + (w == "a") + rng.normal() > 0)] for x, w in zip(rng.normal(size=300), "abc" * 100)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["x", "word", "y"], *rows])
+    out = run("experiment.py", "--data", path, "--target", "y", "--seeds", 2, "--epochs", 2, "--device", "cpu",
+              "--out", tmp_path)
+    assert "16 of 16 members" in out and (tmp_path / "experiment.png").stat().st_size > 1000
+    results = json.loads((tmp_path / "experiment.json").read_text())
+    assert len(results["rows"]) == len(experiment.CHANGES)
+    assert all(len(row["auc"]) == 2 and 0 <= min(row["auc"]) for row in results["rows"])
+    assert results["auc_by_members"][1][-1] == pytest.approx(results["rows"][-1]["auc"][1], abs=1e-12)
+    assert "no row" in run("experiment.py", "--data", path, "--target", "y", "--rows", "xyz", "--out", tmp_path, code=1)
+
+
+@pytest.mark.real("adult.data")
+def test_what_train_says_of_capital_gains_in_adult_is_so(monkeypatch):
+    monkeypatch.setattr(utils, "DATA_DIR", REAL)
+    rows = load.read_adult()[0].rows
+    for gain, n, rich in (("5013", 69, 0), ("5178", 97, 97)):
+        found = [row[-1] for row in rows if row[load.COLUMNS.index("capital-gain")] == gain]
+        assert (len(found), found.count(">50K")) == (n, rich)
+    zero = sum(row[load.COLUMNS.index("capital-gain")] == "0" for row in rows) / len(rows)
+    assert round(100 * zero) == 92
 
 
 @pytest.mark.real("adult.data")
