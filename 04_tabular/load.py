@@ -10,7 +10,8 @@ rows alone; and how good the best possible prediction is, where the model that m
     python 04_tabular/load.py --data my.csv --target COLUMN --types zip=category id=ignore
 
 You should see (Adult): 26,048 / 6,513 / 16,281 rows, 24.1 % of the training rows above 50K; 6 numeric columns, 8 of
-categories.
+categories; on the test rows logistic regression with accuracy .8520 and AUC .9053. On the census .8678 and .8941,
+where the best possible are .8934 and .9309.
 Writes: outputs/columns.png. Left out on purpose: dates and free text, and targets of more than two values.
 """
 
@@ -119,12 +120,12 @@ def read_csv(path: Path) -> Table:
         for row in reader:
             here, begins = begins, reader.line_num + 1  # a quoted value may run over several lines
             row = [value.strip() for value in row]
-            if not row:
+            if row in ([], [""]):
                 continue  # an empty line
             if not columns:
                 columns = row
                 for name in columns:
-                    if name.lower() in MISSING or NUMBER.fullmatch(name) or SEPARATED.fullmatch(name):
+                    if name in ("", "?") or NUMBER.fullmatch(name) or SEPARATED.fullmatch(name):
                         raise utils.InputError(f"{path}, line {here}: {name!r} is no name of a column; the first line "
                                                "must be a header that names them all.")
                     if columns.count(name) > 1:
@@ -132,8 +133,9 @@ def read_csv(path: Path) -> Table:
                                                f"{name!r}; give each a name of its own.")
                 continue
             if len(row) != len(columns):
-                raise utils.InputError(f"{path}, line {here}: {len(row)} values, but the header names {len(columns)} "
-                                       "columns; a value that contains the separator needs quotes around it.")
+                raise utils.InputError(f"{path}, line {here}: {len(row)} value{'s' * (len(row) > 1)}, but the header "
+                                       f"names {len(columns)} columns; a value that contains the separator needs "
+                                       "quotes around it.")
             rows.append(row)
             lines.append(f"line {here}")
     except csv.Error as error:
@@ -424,10 +426,12 @@ def load_data(data: str | None = None, target: str | None = None, types: Sequenc
     train, val = (rest[i] for i in stratified(y[rest], math.ceil(0.2 * len(rest)), SPLIT_SEED))
     schema = fit_schema(table, target, kinds, (negative, positive), train)
     everything = encode(table, schema)
-    for i, j in (everything.categories == UNSEEN).nonzero()[:5].tolist():
-        column = schema["categorical"][j]
-        print(f"{table.lines[i]}: {column} {table.rows[i][table.columns.index(column)]!r} is in no training row; it "
-              "counts as unseen")
+    for column, indices in zip(schema["categorical"], everything.categories.T):
+        found = (indices == UNSEEN).nonzero()[:, 0].tolist()
+        if found:
+            value = table.rows[found[0]][table.columns.index(column)]
+            print(f"{table.lines[found[0]]}: {column} {value!r} is in no training row; it counts as unseen"
+                  + f", and so do {len(found) - 1:,} values further down" * (len(found) > 1))
     parts = [Part(*(tensor[rows] for tensor in everything)) for rows in (train, val, tested)]
     if best is None:
         return Data(*parts, schema, Path(name).name, False, None, None)

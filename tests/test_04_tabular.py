@@ -133,7 +133,7 @@ def test_csv_dialects_give_the_same_numbers(tmp_path, delimiter, end, start):
     expected = load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
     path = tmp_path / "b.csv"
     write(path, header, rows, delimiter, end)
-    path.write_bytes(start.encode() + path.read_bytes() + (end * 2).encode())  # empty lines at the end
+    path.write_bytes(start.encode() + path.read_bytes() + (end + "  " + end).encode())  # empty lines
     found = load.load_data(str(path), "sold")
     for a, b in zip(expected[:3], found[:3]):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
@@ -286,7 +286,12 @@ def test_a_category_never_seen_is_said_with_its_line(tmp_path, capsys):
     i = load.stratified(y, 40, load.SPLIT_SEED)[1][7].item()  # a row to test on
     rows[i][1] = "ultraviolet"
     load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
-    assert f"line {i + 2}: color 'ultraviolet' is in no training row" in capsys.readouterr().out
+    assert f"line {i + 2}: color 'ultraviolet' is in no training row; it counts as unseen\n" in capsys.readouterr().out
+    for k in range(200):
+        rows[k][1] = f"color {k}"
+    data = load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
+    assert "is in no training row; it counts as unseen, and so do 71 values further down" in capsys.readouterr().out
+    assert (torch.cat([data.val.categories, data.test.categories]) == load.UNSEEN).all()
 
 
 def test_one_described_row_is_encoded_as_the_table_is(census):
