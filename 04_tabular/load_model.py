@@ -14,6 +14,7 @@ a model fair; this only shows where it is not.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -412,8 +413,8 @@ def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 5
     schema = data.schema
     shown = sorted((k for k, values in enumerate(schema["values"]) if len(values) > 2),
                    key=lambda k: -len(schema["values"][k]))[:limit]
-    figure, axes = plt.subplots(max(1, -(-len(shown) // 3)), 3, figsize=(15, 4.6 * max(1, -(-len(shown) // 3))),
-                                squeeze=False)
+    height = math.ceil(len(shown) / 3)
+    figure, axes = plt.subplots(height, 3, figsize=(15, 4.6 * height), squeeze=False)
     for a in axes.flat[len(shown) :]:
         a.axis("off")
     for a, k in zip(axes.flat, shown):
@@ -502,9 +503,12 @@ def main() -> None:
     axes.invert_yaxis()
     axes.set(title=f"AUC lost when a column is shuffled ({label}, validation)", xlabel="AUC")
     utils.save_figure(figure, args.out / "importance.png")
-    title = f"Embeddings in two dimensions; values close together are alike to the model ({label})"
-    utils.save_figure(draw_embeddings(model, data, title), args.out / "embeddings.png")
-    print(f"\nwrote curves.png, importance.png and embeddings.png to {args.out}")
+    wrote = ["curves.png", "importance.png"]
+    if any(len(values) > 2 for values in schema["values"]):
+        title = f"Embeddings in two dimensions; values close together are alike to the model ({label})"
+        utils.save_figure(draw_embeddings(model, data, title), args.out / "embeddings.png")
+        wrote.append("embeddings.png")
+    print(f"\nwrote {', '.join(wrote)} to {args.out}")
     if data.stand_in:
         utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
 

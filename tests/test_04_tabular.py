@@ -183,6 +183,8 @@ BAD = {  # name: (what makes the file, further options, words of the message)
     "a long row": (bad(lambda header, rows: rows[5].append("x")), ["sold"], "line 7: 5 values"),
     "a row after a long value": (bad(lambda header, rows: (rows[0].__setitem__(1, "a\nb"), rows[1].pop())), ["sold"],
                                  "line 4: 3 values"),
+    "a short row over two lines": (bad(lambda header, rows: rows.insert(2, ["1", "a\nb"])), ["sold"],
+                                   "line 4: 2 values"),
     "target with one value": (column(3, lambda i: "yes"), ["sold"], "'yes' on every line, from line 2 to line 201"),
     "target with many": (column(3, lambda i: "abc"[min(i, 2)]), ["sold"], "'a', 'b', 'c' by line 4"),
     "target missing": (put(8, 3, "?"), ["sold"], "sold is missing on line 10"),
