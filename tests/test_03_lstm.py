@@ -1,6 +1,7 @@
-"""Chapter 03, data and recurrence by hand, against NumPy, scikit-learn, nn.LSTM, autograd and many simulated years."""
+"""Chapter 03 but for its training: against NumPy, scikit-learn, nn.LSTM, autograd and many simulated years."""
 
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from conftest import REAL, ROOT, chapter
 
 import utils
 
-load, from_scratch = chapter("03_lstm", "load", "from_scratch")
+load, from_scratch, train, load_model = chapter("03_lstm", "load", "from_scratch", "train", "load_model")
 FOLDER = ROOT / "03_lstm"
 
 
@@ -127,6 +128,12 @@ def years():
     return load.station(120_000, seed=3)[:3]
 
 
+def test_loads_are_switched_in_steps(years):
+    level = years[2][:, load.STATES.index("switched load")]
+    jumps = np.diff(level) != 0
+    assert 150 < jumps.sum() < 350 and np.abs(np.diff(level)[jumps]).mean() > 1  # of 240 expected; 500 hours of rest
+
+
 def test_the_noise_floor_is_what_the_oracle_loses_over_many_years(years):
     y, known, x = years
     expected, measured = load.expected_floor(96), load.oracle_errors(y, known, x, range(0, 119_000, 1), 96)
@@ -207,7 +214,7 @@ def test_a_good_file(tmp_path, end):
 
 def test_the_date_may_be_any_column_and_carry_a_zone(tmp_path):
     rows = [f"{t},2020-01-01T{t:02}:00:00+01:00,{-t}" for t in range(24)]
-    found = load.read_table(tmp_path / write(tmp_path / "x.csv", ["a,Timestamp,b", *rows]))
+    found = load.read_table(tmp_path / write(tmp_path / "x.csv", ["\ufeffa,Timestamp,b", *rows]))
     assert found.columns == ["a", "b"] and found.values[5].tolist() == [5, -5]
     assert found.dates[1] - found.dates[0] == timedelta(hours=1)
 
@@ -229,6 +236,7 @@ def cell(column, text):
 BAD = {
     "text": (changed(42, cell(2, "high")), "line 42, column b: 'high' is no number"),
     "underscore": (changed(42, cell(1, "1_000")), "line 42, column a: '1_000' is no number"),
+    "after blank lines": (["", *table()[:9], "", *changed(42, cell(2, "high"))[9:]], "line 44, column b: 'high'"),
     "one NaN": (changed(50, cell(1, "NaN")), r"1 cells .*\(a: 1\), the first in line 50, column a"),
     "holes": ([line if i % 50 or not i else line.rsplit(",", 2)[0] + ",," for i, line in enumerate(table())],
               r"8 cells are empty.*\(a: 4, b: 4\), the first in line 51, column a"),
@@ -271,6 +279,13 @@ def test_a_column_that_is_constant_only_while_training_is_refused(tmp_path):
     path = write(tmp_path / "x.csv", table(c=["1"] * 120 + ["2"] * 80))
     with pytest.raises(utils.InputError, match="column c is 1 in all 120"):
         load.load_data(path, 30, 10)
+
+
+def test_every_part_must_hold_a_window(tmp_path):
+    path = write(tmp_path / "x.csv", table(60))
+    load.load_data(path, 10, 12)
+    with pytest.raises(utils.InputError, match="36 / 12 / 12"):
+        load.load_data(path, 10, 13)
 
 
 def test_paths_that_are_no_files(tmp_path):
@@ -372,7 +387,7 @@ def test_plain_gradients_vanish_or_explode_and_open_forget_gates_keep_them(stati
     assert 1e-2 < norm("lstm", 5.0) < 1e2
 
 
-# ---------------------------------------------------------------------------------------------- the scripts
+# ---------------------------------------------------------------------------------------------- load_model.py
 def main(module, monkeypatch, capsys, *options):
     """What a script prints, without the seconds that a process of its own needs."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, options)])
@@ -380,6 +395,115 @@ def main(module, monkeypatch, capsys, *options):
     return capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a small run of train.py on station: 48 hours -> 24 hours."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = "--data station --model lstm --lookback 48 --horizon 24 --hidden 8 --epochs 1 --batch-size 512"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *options.split(), "--device", "cpu", "--out", str(folder)])
+        train.main()
+    return folder
+
+
+def test_measures_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randn(50, 6, generator=g).cumsum(0)
+    for noise in (0.3, 9.0):  # the second is worse than the mean
+        y = truth + noise * torch.randn(50, 6, generator=g)
+        found, a, b = load_model.measure(y, truth), truth.flatten().numpy(), y.flatten().numpy()
+        assert found["MSE"] == pytest.approx(metrics.mean_squared_error(a, b), rel=1e-5)
+        assert found["RMSE"] == pytest.approx(metrics.mean_squared_error(a, b) ** 0.5, rel=1e-5)
+        assert found["MAE"] == pytest.approx(metrics.mean_absolute_error(a, b), rel=1e-5)
+        assert found["R2"] == pytest.approx(metrics.r2_score(a, b), rel=1e-5, abs=1e-5)
+    assert found["R2"] < 0
+
+
+def test_predictions_are_those_that_train_evaluated(trained, station):
+    model, saved = train.load_forecaster(trained / "model.pt")
+    data = load.prepare(station, 48, 24)
+    y, truth = load_model.predict(model, data.test, 48, 24)
+    assert y.shape == truth.shape == (2880 - 24 + 1, 24, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(y[1000], model(data.test[None, 1000:1048])[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(truth[1000], data.test[1048:1072])
+    figures = json.loads((trained / "metrics.json").read_text())["metrics"]
+    ours = load_model.measure(y, truth)
+    for name in ("mse", "mae", "rmse", "r2"):
+        assert ours[name.upper()] == pytest.approx(figures[f"test_{name}"], rel=1e-4)
+
+
+def test_forecast_goes_on_where_the_file_ends_scaled_by_the_checkpoint(trained, station, tmp_path, monkeypatch, capsys):
+    """On a file of another length, so of another scaler; and what is written can be appended to the file."""
+    rows = zip(station.dates[:1000], station.values[:1000].tolist())
+    lines = ["date," + ",".join(station.columns), *(",".join([str(date), *map(repr, row)]) for date, row in rows)]
+    path = write(tmp_path / "mine.csv", lines + [""])
+    out = main(load_model, monkeypatch, capsys, "--model", trained / "model.pt", "--data", path, "--out", tmp_path,
+               "--device", "cpu", "--windows", 0, 176, "--channels", "LUFL")
+    assert "mine.csv, trained on station, stand-in" in out and "and not on mine.csv" in out
+    model, saved = train.load_forecaster(trained / "model.pt")
+    mean, std = saved["mean"].double(), saved["std"].double()
+    with torch.no_grad():
+        expected = model(((station.values[952:1000] - mean) / std).float()[None])[0].double() * std + mean
+    found = load.read_table(tmp_path / "forecast.csv")
+    assert found.columns == station.columns and found.dates == station.dates[1000:1024]
+    torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-4)
+    with open(path, "a") as file:
+        file.write((tmp_path / "forecast.csv").read_text().split("\n", 1)[1])
+    assert len(load.read_table(tmp_path / "mine.csv").values) == 1024
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_dates_of_days_are_written_without_a_time(tmp_path):
+    first = datetime(2024, 2, 27)
+    dates = [first + k * timedelta(days=1) for k in range(3)]
+    load_model.write_csv(tmp_path / "x.csv", ["a"], dates, torch.tensor([[1.0], [2.5], [3.0]]))
+    assert (tmp_path / "x.csv").read_text() == "date,a\n2024-02-27,1\n2024-02-28,2.5\n2024-02-29,3\n"
+    dates = [first + k * timedelta(hours=12) for k in range(3)]
+    load_model.write_csv(tmp_path / "x.csv", ["a"], dates, torch.tensor([[1.0], [2.5], [3.0]]))
+    assert (tmp_path / "x.csv").read_text().splitlines()[1] == "2024-02-27 00:00:00,1"
+
+
+def test_the_future_is_made_of_the_last_rows_alone(station):
+    seen = []
+    forecast = lambda x: seen.append(x) or x[:, -3:] + 1  # noqa: E731
+    mean, std = torch.full((7,), 2.0).double(), torch.full((7,), 4.0).double()
+    dates, y = load_model.future(forecast, station, mean, std, 10)
+    torch.testing.assert_close(seen[0][0].double(), (station.values[-10:] - 2) / 4)
+    torch.testing.assert_close(y, station.values[-3:] + 4, rtol=1e-5, atol=1e-5)  # one scaled unit is std
+    assert dates[0] - station.dates[-1] == timedelta(hours=1) and len(dates) == 3
+
+
+def test_load_model_as_a_script(trained, tmp_path, monkeypatch, capsys):
+    options = ("--model", trained / "model.pt", "--device", "cpu", "--out", tmp_path)
+    out = main(load_model, monkeypatch, capsys, *options)
+    mse = json.loads((trained / "metrics.json").read_text())["metrics"]["test_mse"]
+    everything = next(line for line in out.splitlines() if line.startswith("all "))
+    assert float(everything.split()[1]) == pytest.approx(mse, abs=6e-4) and "STAND-IN" in out
+    by_step = {line[:28].strip(): [float(v) for v in line[28:].split()] for line in out.splitlines()
+               if line.startswith(("lstm  ", "the best possible", "same hour"))}
+    assert all(a > b for a, b in zip(by_step["lstm"], by_step["the best possible forecast"], strict=True))
+    for name in ("forecasts.png", "steps.png", "residuals.png", "future.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    for more, message in ((("--windows", 0, 9999), "windows 0 to 2856"), (("--windows", -1), "windows 0 to 2856"),
+                          (("--channels", "OT", "XY"), "--channels XY: there is HUFL"),
+                          (("--data", write(tmp_path / "x.csv", table())), "columns a, b, but the model knows HUFL")):
+        with pytest.raises(utils.InputError, match=message):
+            main(load_model, monkeypatch, capsys, *options, *more)
+
+
+def test_models_that_are_none(trained, tmp_path, monkeypatch, capsys):
+    assert "make it with: python 03_lstm/train.py" in run("load_model.py", "--model", tmp_path / "no.pt", "--out",
+                                                          tmp_path, code=1)
+    saved = utils.load_checkpoint(trained / "model.pt", train.SCRIPT)
+    for change in ({"kind": "other"}, {"config": saved["config"] | {"hidden": 9}}, {"config": {}}):
+        utils.save_checkpoint(tmp_path / "model.pt", saved | change)
+        with pytest.raises(utils.InputError, match="make a new one with"):
+            main(load_model, monkeypatch, capsys, "--model", tmp_path / "model.pt", "--out", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- the scripts
 def test_load_as_a_script(tmp_path, monkeypatch, capsys):
     out = main(load, monkeypatch, capsys, "--data", "station", "--out", tmp_path)
     assert out.count("STAND-IN") == 2 and "noise floor" in out and "2,785" in out
@@ -393,7 +517,8 @@ def test_load_as_a_script(tmp_path, monkeypatch, capsys):
 
 
 def test_from_scratch_as_a_script(tmp_path):
-    options = ("--data", "station", "--lookback", 24, "--horizon", 12, "--hidden-size", 16, "--epochs", 1)
+    options = ("--data", "station", "--lookback", 24, "--horizon", 12, "--hidden-size", 16, "--epochs", 1,
+               "--batch-size", 128)
     out = run("from_scratch.py", *options, "--out", tmp_path)
     figures = {line[:28].strip(): [float(v) for v in line[28:].split()[:2] if "." in v] for line in out.splitlines()
                if line.startswith(("repeat last", "LSTM by hand", "the best possible"))}

@@ -1,0 +1,258 @@
+"""Use a trained forecaster: see where it is right and where it is wrong, and forecast what nobody has measured yet.
+
+You learn here: to look at forecasts, not only at their mean error; how the error grows with the step; what residuals
+tell (a bias, a spread, a pattern that was missed); what MSE, RMSE, MAE and R² each say; and how a forecast leaves the
+scaled world and goes on where the file ends.
+
+    python 03_lstm/load_model.py                                     after: python 03_lstm/train.py
+    python 03_lstm/load_model.py --windows 0 1000 2000 --channels OT LUFL
+
+Writes to outputs/: forecast.csv (beyond the end of the file), forecasts.png, steps.png, residuals.png, future.png.
+Left out on purpose: intervals around the forecast; the spread of the residuals by step is what they would be made of.
+"""
+
+import argparse
+import csv
+import io
+import math
+import sys
+from collections.abc import Callable
+from datetime import datetime, time, timedelta
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from load import Table, autocorrelation, noise_floor, prepare, read_series, split, windows  # noqa: E402
+from train import SCRIPT, load_forecaster, repeat_last, same_hour_yesterday, set_dtype  # noqa: E402
+
+# Shapes: B windows, T time steps looked back on, C channels, P predicted steps, N rows
+
+DAY = timedelta(days=1)
+
+
+@torch.inference_mode()
+def predict(forecast: Callable[[Tensor], Tensor], part: Tensor, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """Forecasts and truth for every window of a part (N, C): (B, P, C) each, B = N - T - P + 1, on the CPU."""
+    inputs, targets = windows(part, lookback, horizon)
+    return torch.cat([forecast(x).cpu() for x in inputs.split(256)]), targets.cpu()
+
+
+def measure(y: Tensor, truth: Tensor) -> dict[str, float]:
+    """The usual error measures of forecasts y against the truth, both of one shape.
+
+    ##     MSE  = mean (y - truth)^2       an error of 2 counts four times an error of 1
+    ##     RMSE = sqrt(MSE)                the same, in the channel's own unit
+    ##     MAE  = mean |y - truth|         in the channel's own unit; an error of 2 counts twice an error of 1
+    ##     R^2  = 1 - MSE / variance       1 is perfect, 0 is what the mean of the truth would reach
+    ## R^2 compares with a mean that nobody knew beforehand. Where a channel drifts little while it is tested, and far
+    ## from where it was before, an honest forecast comes out below zero.
+    """
+    error, truth = (y - truth).double(), truth.double()
+    mse = error.square().mean()
+    r2 = 1 - mse / (truth - truth.mean()).square().mean()
+    return {"MSE": mse.item(), "RMSE": mse.sqrt().item(), "MAE": error.abs().mean().item(), "R2": r2.item()}
+
+
+# ---------------------------------------------------------------------------------------------- beyond the end
+@torch.inference_mode()
+def future(forecast: Callable[[Tensor], Tensor], table: Table, mean: Tensor, std: Tensor,
+           lookback: int) -> tuple[list[datetime], Tensor]:
+    """Forecast what follows the last row of a table: the dates, going on, and (P, C) in the file's units.
+
+    ## The model reads scaled numbers and says scaled numbers. On the way in and out the scaler must be the one of its
+    ## training, which is why the checkpoint carries it.
+    """
+    x = ((table.values[-lookback:] - mean) / std).float()  # (T, C)
+    y = forecast(x[None])[0].cpu().double() * std + mean  # (P, C)
+    step = table.dates[-1] - table.dates[-2]
+    return [table.dates[-1] + (k + 1) * step for k in range(len(y))], y
+
+
+def write_csv(path: Path, columns: list[str], dates: list[datetime], y: Tensor) -> None:
+    """Write a forecast (P, C) in the form that load.py reads; where rows are days, the dates have no time of day."""
+    whole_days = len(dates) > 1 and dates[1] - dates[0] >= DAY and all(date.time() == time.min for date in dates)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["date", *columns])
+    rows.writerows([date.date() if whole_days else date, *(f"{value:.6g}" for value in row)]
+                   for date, row in zip(dates, y.tolist()))
+    utils.write_atomically(path, text.getvalue().encode())
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+def draw_forecasts(test: Tensor, y: Tensor, lookback: int, chosen: list[int], channels: list[int], columns: list[str],
+                   title: str, path: Path) -> None:
+    """For each chosen window (row) and channel (column): the end of its input, the truth, and the forecast y (B, P, C).
+
+    test (T + N, C): the part that the windows are of.
+    """
+    P = y.shape[1]
+    shown = min(lookback, 2 * P)
+    inputs, truth = windows(test, lookback, P)
+    figure, axes = plt.subplots(len(chosen), len(channels), figsize=(5.5 * len(channels), 2.3 * len(chosen)),
+                                squeeze=False, sharex=True)
+    for row, i in zip(axes, chosen):
+        for a, j in zip(row, channels):
+            a.plot(range(1 - shown, 1), inputs[i, -shown:, j], color="black", lw=0.9, label="input")
+            a.plot(range(1, P + 1), truth[i, :, j], color=utils.COLORS[0], lw=0.9, label="truth")
+            a.plot(range(1, P + 1), y[i, :, j], color=utils.COLORS[1], lw=1.5, label="forecast")
+            mse = (y[i, :, j] - truth[i, :, j]).square().mean()
+            a.set_title(f"{columns[j]}, window {i}: MSE {mse:.2f}", fontsize=9)
+    for a in axes[-1]:
+        a.set_xlabel("rows from now")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{title}, test, scaled", y=1.0)
+    figure.tight_layout()
+    utils.save_figure(figure, path)
+
+
+def draw_steps(errors: dict[str, Tensor], title: str, path: Path) -> None:
+    """errors: name -> mean squared error by step (P,)."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    for (name, error), style in zip(errors.items(), ("-", ":", "--", "-.")):
+        axes.plot(range(1, len(error) + 1), error, style, label=name)
+    highest = max(error.max().item() for error in errors.values())
+    axes.set(title=f"{title}: error by step ahead (test)", xlabel="steps ahead", ylabel="MSE, scaled",
+             ylim=(0, 1.25 * highest))  # room for the legend
+    axes.legend(loc="upper center", ncols=2, fontsize=8)
+    utils.save_figure(figure, path)
+
+
+def draw_residuals(residuals: Tensor, r: Tensor, period: int, columns: list[str], title: str, path: Path) -> None:
+    """residuals (B, P, C) = truth - forecast, scaled; r (lags + 1, C), autocorrelation of those one step ahead."""
+    P = residuals.shape[1]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    edges = torch.linspace(-4, 4, 81)
+    for step, color in zip(dict.fromkeys((1, (P + 1) // 2, P)), utils.COLORS):
+        e = residuals[:, step - 1].flatten()
+        mean, std = e.mean().item(), e.std().item()
+        axes[0].stairs(torch.histogram(e, edges, density=True).hist, edges, color=color,
+                       label=f"step {step}: mean {mean:.2f}, std {std:.2f}")
+        normal = torch.exp(-0.5 * ((edges - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+        axes[0].plot(edges, normal, color=color, ls=":", lw=1)
+    axes[0].set(title="Residuals; dotted: normal, same mean and std", xlabel="truth - forecast, scaled",
+                ylabel="density")
+    axes[0].legend(fontsize=7, loc="upper left")
+    axes[1].plot(r[:, -7:], lw=1, label=columns[-7:])
+    for lag in range(period, len(r), period):
+        axes[1].axvline(lag, color="black", lw=0.4, ls=":")
+    axes[1].set(title="Autocorrelation of the residuals one step ahead", xlabel="lag (rows)", ylabel="correlation")
+    axes[1].legend(fontsize=8)
+    axes[2].plot(range(1, P + 1), residuals.mean(0)[:, -7:], lw=1)
+    axes[2].set(title="Mean residual by step (bias)", xlabel="steps ahead", ylabel="truth - forecast, scaled")
+    figure.suptitle(f"{title}, test", y=1.0)
+    figure.tight_layout()
+    utils.save_figure(figure, path)
+
+
+def draw_future(table: Table, dates: list[datetime], y: Tensor, channels: list[int], title: str, path: Path) -> None:
+    """The end of the file and, beyond it, the forecast y (P, C)."""
+    figure, axes = plt.subplots(len(channels), 1, figsize=(10, 2.3 * len(channels)), squeeze=False, sharex=True)
+    shown = 2 * len(y)
+    for a, j in zip(axes[:, 0], channels):
+        a.plot(table.dates[-shown:], table.values[-shown:, j], color="black", lw=0.9, label="measured")
+        a.plot(dates, y[:, j], color=utils.COLORS[1], label="forecast")
+        a.set_ylabel(table.columns[j])
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].set_title(f"{title}: beyond the end of the file")
+    utils.save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="etth1, station or a CSV file; without it, what the model was trained on")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--windows", type=int, nargs="+", help="test windows to draw, from 0; without it three, evenly spread")
+    add("--channels", nargs="+", help="columns to draw; without it the first and the last")
+    folder = Path(__file__).parent / "outputs"
+    add("--model", type=Path, default=folder / "model.pt", help="what train.py wrote")
+    add("--out", type=Path, default=folder, help="folder for the forecast and the plots")
+    args = parser.parse_args()
+    utils.check_writable(args.out)
+    device = utils.pick_device(args.device)
+    try:
+        model, saved = load_forecaster(args.model, device)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise utils.InputError(f"{args.model} is of another model than train.py builds; make a new one with: python "
+                               f"{SCRIPT}") from error
+    set_dtype(model, saved["dtype"])
+    T, P, columns = saved["lookback"], saved["horizon"], saved["columns"]
+    trained_on = saved["data"] + ", stand-in" * saved["stand_in"]
+    table = read_series(args.data or saved["data"])
+    if saved["stand_in"] and not table.stand_in:
+        utils.notice(f"STAND-IN: this model was trained on {saved['data']}, and not on {table.name}.")
+    if table.columns != columns:
+        raise utils.InputError(f"{table.name} has the columns {', '.join(table.columns)}, but the model knows "
+                               f"{', '.join(columns)}; give a file that has those, in that order.")
+    if unknown := [column for column in args.channels or () if column not in columns]:
+        raise utils.InputError(f"--channels {unknown[0]}: there is {', '.join(columns)}.")
+    period = prepare(table, T, P).period  # and the checks that go with it
+    label = table.name + ", stand-in" * table.stand_in
+    if table.name != Path(saved["data"]).name:
+        label += f", trained on {trained_on}"
+    title = f"{saved['kind']}, {P} rows ahead, {label}"
+
+    ## Scaled by the checkpoint's numbers, not by this file's: see `future`.
+    mean, std = saved["mean"].cpu().double(), saved["std"].cpu().double()
+    _, val_end, test_end = split(table)
+    test = ((table.values[val_end - T : test_end] - mean) / std).float()  # (T + N_test, C)
+    y, truth = predict(lambda x: model(x.to(device)), test, T, P)  # (B, P, C) each
+    B = len(y)
+    chosen = args.windows or sorted({B // 6, B // 2, B * 5 // 6})
+    if min(chosen) < 0 or max(chosen) >= B:
+        raise utils.InputError(f"--windows {' '.join(map(str, chosen))}: there are windows 0 to {B - 1}.")
+    channels = [columns.index(column) for column in args.channels or dict.fromkeys((columns[0], columns[-1]))]
+
+    # how good
+    print(f"{title}: {B:,} test windows\n{'':12}{'scaled:':>9}{'':27}{'units of the file:':>20}")
+    print(f"{'channel':12}{'MSE':>9}{'RMSE':>9}{'MAE':>9}{'R2':>9}{'RMSE':>11}{'MAE':>9}")
+    for j, column in enumerate(columns):
+        figures = measure(y[..., j], truth[..., j])
+        print(f"{column:12.12}" + "".join(f"{value:9.3f}" for value in figures.values())
+              + f"{figures['RMSE'] * std[j]:11.3g}{figures['MAE'] * std[j]:9.3g}")
+    print(f"{'all':12}" + "".join(f"{value:9.3f}" for value in measure(y, truth).values()))
+
+    # where and when it is wrong
+    forecasts = {saved["kind"]: y, "repeat last": predict(lambda x: repeat_last(x, P), test, T, P)[0],
+                 "same hour yesterday": predict(lambda x: same_hour_yesterday(x, P, period), test, T, P)[0]}
+    errors = {name: (f - truth).square().mean((0, 2)) for name, f in forecasts.items()}  # (P,) each
+    if table.name == "station":
+        errors["the best possible forecast"] = torch.from_numpy(noise_floor(P, std.numpy())).mean(1)
+    steps = [k for k in dict.fromkeys((1, 6, 24, 96, 192, 336, P)) if k <= P]
+    print(f"\n{'MSE at step':28}" + "".join(f"{k:>9}" for k in steps))
+    for name, error in errors.items():
+        print(f"{name:28}" + "".join(f"{error[k - 1]:9.3f}" for k in steps))
+
+    ## Residuals one step ahead: of a perfect forecaster they would have mean 0 and know nothing of each other. What is
+    ## correlated could have been forecast; a peak at a day says that part of the daily pattern was missed. Further
+    ## ahead, neighbours share most of the hours that they were wrong about, and correlate whatever the forecaster.
+    residuals = truth - y  # (B, P, C)
+    r = autocorrelation(residuals[:, 0].double(), min(B - 1, 8 * period))  # (lags + 1, C)
+    far = min(period, len(r) - 1)
+    print(f"\n{'residuals, one step ahead':28}{'mean':>9}{'std':>9}{'in 2 std':>10}{'r[1]':>9}{f'r[{far}]':>9}")
+    for j, column in enumerate(columns):
+        e = residuals[:, 0, j]
+        inside = ((e - e.mean()).abs() < 2 * e.std()).float().mean()
+        print(f"{column:28.28}{e.mean():9.3f}{e.std():9.3f}{inside:10.1%}{r[min(1, far), j]:9.2f}{r[far, j]:9.2f}")
+
+    # what comes next
+    dates, ahead = future(lambda x: model(x.to(device)), table, mean, std, T)
+    write_csv(args.out / "forecast.csv", columns, dates, ahead)
+    print(f"\nthe file ends on {table.dates[-1]}; forecast.csv goes on to {dates[-1]}")
+
+    draw_forecasts(test, y, T, chosen, channels, columns, title, args.out / "forecasts.png")
+    draw_steps(errors, title, args.out / "steps.png")
+    draw_residuals(residuals, r, period, columns, title, args.out / "residuals.png")
+    draw_future(table, dates, ahead, channels, title, args.out / "future.png")
+    print(f"wrote forecast.csv, forecasts.png, steps.png, residuals.png and future.png to {args.out}")
+    if table.stand_in:
+        utils.notice(f"STAND-IN: these figures are for {table.name}, not for ETTh1.")
+
+
+if __name__ == "__main__":
+    utils.run(main)
