@@ -288,7 +288,7 @@ def main() -> None:
     add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
     add("--lookback", type=int, default=96, help="rows that a forecast looks back on; each costs time")
     add("--horizon", type=int, default=24, help="rows to forecast")
-    add("--hidden-size", type=int, default=64, help="units M of the LSTM: more learn more, and overfit sooner")
+    add("--hidden", type=int, default=64, help="units M of the LSTM: more learn more, and overfit sooner")
     add("--forget-bias", type=float, default=1.0, help="where the forget gates start: sigmoid of it")
     add("--epochs", type=int, default=3, help="passes over the training windows")
     add("--batch-size", type=int, default=64, help="windows per step")
@@ -297,7 +297,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides weights and batches")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
-    for name in ("lookback", "horizon", "hidden_size", "epochs", "batch_size", "lr", "grad_clip"):
+    for name in ("lookback", "horizon", "hidden", "epochs", "batch_size", "lr", "grad_clip"):
         if getattr(args, name) <= 0:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
     utils.check_writable(args.out)
@@ -306,7 +306,7 @@ def main() -> None:
 
     data = load_data(args.data, args.lookback, args.horizon)
     label = data.name + ", stand-in" * data.stand_in
-    T, P, C, M = args.lookback, args.horizon, len(data.columns), args.hidden_size
+    T, P, C, M = args.lookback, args.horizon, len(data.columns), args.hidden
 
     ## Part one: 200 steps back, before any training, on real inputs.
     length = min(200, len(data.train) // 2)

@@ -181,7 +181,7 @@ def read_table(path: Path, name: str | None = None) -> Table:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             for row in reader:
-                if row:  # blank lines carry nothing
+                if "".join(row).strip():  # blank lines carry nothing
                     rows.append(row)
                     lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -236,8 +236,8 @@ def read_table(path: Path, name: str | None = None) -> Table:
         ## such days exist. So it is left to the one who knows the data.
         counts = Counter(column for _, column in missing)
         raise utils.InputError(
-            f"{name}: {len(missing):,} cells are empty, NaN or infinite ("
-            f"{', '.join(f'{column}: {count:,}' for column, count in counts.items())}), the first in line "
+            f"{name}: cells that are empty, NaN or infinite: {len(missing):,} ("
+            f"{', '.join(f'{column} {count:,}' for column, count in counts.items())}), the first in line "
             f"{missing[0][0]}, column {missing[0][1]}; fill them or cut them out."
         )
     return Table(torch.from_numpy(values), columns, dates, name, False)
@@ -258,24 +258,23 @@ def check_dates(dates: list[datetime], lines: list[int], name: str) -> None:
     where = lambda places: f"line {lines[places[0] + 1]} ({dates[places[0] + 1]})"  # noqa: E731
     if back := [i for i, step in enumerate(steps) if step < timedelta(0)]:
         raise utils.InputError(
-            f"{name} is not sorted: {len(back):,} of its dates are earlier than the one before, the first in "
+            f"{name} is not sorted: rows with an earlier date than the row before: {len(back):,}, the first in "
             f"{where(back)}; sort the rows by date."
         )
     if same := [i for i, step in enumerate(steps) if not step]:
         raise utils.InputError(
-            f"{name}: {len(same):,} dates are duplicates of the one before, the first in {where(same)}; "
-            "keep one row for each date."
+            f"{name}: duplicate dates: {len(same):,}, the first in {where(same)}; keep one row for each date."
         )
     if odd := [i for i, step in enumerate(steps) if step % usual]:
         raise utils.InputError(
-            f"{name}: {len(odd):,} rows don't follow the one before by {usual}, as most do, or a multiple of it, the "
-            f"first in {where(odd)}; bring all rows to equal distances."
+            f"{name}: rows that don't follow the one before by {usual}, as most do, or a multiple of it: {len(odd):,}, "
+            f"the first in {where(odd)}; bring all rows to equal distances."
         )
     if gaps := [i for i, step in enumerate(steps) if step > usual]:
         lost = sum(steps[i] // usual - 1 for i in gaps)
         raise utils.InputError(
-            f"{name}: the dates have gaps at {len(gaps):,} places ({lost:,} rows are missing at one per {usual}), the "
-            f"first before {where(gaps)}; fill them, or cut the file there."
+            f"{name}: gaps in the dates: {len(gaps):,} (rows missing at one per {usual}: {lost:,}), the first before "
+            f"{where(gaps)}; fill them, or cut the file there."
         )
 
 

@@ -236,18 +236,18 @@ def cell(column, text):
 BAD = {
     "text": (changed(42, cell(2, "high")), "line 42, column b: 'high' is no number"),
     "underscore": (changed(42, cell(1, "1_000")), "line 42, column a: '1_000' is no number"),
-    "after blank lines": (["", *table()[:9], "", *changed(42, cell(2, "high"))[9:]], "line 44, column b: 'high'"),
-    "one NaN": (changed(50, cell(1, "NaN")), r"1 cells .*\(a: 1\), the first in line 50, column a"),
+    "after blank lines": (["", *table()[:9], "  ", *changed(42, cell(2, "high"))[9:]], "line 44, column b: 'high'"),
+    "one NaN": (changed(50, cell(1, "NaN")), r"infinite: 1 \(a 1\), the first in line 50, column a"),
     "holes": ([line if i % 50 or not i else line.rsplit(",", 2)[0] + ",," for i, line in enumerate(table())],
-              r"8 cells are empty.*\(a: 4, b: 4\), the first in line 51, column a"),
-    "infinite": (changed(60, cell(2, "-inf")), r"infinite \(b: 1\), the first in line 60, column b"),
-    "gap": (without(100, 101, 102), r"gaps at 1 places \(3 rows are missing at one per 1:00:00\), .* line 100 "
+              r"infinite: 8 \(a 4, b 4\), the first in line 51, column a"),
+    "infinite": (changed(60, cell(2, "-inf")), r"infinite: 1 \(b 1\), the first in line 60, column b"),
+    "gap": (without(100, 101, 102), r"gaps in the dates: 1 \(rows missing at one per 1:00:00: 3\), .* line 100 "
             r"\(2020-01-05 05:00:00\)"),
-    "gaps": (without(100, 150, 151), r"gaps at 2 places \(3 rows are missing"),
-    "uneven": (changed(70, cell(0, "2020-01-03 20:30:00")), r"2 rows don't follow .* line 70 \(2020-01-03 20:30:00\)"),
+    "gaps": (without(100, 150, 151), r"gaps in the dates: 2 \(rows missing at one per 1:00:00: 3\)"),
+    "uneven": (changed(70, cell(0, "2020-01-03 20:30:00")), r"don't follow .* 2, the first in line 70 .*20:30"),
     "unsorted": (table()[:80] + table()[90:99] + table()[80:90] + table()[99:],
-                 r"not sorted: 1 of its dates .* line 90 \(2020-01-04 07:00:00\)"),
-    "duplicate": (table()[:30] + table()[29:], r"1 dates are duplicates .* line 31 \(2020-01-02 04:00:00\)"),
+                 r"not sorted: .* 1, the first in line 90 \(2020-01-04 07:00:00\)"),
+    "duplicate": (table()[:30] + table()[29:], r"duplicate dates: 1, the first in line 31 \(2020-01-02 04:00:00\)"),
     "no date": (changed(12, cell(0, "7/1/2016 0:00")), "line 12, column date: '7/1/2016 0:00' is no date"),
     "zones": (changed(12, cell(0, "2020-01-01 10:00:00+00:00")), "some dates have a time zone"),
     "ragged": (changed(33, lambda line: line + ",1"), "line 33 has 4 cells, but line 1 names 3"),
@@ -517,7 +517,7 @@ def test_load_as_a_script(tmp_path, monkeypatch, capsys):
 
 
 def test_from_scratch_as_a_script(tmp_path):
-    options = ("--data", "station", "--lookback", 24, "--horizon", 12, "--hidden-size", 16, "--epochs", 1,
+    options = ("--data", "station", "--lookback", 24, "--horizon", 12, "--hidden", 16, "--epochs", 1,
                "--batch-size", 128)
     out = run("from_scratch.py", *options, "--out", tmp_path)
     figures = {line[:28].strip(): [float(v) for v in line[28:].split()[:2] if "." in v] for line in out.splitlines()
