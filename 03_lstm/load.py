@@ -66,8 +66,8 @@ class Data(NamedTuple):
 # ---------------------------------------------------------------------------------------------- the stand-in
 ## The simulated transformer is a sum of two parts: `known`, a function of date and hour, and a random part that hangs
 ## on six hidden states. The states follow a linear equation,
-##     x[t+1] = A x[t] + w[t+1]          (w: fresh randomness of mean zero, independent of all that came before)
-##     y[t]   = known[t] + x[t] G + e[t]     (e: white measuring noise)
+##     x[t+1] = A x[t] + w[t+1]             (w: fresh randomness, of mean zero whatever came before)
+##     y[t]   = known[t] + G^T x[t] + e[t]  (e: measuring noise, white: of mean zero whatever came before or after)
 ## which makes the best possible forecast computable: see `oracle_errors`.
 STATES = ["weather", "switched load", "middle demand", "low demand", "reactive", "oil"]
 MEMORY = np.array([60.0, 500.0, 8.0, 16.0, 30.0])  # hours after which 1/e of a disturbance is left; the oil's follows
@@ -156,7 +156,7 @@ def oracle_errors(y: np.ndarray, known: np.ndarray, x: np.ndarray, starts: range
 
     ## The oracle knows the equations, the calendar and the hidden states at row t, but not the future's randomness,
     ## whose mean is zero. Of all forecasts the mean has the smallest expected squared error, and here it is
-    ##     E[y[t+step]] = known[t+step] + A^step x[t]  as read through G
+    ##     E[y[t+step]] = known[t+step] + G^T A^step x[t]
     ## Its expected error is expected_floor. Its actual error on the very windows of the test part is the fairer mark:
     ## it shares the luck of that part. A forecaster that only sees the measurements must guess the states as well.
     """
