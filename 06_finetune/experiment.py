@@ -1,10 +1,10 @@
 """Full fine-tuning against LoRA, rank by rank, and both against training from scratch, on one text.
 
 You learn here: what each way of fine-tuning costs in parameters, memory and time, and what it reaches; which of LoRA's
-numbers matter; and what pre-training was worth.
+numbers matter; what pre-training was worth; and what BLEU, a score for text against text, sees of all that.
 
     python 06_finetune/experiment.py                       all tables (GPT-2 if it can be had, else the stand-in)
-    python 06_finetune/experiment.py --parts scratch       one of: methods alpha targets scratch
+    python 06_finetune/experiment.py --parts scratch       one of: methods alpha targets scratch bleu
 
 You should see (the stand-in on Tiny Shakespeare; 300 steps of 4 x 256 tokens; two cores of an AMD EPYC, torch 2.15,
 bfloat16; seeds 0 and 1; 40 s a run), validation loss in nats per token, mean ± standard deviation:
@@ -23,16 +23,21 @@ attn.c_proj 4.706, mlp.c_fc 4.406, mlp.c_proj 4.374, c_attn + attn.c_proj 4.519,
 The stand-in has read one short manual, and Shakespeare is far from it: there is more to learn than a few directions in
 each matrix can hold, and starting from scratch is nearly as good. A base this small also takes little of the memory.
 Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json,
-experiment.png, and scratch.png (part scratch). Left out on purpose: a search for each row's best learning rate.
+experiment.png (all parts but bleu), and scratch.png (part scratch). Left out on purpose: a search for each row's best
+learning rate; what BLEU lacks, synonyms above all, and later scores have.
 """
 
 import argparse
 import json
+import math
 import os
+import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -41,9 +46,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe  # noqa: E402
 import utils  # noqa: E402
-from gpt2 import GPT2, save_model  # noqa: E402
-from load import Base, find_base, read_text  # noqa: E402
-from train import LR  # noqa: E402
+from gpt2 import GPT2, read_model, save_model  # noqa: E402
+from load import Base, Text, find_base, load_text, read_text  # noqa: E402
+from train import LR, load_result, sample  # noqa: E402
 
 SCRIPT = "06_finetune/experiment.py"
 TRAIN = Path(__file__).parent / "train.py"
@@ -90,6 +95,105 @@ def train(options: list, out: Path) -> dict:
     return json.loads((out / "metrics.json").read_text())
 
 
+# ---------------------------------------------------------------------------------------------- BLEU
+def n_grams(words: list[str], n: int) -> Counter:
+    """How often each run of n words occurs."""
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def bleu(candidates: list[list[str]], references: list[list[list[str]]], n: int = 4) -> dict:
+    """BLEU of texts as lists of words, each with one or more references, over all together (Papineni et al. 2002).
+
+    Returns bleu, precisions p_1 to p_n, and brevity penalty, all from 0 to 1.
+
+    ##     p_n = (n-grams of the candidates that a reference has) / (n-grams of the candidates)
+    ## where an n-gram counts at most as often as it stands in one reference (clipping), or "the the the" were perfect.
+    ## Precision alone would praise a candidate of one safe word. Recall is not defined where references differ, and so
+    ## a candidate text of c words is punished for being shorter than r, the references' length closest to it:
+    ##     BP = 1 if c > r, else e^(1 - r/c)        BLEU = BP * (p_1 p_2 .. p_n)^(1/n)        (section 2.3)
+    ## Sums are taken over the whole collection before dividing: in a single sentence p_4 is nearly always zero, and
+    ## with it the score.
+    """
+    right, all_of, c, r = [0] * n, [0] * n, 0, 0
+    for candidate, truths in zip(candidates, references, strict=True):
+        c += len(candidate)
+        r += min((abs(len(truth) - len(candidate)), len(truth)) for truth in truths)[1]  # of equals the shorter one
+        for i in range(n):
+            counts, most = n_grams(candidate, i + 1), Counter()
+            for truth in truths:
+                most |= n_grams(truth, i + 1)  # the larger count of each
+            right[i] += (counts & most).total()  # the smaller count of each
+            all_of[i] += counts.total()
+    p = [a / b if b else 0.0 for a, b in zip(right, all_of)]
+    penalty = 1.0 if c > r else math.exp(1 - r / c) if c else 0.0
+    return {"bleu": penalty * math.exp(sum(map(math.log, p)) / n) if all(p) else 0.0, "precisions": p,
+            "brevity_penalty": penalty}
+
+
+def to_words(text: str) -> list[str]:
+    """Words and signs in lower case: BLEU compares words, and has no opinion on how a text is cut into them."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def passages_of(text: Text, base: Base, n: int, prompt: int, length: int) -> list[tuple[str, str]]:
+    """(prompt, true continuation) from n places of the validation text, evenly spread, as `prompt` and `length` tokens.
+
+    Raises utils.InputError where the text is too short for one.
+    """
+    n = min(n, len(text.val) // (prompt + length))
+    if n < 2:
+        raise utils.InputError(f"{text.name} has {len(text.val):,} tokens to validate on, too few for two passages of "
+                               f"{prompt + length}; use a longer text.")
+    starts = [i * (len(text.val) - prompt - length) // (n - 1) for i in range(n)]
+    decode = lambda a, b: base.tokenizer.decode(text.val[a:b].tolist())  # noqa: E731
+    return [(decode(i, i + prompt), decode(i + prompt, i + prompt + length)) for i in starts]
+
+
+def compare_texts(args: argparse.Namespace, base: Base, dtype: torch.dtype, common: list, out: Path) -> list[dict]:
+    """Let the model continue held-out passages, before and after fine-tuning, and print the BLEU of each.
+
+    ## Four rows need no model. Shuffled, the right words have a p_1 of 1 and little beyond: order is what the longer
+    ## n-grams are for. What another passage goes on with, or a copy of the prompt, has the vocabulary and nothing else:
+    ## a score below these says nothing.
+    """
+    device = utils.pick_device(args.device)
+    prompt, length = min(64, base.config["n_positions"] // 2), 32
+    passages = passages_of(load_text(args.data, base.tokenizer, 1), base, args.passages, prompt, length)
+    truths = [to_words(truth) for _, truth in passages]
+    shuffled = [random.Random(i).sample(truth, len(truth)) for i, truth in enumerate(truths)]
+    copied = [to_words(base.tokenizer.decode(base.tokenizer.encode(start, special=False)[-length:]))
+              for start, _ in passages]
+    found = {"the true continuation": [truths], "its words, shuffled": [shuffled],
+             "another passage's continuation": [truths[1:] + truths[:1]], "the prompt's end, again": [copied]}
+
+    def write(model: GPT2, seed: int) -> list[list[str]]:
+        model.requires_grad_(False).to(device)
+        texts = [sample(model, base, start, length, dtype, seed * 10_000 + i) for i, (start, _) in enumerate(passages)]
+        return [to_words(text[len(start) :]) for text, (start, _) in zip(texts, passages)]
+
+    for seed in range(args.seeds):
+        found.setdefault("before fine-tuning", []).append(write(read_model(base.path, base.config), seed))
+        for name, method in (("LoRA, rank 8", "lora"), ("last block alone", "head"), ("full", "full")):
+            train([*common, "--model", base.name, "--method", method, "--seed", seed], out)
+            found.setdefault(name, []).append(write(load_result(base, out, method), seed))
+    rows = []
+    print(f"bleu: {len(passages)} held-out passages, {prompt} tokens to read and {length} to write; one reference each")
+    print(f"{'':34}{'BLEU':>6}{'':10}{'p_1':>6}{'p_2':>7}{'p_3':>7}{'p_4':>7}   brevity penalty")
+    for name, runs in found.items():
+        scores = [bleu(texts, [[truth] for truth in truths]) for texts in runs]
+        mean = [statistics.mean(values) for values in zip(*(score["precisions"] for score in scores))]
+        values = [100 * score["bleu"] for score in scores]
+        row = {"name": name, "bleu": values, "mean": statistics.mean(values),
+               "std": statistics.stdev(values) if len(values) > 1 else 0.0, "precisions": mean,
+               "brevity_penalty": statistics.mean(score["brevity_penalty"] for score in scores)}
+        rows.append(row)
+        spread = f" ± {row['std']:.2f}" if len(values) > 1 else ""
+        print(f"  {name:32}{row['mean']:6.2f}{spread:8}" + "".join(f"{p:7.1%}" for p in mean)
+              + f"{row['brevity_penalty']:11.3f}")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- plots
 def draw_tables(tables: dict, label: str, path: Path) -> None:
     """One panel per table: validation loss of each row, mean and spread."""
     heights = [len(rows) for rows in tables.values()]
@@ -118,7 +222,7 @@ def draw_scratch(rows: list[dict], label: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    parts = ["methods", "alpha", "targets", "scratch"]
+    parts = ["methods", "alpha", "targets", "scratch", "bleu"]
     add("--parts", nargs="+", choices=parts, default=parts, help="which tables to make")
     add("--model", help="as in train.py; without it gpt2, or the stand-in if that is out of reach")
     add("--data", help="as in train.py; without it Tiny Shakespeare, or python if that is out of reach")
@@ -127,10 +231,11 @@ def main() -> None:
     add("--steps", type=int, default=300, help="updates in each run")
     add("--batch-size", type=int, default=4, help="windows per step")
     add("--block-size", type=int, default=256, help="tokens in a window")
+    add("--passages", type=int, default=100, help="how many held-out passages are continued (part bleu)")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for tables and plots")
     args = parser.parse_args()
-    if args.seeds < 1 or args.steps < 1:
-        raise utils.InputError("--seeds and --steps must be at least 1.")
+    if args.seeds < 1 or args.steps < 1 or args.passages < 2:
+        raise utils.InputError("--seeds and --steps must be at least 1, and --passages at least 2.")
     utils.check_writable(args.out)
     base = find_base(args.model)  # made or downloaded here, once
     text, text_stand_in = read_text(args.data)[1:]
@@ -141,13 +246,24 @@ def main() -> None:
     common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 3), "--patience", 100, "--batch-size",
               args.batch_size, "--micro-batch-size", args.batch_size, "--block-size", args.block_size, "--device",
               args.device, "--dtype", str(dtype).removeprefix("torch."), *(["--data", args.data] if args.data else [])]
-    tables, done = {}, {}  # options -> what came of them: some rows stand in two tables
+    tables, done = {}, {}  # part -> rows; options -> what came of them: some rows stand in two tables
     stem = "experiment" if args.parts == parts else "experiment_" + "_".join(args.parts)
-    print(f"{'':48}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}")
-    print(f"{'':48}{'parameters':>12}  {'nats per token':^17}  {'character':>9}  {'at most':>8}{'per run':>9}")
+
+    def write_json() -> None:
+        utils.write_atomically(args.out / f"{stem}.json", json.dumps({
+            "script": SCRIPT, "model": base.name, "data": text, "stand_in": base.stand_in or text_stand_in,
+            "steps": args.steps, "torch": str(torch.__version__), "lr": LR, "tables": tables}, indent=1).encode())
+
+    if args.parts != ["bleu"]:
+        print(f"{'':48}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}")
+        print(f"{'':48}{'parameters':>12}  {'nats per token':^17}  {'character':>9}  {'at most':>8}{'per run':>9}")
     with tempfile.TemporaryDirectory() as folder:
         scratch, out = Path(folder) / "scratch", Path(folder) / "out"
         for part in args.parts:
+            if part == "bleu":
+                tables[part] = compare_texts(args, base, dtype, common, out)
+                write_json()
+                continue
             print(part)
             for name, options in rows_of(part, base.config["n_embd"]):
                 if tuple(options) not in done:
@@ -175,14 +291,15 @@ def main() -> None:
                 print(f"  {name:46}{row['trained_parameters']:12,}  {row['mean']:.4f}{spread:10}  "
                       f"{row['bits_per_character']:9.4f}  {row['peak_memory_bytes'] / 1e9:5.2f} GB"
                       f"{row['seconds']:9.1f}", flush=True)
-                utils.write_atomically(args.out / f"{stem}.json", json.dumps({
-                    "script": SCRIPT, "model": base.name, "data": text, "stand_in": base.stand_in or text_stand_in,
-                    "steps": args.steps, "torch": str(torch.__version__), "lr": LR, "tables": tables},
-                    indent=1).encode())
-    draw_tables(tables, label, args.out / f"{stem}.png")
+                write_json()
+    written, losses = [f"{stem}.json"], {part: rows for part, rows in tables.items() if part != "bleu"}
+    if losses:
+        draw_tables(losses, label, args.out / f"{stem}.png")
+        written.append(f"{stem}.png")
     if "scratch" in tables:
         draw_scratch(tables["scratch"], label, args.out / "scratch.png")
-    print(f"\nwrote {stem}.json, {stem}.png{' and scratch.png' * ('scratch' in tables)} to {args.out}")
+        written.append("scratch.png")
+    print(f"\nwrote {', '.join(written)} to {args.out}")
     if base.stand_in or text_stand_in:
         utils.notice(f"STAND-IN: these figures are for {label}, and not for GPT-2 on Tiny Shakespeare.")
 
