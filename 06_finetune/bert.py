@@ -45,11 +45,11 @@ COMMON = {"vocab_size": 30522, "n_positions": 512, "layer_norm_epsilon": 1e-12, 
 ## The two families call the same parts differently: role -> name. Modules get the names of the files, so that weights
 ## load as they are, and LoRA's targets are those that PEFT knows: `query` and `value`, `q_lin` and `v_lin`.
 NAMES = {
-    "bert": {"layers": "encoder.layer", "norm": "LayerNorm",
+    "bert": {"layers": "encoder.layer",
              "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
              "out": "attention.output.dense", "norm_1": "attention.output.LayerNorm",
              "wide": "intermediate.dense", "narrow": "output.dense", "norm_2": "output.LayerNorm"},
-    "distilbert": {"layers": "transformer.layer", "norm": "LayerNorm",
+    "distilbert": {"layers": "transformer.layer",
                    "query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin",
                    "out": "attention.out_lin", "norm_1": "sa_layer_norm",
                    "wide": "ffn.lin1", "narrow": "ffn.lin2", "norm_2": "output_layer_norm"},
@@ -96,7 +96,10 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """padding (B, 1, 1, T): what is added to every score of a key; 0 for a token, hugely negative for padding."""
         B, T, C = x.shape
-        q, k, v = (self.part(role)(x).view(B, T, self.n_head, -1).transpose(1, 2) for role in ("query", "key", "value"))
+        ## Under autocast each of the three products would convert x for itself, and keep a copy for the backward pass.
+        device = x.device.type
+        h = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        q, k, v = (self.part(role)(h).view(B, T, self.n_head, -1).transpose(1, 2) for role in ("query", "key", "value"))
         ##     y = softmax(q k^T / sqrt(D) + padding) v        (Vaswani et al. 2017, equation 1)
         ## As in chapter 05, but for the mask: a decoder hides the future, an encoder shows all tokens to all tokens.
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
@@ -256,7 +259,7 @@ def read_config(path: Path) -> dict:
                                "config.json, model.safetensors and vocab.txt.") from error
     found = found if isinstance(found, dict) else {}
     family = found.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise utils.InputError(f"{path}: model_type is {family!r:.60}, and this script knows bert and distilbert; take "
                                "another model.")
     for name, value in FIXED[family].items():
