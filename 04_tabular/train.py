@@ -207,7 +207,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--members", type=int, default=16, help="networks trained side by side, whose probabilities are averaged")
     add("--n-embd", type=int, default=8, help="width D of each column's embedding; 1 is what a linear model has")
     add("--hidden", type=int, default=128, help="units per hidden layer of one member")
-    add("--n-layer", type=int, default=2, help="hidden layers; without any, columns can't act together")
+    add("--n-layer", type=int, default=1, help="hidden layers; without any, columns can't act together")
     add("--dropout", type=float, default=0.1, help="share of hidden units zeroed: against overfitting, slows learning")
     add("--bins", type=int, default=48, help="bins per numeric column, the kinks that its curve may have")
     add("--exact", type=int, default=256, help="numeric columns of at most so many values get embeddings for them too")
