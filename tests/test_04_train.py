@@ -252,7 +252,7 @@ def test_train_learns_and_leaves_everything(trained):
     best = float(re.search(r"model behind the data +0\.\d+ +(0\.\d+)", text)[1])
     assert metrics["test_auc"] < best < 1
     first = float(re.search(r"before training: loss ([\d.]+)", text)[1])
-    assert first == pytest.approx(math.log(2), abs=0.06)
+    assert first == pytest.approx(math.log(2), abs=0.2)
     assert text.count("STAND-IN") == 2  # one notice at the start, one at the end
 
 
