@@ -40,12 +40,12 @@ LINEAR_LOOKBACK = 336  # NLinear's, as published
 ## What suits each model. A recurrent step takes time however little it computes, so the two that step hour by hour look
 ## back a week, and the one that steps two days at a time a month.
 MODELS = {
-    "segment": dict(lookback=720, segment=48, hidden=256, dropout=0.5, norm=["last", "revin"], linear=True,
-                    teacher_forcing=0.0, epochs=10, batch_size=128, lr=1e-3, keep="last"),
+    "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["last", "revin"], linear=True,
+                    teacher_forcing=0.0, epochs=5, batch_size=32, lr=1e-3, keep="last"),
     "lstm": dict(lookback=168, segment=0, hidden=128, dropout=0.2, norm=["last"], linear=False,
-                 teacher_forcing=0.0, epochs=10, batch_size=128, lr=1e-3, keep="best"),
+                 teacher_forcing=0.0, epochs=10, batch_size=32, lr=2e-3, keep="best"),
     "seq2seq": dict(lookback=168, segment=0, hidden=128, dropout=0.2, norm=["last"], linear=False,
-                    teacher_forcing=1.0, epochs=10, batch_size=128, lr=1e-3, keep="best"),
+                    teacher_forcing=1.0, epochs=10, batch_size=32, lr=2e-3, keep="best"),
 }
 
 
@@ -515,7 +515,8 @@ def main() -> None:
                    "same hour yesterday": lambda x: same_hour_yesterday(x, P, data.period),
                    f"NLinear ({line.lookback})": line}
     if args.model == "segment":
-        forecasters |= {f"its member {name}": net for name, net in zip([*args.norm, "line"], model.nets)}
+        forecasters |= {f"its member {i}, {name}": net
+                        for i, (name, net) in enumerate(zip([*args.norm, "line"], model.nets), 1)}
     ## The test part is used here, once. It chose nothing: not the epoch, not an option.
     table = {name: evaluate(f, test, T, P) for name, f in (forecasters | {
         f"{args.model}, epoch {best['epoch']}": model}).items()}

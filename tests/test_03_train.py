@@ -1,0 +1,476 @@
+"""Chapter 03, train.py and experiment.py, against scikit-learn, nn.GRU, nn.LSTM, and as users run them."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import REAL, ROOT, chapter
+
+import utils
+
+load, train, experiment = chapter("03_lstm", "load", "train", "experiment")
+FOLDER = ROOT / "03_lstm"
+T, P, C = 48, 20, 3
+SEGMENT = dict(channels=C, lookback=T, horizon=P, segment=12, hidden=16, dropout=0.0, norms=["last", "revin"],
+               linear=True)
+SMALL = ["--horizon", "24", "--lookback", "48", "--segment", "24", "--hidden", "16", "--batch-size", "64",
+         "--lr", "0.01", "--device", "cpu"]
+
+
+def run(script, *options, code=0, **kwargs):
+    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
+    command = [sys.executable, str(FOLDER / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """Like `run`, in this process: it spares the seconds that importing torch takes."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(script, *options, code=0):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        error = None
+        try:
+            utils.run({"train.py": train, "experiment.py": experiment}[script].main)
+        except SystemExit as stop:
+            error = str(stop.code)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert (error is not None) == bool(code), error
+        assert not code or error.startswith("error: ") and "\n" not in error
+        return capsys.readouterr().out + (error or "")
+
+    return call
+
+
+def small(kind, **changes):
+    torch.manual_seed(0)
+    if kind == "segment":
+        return train.build(kind, SEGMENT | changes)
+    return train.build(kind, dict(channels=C, horizon=P, hidden=16, dropout=0.0, norm="last") | changes)
+
+
+KINDS = ["segment", "lstm", "seq2seq"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A CSV file with a daily wave, 900 hours of two columns: --data for everything that trains here."""
+    path = tmp_path_factory.mktemp("table") / "waves.csv"
+    rng, first = np.random.default_rng(0), datetime(2020, 1, 1)
+    lines = ["date,load,heat"]
+    for t in range(900):
+        wave = math.sin(2 * math.pi * t / 24)
+        lines.append(f"{first + timedelta(hours=t)},{5 + 2 * wave + 0.2 * rng.standard_normal():.4f},"
+                     f"{20 - wave + 0.1 * rng.standard_normal():.4f}")
+    path.write_text("\n".join(lines))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- measures
+def test_evaluate_against_scikit_learn_counts_every_window():
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    part = torch.randn(700, C) * torch.tensor([1.0, 2.0, 0.5]) + 3
+    calls = []
+
+    def forecast(x):
+        calls.append(x)
+        return x[:, :P] * 0.5 + 1
+
+    ours = train.evaluate(forecast, part, T, P)
+    truth, said = [], []
+    for i in range(700 - T - P + 1):  # by the definition of a window, and more than one batch with a remainder
+        truth.append(part[i + T : i + T + P])
+        said.append(part[i : i + P] * 0.5 + 1)
+    truth, said = torch.stack(truth).flatten().numpy(), torch.stack(said).flatten().numpy()
+    assert sum(map(len, calls)) == 633 and len({len(x) for x in calls}) > 1
+    assert ours["mse"] == pytest.approx(metrics.mean_squared_error(truth, said), rel=1e-6)
+    assert ours["rmse"] == pytest.approx(metrics.root_mean_squared_error(truth, said), rel=1e-6)
+    assert ours["mae"] == pytest.approx(metrics.mean_absolute_error(truth, said), rel=1e-6)
+    assert ours["r2"] == pytest.approx(metrics.r2_score(truth, said), rel=1e-5)
+    assert train.evaluate(lambda x: part[:P].expand(len(x), -1, -1) * 0 + 3, torch.full((99, C), 3.0), T, P)["mse"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- baselines
+def test_naive_baselines_say_what_their_names_say():
+    hours = torch.arange(200.0)
+    series = torch.stack([hours, hours % 24, -hours], 1)
+    x, y = train.windows(series, T, P + 30)
+    assert torch.equal(train.repeat_last(x, P + 30)[:, 7], x[:, -1])
+    yesterday = train.same_hour_yesterday(x, P + 30, 24)
+    assert torch.equal(yesterday[..., 1], y[..., 1])  # what comes back every day is known
+    for step in (0, 5, 23, 24, 49):  # beyond a day: the last day that was seen, again
+        assert torch.equal(yesterday[:, step, 0], x[:, T - 24 + step % 24, 0])
+    assert train.same_hour_yesterday(x[:, -5:], 12, 24).shape == (len(x), 12, C)  # less than a day to look back on
+
+
+def test_nlinear_is_the_least_squares_solution():
+    linear = pytest.importorskip("sklearn.linear_model")
+    torch.manual_seed(0)
+    series = torch.randn(600, C).cumsum(0) * 0.1 + torch.sin(torch.arange(600) / 4)[:, None]  # it wanders and swings
+    line = train.NLinear(series, T, P)
+    x, y = load.windows(series.double(), T, P)
+    last = x[:, -1:]
+    flat = lambda side: (side - last).mT.reshape(-1, side.shape[1]).numpy()  # noqa: E731
+    theirs = linear.LinearRegression().fit(flat(x)[:, :-1], flat(y))  # without the last value, which is always 0
+    np.testing.assert_allclose(line.weight[: T - 1].numpy(), theirs.coef_.T, atol=2e-4)
+    np.testing.assert_allclose(line.weight[T].numpy(), theirs.intercept_, atol=1e-4)
+    expected = torch.from_numpy(theirs.predict(flat(x)[:, :-1])).view(len(x), C, P).mT + last
+    torch.testing.assert_close(line(x.float()), expected.float(), atol=1e-3, rtol=1e-3)
+    long, _ = load.windows(series, 2 * T, P)
+    torch.testing.assert_close(line(long), line(long[:, -T:]))  # it takes the newest of a longer window
+
+
+@pytest.mark.real("ETTh1.csv")
+@pytest.mark.parametrize("horizon,published", [(96, 0.374), (192, 0.408), (336, 0.429), (720, 0.440)])
+def test_nlinear_on_etth1_is_better_than_published(monkeypatch, horizon, published):
+    monkeypatch.setattr(utils, "DATA_DIR", REAL)
+    data = load.load_data("etth1", train.LINEAR_LOOKBACK, horizon)
+    line = train.NLinear(data.train, train.LINEAR_LOOKBACK, horizon)
+    assert published - 0.02 < train.evaluate(line, data.test, train.LINEAR_LOOKBACK, horizon)["mse"] < published
+
+
+# ---------------------------------------------------------------------------------------------- models
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("horizon", [1, 12, 20])
+def test_shapes_and_that_a_window_is_forecast_by_itself(kind, horizon):
+    model = small(kind, horizon=horizon).eval()
+    x = torch.randn(5, T, C)
+    y = model(x)
+    assert y.shape == (5, horizon, C) and y.dtype == torch.float32
+    torch.testing.assert_close(model(x[2:3])[0], y[2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["none", "last", "mean", "revin"])
+def test_a_window_on_another_level_gets_the_same_forecast_on_that_level(kind, norm):
+    model = small(kind, **({"norms": [norm], "linear": False} if kind == "segment" else {"norm": norm})).eval()
+    x = torch.randn(4, T, C)
+    up, wide = model(x + 7) - 7, model(x * 3) / 3
+    if norm == "none":
+        assert (up - model(x)).abs().max() > 0.1
+    else:
+        torch.testing.assert_close(up, model(x), atol=1e-4, rtol=1e-4)
+    assert torch.allclose(wide, model(x), atol=1e-2) == (norm == "revin")
+    assert model(torch.ones(2, T, C)).isfinite().all()  # a meter that stands still
+
+
+def test_one_channel_knows_nothing_of_the_others_in_segments_and_all_of_them_in_the_hourly_nets():
+    x = torch.randn(4, T, C)
+    other = x.clone()
+    other[..., 0] += torch.randn(4, T)
+    for kind in KINDS:
+        model = small(kind).eval()
+        same = torch.allclose(model(x)[..., 1:], model(other)[..., 1:], atol=1e-6)
+        assert same == (kind == "segment")
+
+
+@pytest.mark.parametrize("horizon", [12, 20, 60])
+def test_segment_gru_is_nn_gru_asked_the_long_way(horizon):
+    net = small("segment", horizon=horizon).nets[0].eval()
+    x = torch.randn(4, T + 5, C)  # five rows more than whole segments: the oldest are dropped
+    level = x[:, -1:]
+    z = (x - level)[:, 5:].mT.reshape(4 * C, T // 12, 12)
+    gru = nn.GRU(16, 16, batch_first=True)
+    gru.load_state_dict(net.rnn.state_dict())
+    _, h = gru(torch.relu(net.embed(z)))  # (1, B C, M)
+    Q, said = math.ceil(horizon / 12), []
+    for q in range(Q):
+        asked = torch.cat([net.place[q].expand(C, 8), net.channel], 1).repeat(4, 1)[:, None]  # (B C, 1, M)
+        said.append(net.out(gru(asked, h)[0][:, 0]))
+    expected = torch.cat(said, 1)[:, :horizon].view(4, C, horizon).mT + level
+    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_forecast_of_segments_is_the_mean_of_its_members():
+    model = small("segment").eval()
+    x = torch.randn(4, T, C)
+    assert len(model.nets) == 3 and model.members(x).shape == (3, 4, P, C)
+    torch.testing.assert_close(model(x), (model.nets[0](x) + model.nets[1](x) + model.nets[2](x)) / 3)
+    line = model.nets[2]  # it starts as the mean of the window
+    torch.testing.assert_close(line(x), x.mean(1, keepdim=True).expand(-1, P, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_segment_in_bfloat16_is_close_to_float32():
+    model = small("segment", hidden=64).eval()
+    x = torch.randn(4, T, C)
+    exact = model(x)
+    train.set_dtype(model, "bfloat16")
+    assert model(x).dtype == torch.float32 and 0 < (model(x) - exact).abs().mean() < 0.02
+
+
+def test_dropout_is_one_mask_for_all_segments_of_a_forecast():
+    net = small("segment", dropout=0.5, norms=["none"], linear=False, horizon=48).nets[0].train()
+    net.place.data[:] = net.place[:1]  # the four segments to predict become one and the same question
+    y = net(torch.randn(6, T, C)).view(6, 4, 12, C)
+    torch.testing.assert_close(y[:, 0], y[:, 3])
+    assert not torch.allclose(net(torch.zeros(2, T, C))[0], net(torch.zeros(2, T, C))[1])
+
+
+def test_direct_lstm_is_nn_lstm_and_a_linear_layer():
+    model = small("lstm").eval()
+    x = torch.randn(4, T, C)
+    lstm = nn.LSTM(C, 16, batch_first=True)
+    lstm.load_state_dict(model.rnn.state_dict())
+    h = lstm(x - x[:, -1:])[0][:, -1]
+    torch.testing.assert_close(model(x), model.out(h).view(4, P, C) + x[:, -1:])
+
+
+# ---------------------------------------------------------------------------------------------- teacher forcing, leaks
+def test_teacher_forcing_with_its_own_words_changes_nothing():
+    model = small("seq2seq").eval()
+    x = torch.randn(4, T, C)
+    torch.testing.assert_close(model(x, model(x)), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_taught_step_sees_only_the_steps_before_it():
+    model = small("seq2seq").eval()
+    x, y = torch.randn(4, T, C), torch.randn(4, P, C)
+    other = y.clone()
+    other[:, 9:] = torch.randn(4, P - 9, C)
+    before, after = model(x, y), model(x, other)
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_no_forecast_changes_with_what_came_after_the_window():
+    torch.manual_seed(0)
+    part = torch.randn(300, C)
+    later = part.clone()
+    later[200:] = torch.randn(100, C)
+    models = [small(kind).eval() for kind in KINDS] + [train.NLinear(part[:200], T, P)]
+    models += [lambda x: train.repeat_last(x, P), lambda x: train.same_hour_yesterday(x, P, 24)]
+    for model in models:
+        seen = []
+        for series in (part, later):
+            said = []
+            train.evaluate(lambda x: said.append(model(x)) or said[-1], series, T, P)
+            seen.append(torch.cat(said))
+        assert torch.equal(seen[0][: 200 - T + 1], seen[1][: 200 - T + 1])  # their last input row is row 199 or earlier
+        assert not torch.equal(seen[0][200 - T + 24], seen[1][200 - T + 24])  # a day on, all of them must have noticed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_can_be_learned_by_heart(kind):
+    model = small(kind, hidden=64)
+    x, y = torch.randn(4, T, C), torch.randn(4, P, C)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    first = (model(x) - y).abs().mean().item()
+    for _ in range(400):
+        f = model.members(x) if kind == "segment" else model(x, y)[None] if kind == "seq2seq" else model(x)[None]
+        loss = (f - y).abs().mean((1, 2, 3)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    f = model.nets[0](x) if kind == "segment" else model(x)
+    assert (f - y).abs().mean().item() < 0.15 * first
+
+
+def test_schedule_and_batches():
+    factors = [train.schedule(step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(1 / 50) and max(factors) > 0.99 and factors[-1] < 1e-4
+    assert all(a > b for a, b in zip(factors[50:], factors[51:]))
+    stream = train.batches(100, 32, 5)
+    passes = [torch.cat([next(stream) for _ in range(4)]) for _ in range(2)]
+    assert all(torch.equal(p.sort()[0], torch.arange(100)) for p in passes) and not torch.equal(*passes)
+
+
+# ---------------------------------------------------------------------------------------------- as users run it
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, table):
+    """One small run that is never stopped, with dropout, for several tests to look at."""
+    out = tmp_path_factory.mktemp("trained")
+    return out, run("train.py", "--data", table, *SMALL, "--epochs", 8, "--out", out)
+
+
+def test_train_learns_and_leaves_what_it_should(trained, table):
+    out, printed = trained
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "metrics.json", "history.png"}
+    others = metrics["metrics"]["others"]
+    assert list(others)[:3] == ["repeat last", "same hour yesterday", "NLinear (48)"]
+    assert metrics["metrics"]["test_mse"] < 0.2 < others["repeat last"]["mse"] and len(metrics["history"]) == 8
+    assert metrics["stand_in"] is False and "STAND-IN" not in printed
+    windows = 540 - 48 - 24 + 1, 180 - 24 + 1
+    assert f"{windows[0]:,} windows to train on, {windows[1]} to validate, {windows[1]} to test" in printed
+
+    # the saved model gives the reported figures, by scikit-learn's own sums
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    model, saved = train.load_forecaster(out / "model.pt")
+    data = load.load_data(str(table), 48, 24)
+    assert saved["columns"] == data.columns and torch.equal(saved["mean"], data.mean) and saved["period"] == 24
+    train.set_dtype(model, saved["dtype"])
+    x, y = load.windows(data.test, 48, 24)
+    with torch.no_grad():
+        f = model(x).flatten().numpy()
+    for name, theirs in (("mse", "mean_squared_error"), ("mae", "mean_absolute_error"), ("r2", "r2_score")):
+        assert metrics["metrics"][f"test_{name}"] == pytest.approx(
+            getattr(sklearn_metrics, theirs)(y.flatten().numpy(), f), rel=1e-4)
+    columns = re.search(r"test, 24 rows ahead.*\n(.*)\n", printed)
+    assert columns[1].startswith("repeat last")
+
+
+def same_run(a, b):
+    a, b = (utils.load_checkpoint(folder / "checkpoint.pt", train.SCRIPT) for folder in (a, b))
+    assert a["step"] == b["step"]
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for name in ("train_mae", "val_mse"):
+        assert [row[name] for row in a["history"]] == [row[name] for row in b["history"]]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_resumes_bit_identically(trained, table, tmp_path, inside, number, code):
+    whole = utils.load_checkpoint(trained[0] / "checkpoint.pt", train.SCRIPT)["options"]
+    options = ["--data", table, *SMALL, "--epochs", 8, "--dtype", whole["dtype"], "--out", tmp_path]
+    child = subprocess.Popen([sys.executable, "-u", str(FOLDER / "train.py"), *map(str, options)],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("epoch  3"):
+            break
+    time.sleep(0.02)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in errors
+    assert number == signal.SIGKILL or "--resume" in errors
+    stopped_at = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
+    assert f"resumed after step {stopped_at} " in inside("train.py", "--resume", "--out", tmp_path)
+    same_run(trained[0], tmp_path)
+
+
+def test_resume_refuses_other_options_and_another_series(trained, table, tmp_path, inside):
+    before = (trained[0] / "checkpoint.pt").read_bytes()
+    assert "--hidden 16, not --hidden 32" in inside("train.py", "--resume", "--hidden", 32, "--out", trained[0], code=1)
+    assert (trained[0] / "checkpoint.pt").read_bytes() == before
+    copy = tmp_path / "copy.csv"
+    copy.write_text(table.read_text())
+    inside("train.py", "--data", copy, *SMALL, "--epochs", 1, "--out", tmp_path / "o")
+    copy.write_text(table.read_text().replace("load,heat", "load,cold"))
+    assert "not the series it was" in inside("train.py", "--resume", "--out", tmp_path / "o", code=1)
+
+
+def test_early_stopping_keeps_the_best_and_the_stand_in_is_named(tmp_path, inside):
+    out = inside("train.py", "--data", "station", "--model", "seq2seq", "--horizon", 2, "--lookback", 4, "--hidden", 4,
+              "--batch-size", 4096, "--epochs", 4, "--lr", 0.5, "--patience", 1, "--out", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    values = [row["val_mse"] for row in metrics["history"]]
+    best = values.index(min(values))
+    assert metrics["metrics"]["best_epoch"] == best + 1 and len(values) == min(best + 2, 4)
+    assert metrics["stand_in"] is True and metrics["data"] == "station" and out.count("STAND-IN") == 2
+    floor = metrics["metrics"]["noise_floor"]
+    assert 0 < floor < metrics["metrics"]["test_mse"] and f"{floor:.4f}" in out  # nothing beats the oracle
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(table, tmp_path, inside):
+    options = ["--data", table, *SMALL, "--epochs", 1, "--out", tmp_path]
+    inside("train.py", *options)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert "the loss became" in inside("train.py", *options, "--lr", "1e38", code=1)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--epochs", 0], "--epochs 0"),
+        (["--horizon", 0], "--horizon 0"),
+        (["--lookback", -1], "--lookback -1"),
+        (["--lr", "nan"], "--lr"),
+        (["--dropout", 1], "--dropout 1.0"),
+        (["--weight-decay", -1], "--weight-decay"),
+        (["--teacher-forcing", 2], "--teacher-forcing 2.0"),
+        (["--teacher-forcing", 1], "for --model seq2seq"),
+        (["--model", "lstm", "--segment", 24], "for --model segment"),
+        (["--model", "lstm", "--norm", "last", "mean"], "takes one"),
+        (["--data", "TABLE", "--lookback", 48, "--segment", 49], "--segment 49"),
+        (["--data", "TABLE", "--lookback", 48, "--hidden", 7], "--hidden"),
+        (["--data", "TABLE", "--horizon", 500], "too few"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--device", "tpu"], "--device"),
+        (["--out", "/dev/null/x"], "cannot write"),
+        (["--resume", "--out", "TMP"], "does not exist"),
+    ],
+)
+def test_bad_input_gets_one_sentence(table, tmp_path, inside, options, words):
+    options = [{"TABLE": table, "TMP": tmp_path}.get(option, option) for option in options]
+    options += [] if "--out" in options else ["--out", tmp_path]
+    assert words in inside("train.py", *options, code=1)
+    assert not (tmp_path / "model.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the experiment
+def test_the_experiments_base_row_is_trains_net():
+    recipe = experiment.BASE | dict(lookback=T, segment=12, hidden=16, dropout=0.0)
+    ours = experiment.make(recipe, C, P).eval()
+    theirs = small("segment", norms=["last"], linear=False).nets[0].eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, T, C)
+    assert torch.equal(ours(x), theirs(x))
+    # asked the long way, by the branch that the other cells take
+    ours.recipe = recipe | {"cell": "gru, long"}
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name,change", experiment.CHANGES)
+def test_every_row_of_the_experiment_forecasts(name, change):
+    recipe = experiment.BASE | {"hidden": 16} | change
+    model = experiment.make(recipe, C, 100)
+    x = torch.randn(2, recipe["lookback"], C)
+    y = model(x)
+    assert y.shape == (2, 100, C)
+    y.abs().mean().backward()
+    used = [p.grad is not None for n, p in model.named_parameters() if recipe["steps"] == "direct" or "rnn" in n]
+    assert all(used)
+    if recipe["cell"] != "hours" and recipe["lookback"] // recipe["segment"] <= 30:  # untrained, more steps forget all
+        far = x.clone()
+        far[:, 0] += 1
+        assert not torch.equal(model.eval()(x), model(far))  # it looks back all the way
+
+
+def test_a_recursive_forecast_of_more_segments_begins_with_that_of_fewer():
+    recipe = experiment.BASE | dict(lookback=T, segment=12, hidden=16, steps="recursive")
+    long, short = (experiment.make(recipe, C, horizon).eval() for horizon in (60, 24))
+    short.load_state_dict({k: v if k != "place" else v[:2] for k, v in long.state_dict().items()})
+    x = torch.randn(4, T, C)
+    torch.testing.assert_close(long(x)[:, :24], short(x))
+
+
+def test_all_rows_are_judged_on_the_same_hours(monkeypatch, table):
+    data, seen = load.load_data(str(table), 96, 24), []
+    monkeypatch.setattr(experiment, "evaluate", lambda model, part, T, P: seen.append(part[T:]) or {"mse": 0.0})
+    for lookback in (24, 96):
+        recipe = experiment.BASE | dict(lookback=lookback, segment=24, hidden=4)
+        experiment.run(recipe, data, 96, 24, 1, 0, torch.device("cpu"), "float32")
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and len(seen[0]) == len(seen[1]) == 180
+
+
+def test_experiment_runs(tmp_path, table):
+    out = run("experiment.py", "--data", table, "--rows", "lookback 24", "lookback 96", "--seeds", 2, "--epochs", 1,
+              "--horizon", 24, "--hidden", 8, "--device", "cpu", "--out", tmp_path)
+    rows = json.loads((tmp_path / "experiment.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["lookback 24, segment 24", "lookback 96"]
+    assert rows[0]["runs"][0]["test_mse"] != rows[0]["runs"][1]["test_mse"]
+    for row in rows:
+        mean = np.mean([r["val_mse"] for r in row["runs"]])
+        assert f"{mean:.4f} ±" in out
+    assert (tmp_path / "experiment.png").stat().st_size > 1000
+
+
+def test_the_experiment_refuses_rows_that_do_not_exist(tmp_path, table, inside):
+    assert "--rows" in inside("experiment.py", "--data", table, "--rows", "nothing", "--out", tmp_path, code=1)
