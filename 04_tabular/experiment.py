@@ -15,7 +15,7 @@ seeds, log loss in nats, the others in %. Seeds 0 to 4:
     one-hot instead of embeddings        93.12 ± 0.02    0.2714 ± 0.0004    87.78 ± 0.06    93.10 ± 0.02
     embeddings of 2 numbers              93.04 ± 0.03    0.2723 ± 0.0005    87.91 ± 0.07    92.96 ± 0.03
     embeddings of 4 numbers              93.13 ± 0.01    0.2701 ± 0.0002    87.98 ± 0.09    93.08 ± 0.01
-The others were measured with two hidden layers ("n_layer": 2 in BASE) where the row doesn't say otherwise, seeds 0 to 2:
+The others with two hidden layers ("n_layer": 2 in BASE) where the row doesn't say otherwise, and with seeds 0 to 2:
     2 hidden layers                      93.17 ± 0.01    0.2699 ± 0.0003    87.80 ± 0.06    93.08 ± 0.01
     embeddings of 16 numbers             93.18 ± 0.03    0.2700 ± 0.0004    87.80 ± 0.05    93.11 ± 0.03
     numbers raw                          59.87 ± 1.58    0.5311 ± 0.0049    79.19 ± 0.40    59.15 ± 1.97
