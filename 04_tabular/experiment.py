@@ -33,7 +33,8 @@ The others with two hidden layers ("n_layer": 2 in BASE) where the row doesn't s
     no hidden layer                      92.62 ± 0.07    0.2821 ± 0.0016    87.62 ± 0.08    92.60 ± 0.08
     3 hidden layers                      93.17 ± 0.01    0.2702 ± 0.0005    87.76 ± 0.08    93.05 ± 0.01
     16 members                           93.20 ± 0.01    0.2693 ± 0.0002    87.90 ± 0.03    93.09 ± 0.01
-How numbers come in decides: looking them up is worth more than all the rest together.
+How numbers come in decides. Raw, the largest (weights of up to 1.5 million) drown the rest; once they are scaled,
+looking them up is worth more than any other choice here.
 Writes to outputs/: experiment.json, experiment.png. Left out on purpose: tuning the learning rate of every row.
 """
 
