@@ -7,6 +7,9 @@ scaled world and goes on where the file ends.
     python 03_lstm/load_model.py                                     after: python 03_lstm/train.py
     python 03_lstm/load_model.py --windows 0 1000 2000 --channels OT LUFL
 
+You should see (ETTh1, 96 hours ahead, with a model of train.py whose test MSE is 0.351, seed 0): an MSE that grows from
+0.106 one hour ahead to 0.405 at the last, and lies between 0.05 (OT) and 0.73 (MUFL); an R² of 0.68 over all channels,
+and of 0.39 to 0.60 by channel; residuals of HUFL that still correlate at 24 hours (0.26): part of the day is missed.
 Writes to outputs/: forecast.csv (beyond the end of the file), forecasts.png, steps.png, residuals.png, future.png.
 Left out on purpose: intervals around the forecast; the spread of the residuals by step is what they would be made of.
 """
@@ -48,13 +51,14 @@ def measure(y: Tensor, truth: Tensor) -> dict[str, float]:
     ##     RMSE = sqrt(MSE)                the same, in the channel's own unit
     ##     MAE  = mean |y - truth|         in the channel's own unit; an error of 2 counts twice an error of 1
     ##     R^2  = 1 - MSE / variance       1 is perfect, 0 is what the mean of the truth would reach
-    ## R^2 compares with a mean that nobody knew beforehand. Where a channel drifts little while it is tested, and far
-    ## from where it was before, an honest forecast comes out below zero.
+    ## R^2 compares with a mean that nobody knew beforehand: where a channel hardly moves while it is tested, an honest
+    ## forecast comes out below zero. Of several channels at once it is higher than of each by itself, for it then
+    ## credits knowing that one lies above the other.
     """
     error, truth = (y - truth).double(), truth.double()
-    mse = error.square().mean()
-    r2 = 1 - mse / (truth - truth.mean()).square().mean()
-    return {"MSE": mse.item(), "RMSE": mse.sqrt().item(), "MAE": error.abs().mean().item(), "R2": r2.item()}
+    mse, variance = error.square().mean().item(), (truth - truth.mean()).square().mean().item()
+    return {"MSE": mse, "RMSE": math.sqrt(mse), "MAE": error.abs().mean().item(),
+            "R2": 1 - mse / variance if variance else 0.0}
 
 
 # ---------------------------------------------------------------------------------------------- beyond the end
@@ -104,8 +108,8 @@ def draw_forecasts(test: Tensor, y: Tensor, lookback: int, chosen: list[int], ch
             a.set_title(f"{columns[j]}, window {i}: MSE {mse:.2f}", fontsize=9)
     for a in axes[-1]:
         a.set_xlabel("rows from now")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{title}, test, scaled", y=1.0)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper right", ncols=3, fontsize=8)
+    figure.suptitle(f"{title}, test, scaled", x=0.4, y=1.0)
     figure.tight_layout()
     utils.save_figure(figure, path)
 
@@ -182,7 +186,6 @@ def main() -> None:
                                f"{SCRIPT}") from error
     set_dtype(model, saved["dtype"])
     T, P, columns = saved["lookback"], saved["horizon"], saved["columns"]
-    trained_on = saved["data"] + ", stand-in" * saved["stand_in"]
     table = read_series(args.data or saved["data"])
     if saved["stand_in"] and not table.stand_in:
         utils.notice(f"STAND-IN: this model was trained on {saved['data']}, and not on {table.name}.")
@@ -194,7 +197,7 @@ def main() -> None:
     period = prepare(table, T, P).period  # and the checks that go with it
     label = table.name + ", stand-in" * table.stand_in
     if table.name != Path(saved["data"]).name:
-        label += f", trained on {trained_on}"
+        label += f", trained on {Path(saved['data']).name}" + ", stand-in" * saved["stand_in"]
     title = f"{saved['kind']}, {P} rows ahead, {label}"
 
     ## Scaled by the checkpoint's numbers, not by this file's: see `future`.
