@@ -475,7 +475,7 @@ def test_the_future_is_made_of_the_last_rows_alone(station):
     assert dates[0] - station.dates[-1] == timedelta(hours=1) and len(dates) == 3
 
 
-def test_load_model_as_a_script(trained, tmp_path, monkeypatch, capsys):
+def test_load_model_as_a_script(trained, station, tmp_path, monkeypatch, capsys):
     options = ("--model", trained / "model.pt", "--device", "cpu", "--out", tmp_path)
     out = main(load_model, monkeypatch, capsys, *options)
     mse = json.loads((trained / "metrics.json").read_text())["metrics"]["test_mse"]
@@ -484,6 +484,13 @@ def test_load_model_as_a_script(trained, tmp_path, monkeypatch, capsys):
     by_step = {line[:28].strip(): [float(v) for v in line[28:].split()] for line in out.splitlines()
                if line.startswith(("lstm  ", "the best possible", "same hour"))}
     assert all(a > b for a, b in zip(by_step["lstm"], by_step["the best possible forecast"], strict=True))
+    model, test = train.load_forecaster(trained / "model.pt")[0], load.prepare(station, 48, 24).test
+    y, truth = load_model.predict(model, test, 48, 24)
+    expected = ((y - truth) ** 2).mean(2).mean(0)[[0, 5, 23]].tolist()
+    assert by_step["lstm"] == pytest.approx(expected, abs=6e-4)
+    oil = next(line.split() for line in out.splitlines() if line.startswith("OT "))
+    degrees = (y - truth)[..., 6].abs().mean().item() * station.values[:8640, 6].std().item()
+    assert float(oil[6]) == pytest.approx(degrees, rel=6e-3)  # MAE in the file's units
     for name in ("forecasts.png", "steps.png", "residuals.png", "future.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     for more, message in ((("--windows", 0, 9999), "windows 0 to 2856"), (("--windows", -1), "windows 0 to 2856"),
