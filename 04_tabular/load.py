@@ -534,7 +534,7 @@ def logistic_baseline(data: Data, penalty: float = 1.0) -> Tensor:
     ## its second derivative are
     ##     g = X^T (p - y) + penalty w         H = X^T diag(p (1 - p)) X + penalty
     ## and Newton's step, w - H^-1 g, goes to where the parabola with that slope and bend has its bottom. There is only
-    ## one valley, and some eight steps lead to its floor. H has I^2 entries: a few thousand for a hundred inputs, but
+    ## one valley, and some nine steps lead to its floor. H has I^2 entries: a few thousand for a hundred inputs, but
     ## for the weights of a network far too many; those have to do with g (from_scratch.py).
     """
     fitted = fit_standard(data.train.numeric)

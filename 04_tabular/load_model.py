@@ -8,7 +8,9 @@ share out a probability among the values that made it; and that one accuracy can
     python 04_tabular/load_model.py                        all of the above, on the test rows
     python 04_tabular/load_model.py --person "age=39, education=Bachelors, occupation=Sales, relationship=Husband"
 
-You should see (Adult, after train.py with seed 0): RESULTS
+You should see (Adult, test rows, after train.py with seed 0): accuracy .8756 and F1 .718 at threshold 0.5, .8655 and
+.726 at 0.40, which validation chose for F1; probabilities off by 0.6 % on average; accuracy .844 for men and .940 for
+women, of whom 30 % and 11 % are above 50K; capital-gain and marital-status moving AUC most; 72 % for the person above.
 Writes to outputs/: curves.png, importance.png, embeddings.png; with --person: person.png. Left out on purpose: making
 a model fair; this only shows where it is not.
 """
@@ -391,21 +393,23 @@ def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: s
 
 
 def write_labels(a, places: Tensor, words: list[str]) -> None:
-    """Write each word beside its dot (V, 2), in the corner where it covers the fewest words and dots."""
+    """Write each word beside its dot (V, 2), on the side where it covers the fewest words and dots."""
     low, high = torch.tensor([a.get_xlim(), a.get_ylim()]).T  # (2,) each
     dots = (places - low) / (high - low)  # of the axes' width and height
     taken = [(x - 0.01, y - 0.01, x + 0.01, y + 0.01) for x, y in dots.tolist()]
     for (x, y), word in zip(dots.tolist(), words):
-        width, height = 0.019 * len(word), 0.035  # of 7-point letters
-        boxes = {}
-        for ha, va in (("left", "bottom"), ("left", "top"), ("right", "bottom"), ("right", "top")):
-            left, bottom = x + 0.012 if ha == "left" else x - 0.012 - width, y if va == "bottom" else y - height
+        width, height, fewest = 0.017 * len(word), 0.035, math.inf  # of 7-point letters
+        for left, bottom in ((x + 0.012, y), (x + 0.012, y - height), (x - 0.012 - width, y),
+                             (x - 0.012 - width, y - height), (x - width / 2, y + 0.015),
+                             (x - width / 2, y - 0.015 - height)):
             box = left, bottom, left + width, bottom + height
             covered = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-            boxes[ha, va] = box, covered + 9 * (box[0] < 0 or box[2] > 1)
-        ha, va = min(boxes, key=lambda corner: boxes[corner][1])
-        taken.append(boxes[ha, va][0])
-        a.text(x + (0.012 if ha == "left" else -0.012), y, word, fontsize=7, ha=ha, va=va, transform=a.transAxes)
+            covered += 9 * (box[0] < 0 or box[2] > 1)  # off the axes
+            if covered < fewest:
+                fewest, best = covered, box
+        taken.append(best)
+        a.text((best[0] + best[2]) / 2, (best[1] + best[3]) / 2, word, fontsize=7, ha="center", va="center",
+               transform=a.transAxes)
 
 
 def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 50, limit: int = 6):
