@@ -140,13 +140,18 @@ class Bert(nn.Module):
             put(self, "pooler.dense", new_linear(C, C))
         self.dropout = nn.Dropout(c["dropout"])
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
-        """Hidden (B, T, C). mask (B, T): True for tokens, False for padding. types (B, T): 0 first text, 1 second."""
+    def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None,
+                push: Tensor | None = None) -> Tensor:
+        """Hidden (B, T, C). mask (B, T): True for tokens, False for padding. types (B, T): 0 first text, 1 second.
+
+        push (B, T, C): added to the tokens' vectors; bert_classify.py finds what it says at a small distance from them.
+        """
         e, T = self.embeddings, ids.shape[1]
         if T > self.config["n_positions"]:
             raise utils.InputError(f"{T} tokens are more than the {self.config['n_positions']} positions of this "
                                    "model; shorten the text.")
         x = e.word_embeddings(ids) + e.position_embeddings.weight[:T]  # (B, T, C)
+        x = x if push is None else x + push
         if self.config["n_types"]:
             x = x + (e.token_type_embeddings.weight[0] if types is None else e.token_type_embeddings(types))
         x = self.dropout(e.LayerNorm(x.float()))
@@ -202,8 +207,9 @@ class Classifier(nn.Module):
     def encoder(self) -> Bert:
         return next(self.children())
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
-        hidden = self.encoder(ids, mask, types)
+    def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None,
+                push: Tensor | None = None) -> Tensor:
+        hidden = self.encoder(ids, mask, types, push)
         x = self.encoder.pool(hidden) if self.config["pooling"] == "cls" else mean_pool(hidden, mask)  # (B, C)
         if self.config["model_type"] == "distilbert":
             x = self.pre_classifier(x).relu()
