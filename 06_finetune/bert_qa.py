@@ -1,0 +1,704 @@
+"""Teach BERT to find the answer to a question in a text: all of it, its head alone, or low-rank adapters (LoRA).
+
+You learn here: how a question is answered without writing a word, by pointing at the answer's first and last token; how
+a text longer than the model is read in overlapping windows; and how an answer is marked (exact match and F1).
+
+    python 06_finetune/bert_qa.py                                  MiniLM and SQuAD v1.1 (downloaded once, 35 MB)
+    python 06_finetune/bert_qa.py --data templates                 the stand-in: passages and questions made on the spot
+    python 06_finetune/bert_qa.py --data train.json --dev dev.json any files in SQuAD v1.1's format
+    python 06_finetune/bert_qa.py --method lora                    adapters instead of every weight; or head
+    python 06_finetune/bert_qa.py --question "Who?" --context "..." the answer, by what was trained
+    python 06_finetune/bert_qa.py --resume                         after Ctrl-C
+
+You should see (--data templates with MiniLM's weights; torch 2.15, bfloat16, one core of an AMD EPYC; seed 0), exact
+match and F1 on the test questions, in %: the best overlap of words 4.7 and 15.7; full 98.0 and 98.2; LoRA (74,498
+trained parameters) 95.0 and 95.2. Not measured: SQuAD itself, which can't be had here; the time on an idle machine.
+Writes to outputs/qa/: adapter/ (LoRA and head, in PEFT's format) or model/ (a folder that transformers opens),
+predictions.json, checkpoint.pt (for --resume and for answering), metrics.json, history.png.
+Left out on purpose: questions that have no answer (SQuAD 2.0); several processes.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import signal
+import string
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils  # noqa: E402
+from bert import FILES, Spans, find_bert, open_bert, save_model  # noqa: E402
+from bert_classify import batches, schedule  # noqa: E402
+from lora import add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
+from train import peak_memory  # noqa: E402
+from wordpiece import Encoding, WordPiece, pad  # noqa: E402
+
+# Shapes: B batch (windows), T time (tokens in a window, padding included), L tokens in the longest answer
+
+SCRIPT = "06_finetune/bert_qa.py"
+SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
+## The files were never at hand where this was written: these are the hashes that other public projects pin for them
+## (ParlAI among them). Were one wrong, the right file would be refused, but no wrong one used.
+SQUAD_SHA256 = {"train-v1.1.json": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+                "dev-v1.1.json": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"}
+HEADS = ("qa_outputs",)  # trained whole by every method
+
+
+# ---------------------------------------------------------------------------------------------- data
+class Question(NamedTuple):
+    id: str
+    article: int  # which of the file's articles it is about
+    context: str  # where the answer stands
+    question: str
+    answers: list[str]  # what counts as right: SQuAD's dev set has one from each of three or more people
+    start: int  # where the first of them begins, in characters
+
+
+class Data(NamedTuple):
+    train: list[Question]
+    val: list[Question]
+    test: list[Question]
+    name: str
+    stand_in: bool
+
+
+def load_data(name: str | None = None, dev: str | None = None) -> Data:
+    """squad, templates, or a file in SQuAD v1.1's format; None is SQuAD, or templates where that can't be reached.
+
+    dev: the file whose questions are the test set; without it a tenth of the articles is. Raises utils.InputError.
+
+    ## SQuAD's real test set is kept secret, and its dev set is what everybody reports. So that stays untouched to the
+    ## end, and validation takes a twentieth of the training articles: whole ones, since questions about one paragraph
+    ## have most of their words in common.
+    """
+    if name in (None, "squad"):
+        folder = utils.DATA_DIR / "squad"
+        half = any((folder / file).exists() for file in SQUAD_SHA256)
+        try:
+            paths = [utils.download([SQUAD + file], folder / file, sha256) for file, sha256 in SQUAD_SHA256.items()]
+            return split(read_squad(paths[0]), read_squad(paths[1]), "squad")
+        except ConnectionError as error:
+            if name or half:
+                raise utils.InputError(f"{error} Use --data templates to work without a network.") from error
+            print(error)
+        utils.notice("STAND-IN: in place of SQuAD this run uses passages made from templates. Its figures can't be",
+                     "compared with SQuAD's.")
+    if name in (None, "templates"):
+        return template_passages()
+    return split(read_squad(Path(name)), read_squad(Path(dev)) if dev else None, Path(name).stem)
+
+
+def read_squad(path: Path) -> list[Question]:
+    """The questions of a JSON file: data -> paragraphs -> context and qas. Raises utils.InputError for another one."""
+    try:
+        articles = json.loads(path.read_bytes())["data"]
+        found = [Question(qa["id"], i, paragraph["context"], qa["question"], [a["text"] for a in qa["answers"]],
+                          qa["answers"][0]["answer_start"] if qa["answers"] else -1)
+                 for i, article in enumerate(articles) for paragraph in article["paragraphs"]
+                 for qa in paragraph["qas"]]
+    except OSError as error:
+        raise utils.InputError(f"{path} cannot be read ({error.strerror}); give SQuAD v1.1's train-v1.1.json, or "
+                               "templates.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise utils.InputError(f"{path} is not in the format of SQuAD v1.1 ({type(error).__name__}: {error!s:.60}); "
+                               "give its train-v1.1.json or dev-v1.1.json.") from error
+    for q in found:
+        if not all(isinstance(some, str) for some in (q.id, q.context, q.question, *q.answers)) or not (
+                type(q.start) is int and q.start >= 0 and q.answers and q.answers[0]
+                and q.context[q.start :].startswith(q.answers[0])):
+            raise utils.InputError(f"{path}, question {q.id!r:.60}: its first answer does not stand in its context at "
+                                   "answer_start; give a file of SQuAD v1.1 (2.0 has questions without an answer).")
+    if not found:
+        raise utils.InputError(f"{path} has no questions; give SQuAD v1.1's train-v1.1.json, or templates.")
+    return found
+
+
+def split(found: list[Question], test: list[Question] | None, name: str) -> Data:
+    """Whole articles for validation, a twentieth, and a tenth for the test if there is no file for it."""
+    articles = sorted({q.article for q in found})
+    random.Random(0).shuffle(articles)
+    shares = [max(1, len(articles) // 20)] + [max(1, len(articles) // 10)] * (test is None)
+    if sum(shares) >= len(articles):
+        raise utils.InputError(f"{name} has {len(articles)} articles, too few for training, validation and test; use a "
+                               "larger file.")
+    val, spare = set(articles[: shares[0]]), set(articles[shares[0] : sum(shares)])
+    return Data([q for q in found if q.article not in val | spare], [q for q in found if q.article in val],
+                test or [q for q in found if q.article in spare], name, False)
+
+
+# ---------------------------------------------------------------------------------------------- the stand-in
+# What is said of a person, | between the ways to say it, and to ask for it. The last way to ask is kept from training.
+FACTS = {
+    "town": ("{name} was born in {value}.|{value} is where {name} was born.|In {value}, {name} saw the light of day.",
+             "Where was {name} born?|What is the birthplace of {name}?|Which town does {name} come from?"),
+    "year": ("{name} was born in {value}.|It was in {value} that {name} was born.|The birth of {name} fell in {value}.",
+             "When was {name} born?|What is the year of birth of {name}?|In which year did {name} come to life?"),
+    "job": ("{name} worked as a {value} for many years.|As a {value}, {name} was well known.|The work of a {value} was "
+            "what {name} did best.",
+            "What did {name} do for a living?|What was the job of {name}?|By what trade did {name} earn money?"),
+    "instrument": ("{name} played the {value} every evening.|On the {value} nobody was better than {name}.|The sound "
+                   "of the {value} made {name} happy, who had learned to play it.",
+                   "Which instrument did {name} play?|What did {name} play?|On what did {name} make music?"),
+    "spouse": ("{name} married {value} after a short time.|{value} became the wife or husband of {name}.|At a wedding "
+               "in May, {name} and {value} were joined for life.",
+               "Who was married to {name}?|Whom did {name} marry?|What is the name of the spouse of {name}?"),
+    "pet": ("{name} kept a {animal} called {value}.|{value} was the name of the {animal} that {name} kept.|With "
+            "{value}, a {animal}, {name} went for long walks.",
+            "What was the pet of {name} called?|What is the name of the animal that {name} kept?|To which name did "
+            "{name}'s animal answer?"),
+    "firm": ("{name} was employed by {value} at that time.|{value} had {name} on its list of workers.|The wages of "
+             "{name} came from {value}, which paid well.",
+             "For which company did {name} work?|Who employed {name}?|Who paid the wages of {name}?"),
+    "dish": ("{name} liked {value} best of all.|There was nothing like {value} for {name}.|Given the choice, {name} "
+             "would always eat {value}.",
+             "What was the favourite dish of {name}?|What did {name} like to eat?|Which food did {name} prefer?"),
+}
+FILLERS = ("In {year} a storm kept everyone in {town} indoors.|The road to {town} was closed until {year}.|{firm} "
+           "opened a branch in {town} in {year}.|A {job} and a {animal} were seen in {town}.|Old people in {town} "
+           "still speak of the winter of {year}.|The price of a {instrument} doubled in {year}.")
+WORDS = {
+    "job": "baker,painter,miller,teacher,doctor,sailor,farmer,printer,weaver,lawyer,tailor,carpenter,judge,clerk,"
+           "gardener,butcher,barber,mason,nurse,porter,hunter,potter,saddler,brewer",
+    "instrument": "violin,piano,flute,trumpet,guitar,harp,cello,organ,drum,clarinet,accordion,lute,oboe,banjo,viola,"
+                  "trombone,mandolin,bassoon",
+    "animal": "dog,cat,goat,parrot,donkey,horse,rabbit,pig,goose,sheep,hen,fox",
+    "taste": "salted,roasted,cold,sweet,sour,fried,smoked,baked,spiced,boiled,dried,stewed",
+    "food": "plums,beans,eel,mutton,cabbage,pears,herring,dumplings,mushrooms,trout,onions,barley,rice,figs,duck,"
+            "lentils,apples,cheese",
+}
+SYLLABLES = ("ba bel cor da den el fa gar ho ir jun ka lo mar n\u00e9 or pe quin ra sol ta ul vor wen yl zan \u00f6st "
+             "l\u00fck").split()
+
+
+def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0) -> Data:
+    """Passages about people, with four questions each; sizes: passages for training, validation, test.
+
+    ## Where the answer stands says nothing: people, facts and sentences come in random order. Its kind says little:
+    ## several people have a town, a year, a job each. What is left is to find the sentence that is about the right
+    ## person and the right fact, though it may speak of "she". No name occurs in two passages, and of trades, years and
+    ## dishes each part has its own: nothing that was learned by heart helps.
+    """
+    draw, seen, parts = random.Random(seed), set(), []
+    choose = lambda text: draw.choice(text.split("|"))  # noqa: E731
+    capital = lambda text: text[0].upper() + text[1:] + " "  # noqa: E731
+    years = list(map(str, range(1500, 2000)))
+    lists = {kind: words.split(",") for kind, words in WORDS.items()} | {"year": years}
+    for words in lists.values():
+        draw.shuffle(words)
+
+    def invent() -> str:
+        while (name := "".join(draw.choices(SYLLABLES, k=draw.choice((2, 2, 3)))).capitalize()) in seen:
+            pass
+        seen.add(name)
+        return name
+
+    for part, passages in enumerate(sizes):
+        a, b = [(0, 4), (4, 5), (5, 6)][part]  # sixths of each list
+        own = {kind: words[a * len(words) // 6 : b * len(words) // 6] for kind, words in lists.items()}
+        found = []
+        for passage in range(passages):
+            def value(kind: str) -> str:
+                if kind == "firm":
+                    return draw.choice(("{} & Sons", "{} Ltd.", "the {} Works", "{}-{}")).format(invent(), invent())
+                if kind == "dish":
+                    return f"{draw.choice(own['taste'])} {draw.choice(own['food'])}"
+                if kind == "spouse":
+                    return f"{invent()} {invent()}"
+                return draw.choice(own[kind]) if kind in own else invent()
+
+            context, asked = "", []  # asked: (name, fact, value, where it begins)
+            for _ in range(draw.choice((2, 2, 3)) if passage % 10 else 9):  # one in ten is long: several windows
+                first, last, pronoun = invent(), invent(), draw.choice(("she", "he"))
+                for i, fact in enumerate(draw.sample(sorted(FACTS), draw.choice((2, 3)))):
+                    name = f"{first} {last}" if i == 0 else draw.choice((last, pronoun, pronoun))
+                    sentence = choose(FACTS[fact][0]).replace("{animal}", draw.choice(own["animal"]))
+                    if name == pronoun and re.search(r"(of|for|than|and|made|had) \{name\}", sentence):
+                        name = last  # not "the birth of she"
+                    sentence = sentence.replace("{name}", name)
+                    before, after = sentence.split("{value}")
+                    answer = value(fact)
+                    start = len(context) + len(before)
+                    context += capital(before + answer + after)
+                    asked.append((draw.choice((f"{first} {last}", last)), fact, context[start : start + len(answer)],
+                                  start))
+                if draw.random() < 0.3:
+                    kinds = ("year", "town", "firm", "job", "animal", "instrument")
+                    context += capital(choose(FILLERS).format(**{kind: value(kind) for kind in kinds}))
+            for i, (name, fact, answer, start) in enumerate(draw.sample(asked, 4)):
+                ways = FACTS[fact][1].split("|")
+                question = draw.choice(ways[:-1] if part == 0 else ways).format(name=name)
+                found.append(Question(f"{part}-{passage}-{i}", passage, context.strip(), question, [answer], start))
+        parts.append(found)
+    return Data(*parts, "templates", True)
+
+
+# ---------------------------------------------------------------------------------------------- SQuAD's rules
+def normalise(answer: str) -> str:
+    """What is compared: lower case, without punctuation, articles, and spaces that are too many.
+
+    ## SQuAD's own script counts ASCII's punctuation alone, and takes it away without a trace: "U.S." becomes "us" and
+    ## "well-known" "wellknown". That comes before articles, so "a." is one too. To compare with published figures, we
+    ## count just as it does.
+    """
+    bare = answer.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def f1_score(answer: str, truth: str) -> float:
+    """Harmonic mean of two shares: of the answer's words that are in the truth, and of the truth's in the answer."""
+    words = [normalise(some).split() for some in (answer, truth)]
+    common = (Counter(words[0]) & Counter(words[1])).total()
+    ##     F1 = 2 p r / (p + r) with p = common / |answer|, r = common / |truth|
+    return 2 * common / (len(words[0]) + len(words[1])) if common else 0.0  # also where both are empty
+
+
+def scores(answers: dict[str, str], questions: list[Question]) -> dict[str, float]:
+    """Exact match (EM) and F1 in percent, the best over each question's truths; no answer counts 0."""
+    em, f1 = 0, 0.0
+    for q in questions:
+        if q.id in answers:
+            em += any(normalise(answers[q.id]) == normalise(truth) for truth in q.answers)
+            f1 += max(f1_score(answers[q.id], truth) for truth in q.answers)
+    return {"em": 100 * em / len(questions), "f1": 100 * f1 / len(questions)}
+
+
+def overlap_answer(question: str, context: str) -> str:
+    """Guess without a network: from the sentence that has most of the question's words, what is new in it.
+
+    ## Of the sentence's runs of words that are not in the question, the one with the most capitals and digits is the
+    ## answer, for people ask for names and numbers; of equals the shorter one. In spirit the sliding window of
+    ## Rajpurkar et al. 2016, section 5.1.
+    """
+    asked = set(normalise(question).split())
+    common = lambda sentence: len(asked & set(normalise(sentence).split()))  # noqa: E731
+    best = max(re.split(r"(?<=[.!?]) +", context), key=common)  # the first of equals
+    runs, run = [], []
+    for word in [*best.rstrip(".!?").split(), ""]:
+        if word and normalise(word) not in asked and normalise(word):
+            run.append(word)
+        elif run:
+            runs.append(run)
+            run = []
+    telling = lambda run: (sum(word[0].isupper() or word[0].isdigit() for word in run[:3]), -len(run))  # noqa: E731
+    return " ".join(max(runs, key=telling, default=[best])).strip(",;:")
+
+
+# ---------------------------------------------------------------------------------------------- windows and spans
+class Window(NamedTuple):
+    question: int  # which one it belongs to
+    encoding: Encoding
+    first: int  # the first token of the context ...
+    last: int  # ... and the last
+    target: tuple[int, int]  # the answer's first and last token; (0, 0), that is [CLS], where it is not in this window
+
+
+def make_windows(questions: list[Question], tokenizer: WordPiece, max_length: int, stride: int) -> list[Window]:
+    """Every question's windows, with the answer as tokens. Raises utils.InputError where a question is too long.
+
+    ## The data say where the answer stands in characters, the network points at tokens. Offsets lead from one to the
+    ## other, and back: the answer that is given is cut out of the text, with its capitals, accents and spaces.
+    """
+    windows = []
+    for n, q in enumerate(questions):
+        begin, end = q.start, q.start + len(q.answers[0])
+        for encoding in tokenizer.windows(q.question, q.context, max_length, stride, special=False):
+            first, last = encoding.types.index(1), len(encoding.ids) - 2
+            places, target = encoding.offsets[first : last + 1], (0, 0)
+            if places and places[0][0] <= begin and end <= places[-1][1]:
+                target = (next(first + i for i, place in enumerate(places) if place[1] > begin),
+                          next(last - i for i, place in enumerate(reversed(places)) if place[0] < end))
+            windows.append(Window(n, encoding, first, last, target))
+    return windows
+
+
+def collate(windows: list[Window], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, mask, types, and which tokens may be an answer's: (B, T) each."""
+    ids, mask = pad([w.encoding.ids for w in windows], pad_id)
+    types = pad([w.encoding.types for w in windows], 0)[0]
+    t = torch.arange(ids.shape[1])
+    first, last = (torch.tensor(ends)[:, None] for ends in zip(*((w.first, w.last) for w in windows)))  # (B, 1) each
+    return ids, mask, types, (first <= t) & (t <= last)
+
+
+def loss_of(start: Tensor, end: Tensor, allowed: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss () of the two choices from scores (B, T) each, in nats; targets (B, 2).
+
+    ##     loss = - (log p_start(first token) + log p_end(last token)) / 2        (Devlin et al. 2019, section 4.2)
+    ## Each is a classification, with the window's tokens as classes. [CLS] is a class too: it is right where the answer
+    ## is in another window, and so the scores of such a window stay low.
+    """
+    allowed = allowed.clone()
+    allowed[:, 0] = True
+    return sum(F.cross_entropy(logits.masked_fill(~allowed, -math.inf), target)
+               for logits, target in zip((start, end), targets.T)) / 2
+
+
+def span_scores(start: Tensor, end: Tensor, allowed: Tensor, longest: int) -> Tensor:
+    """Every valid answer's score, (B, L, T): [b, d, t] is that of the d + 1 tokens from t on; -inf where invalid.
+
+    ## The likeliest start and the likeliest end need not make an answer: the end may come first. So all pairs within
+    ## `longest` tokens are looked at, T * L of them.
+    """
+    start, end = (logits.masked_fill(~allowed, -math.inf) for logits in (start, end))
+    return torch.stack([F.pad(start[:, : start.shape[1] - d] + end[:, d:], (0, d), value=-math.inf)
+                        for d in range(min(longest, start.shape[1]))], 1)
+
+
+@torch.inference_mode()
+def find_spans(model: Spans, windows: list[Window], pad_id: int, dtype: torch.dtype, longest: int, k: int = 1,
+               batch_size: int = 32) -> Iterator[tuple[Window, list[tuple[float, int, int]], float]]:
+    """Yield (window, its k best answers as (score, first character, end), log of the sum of all exp(score))."""
+    training, device = model.training, model.qa_outputs.weight.device
+    model.eval()  # no dropout
+    order = sorted(windows, key=lambda w: len(w.encoding.ids))
+    for some in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        ids, mask, types, allowed = (part.to(device) for part in collate(some, pad_id))  # (B, T) each
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            start, end = model(ids, mask, types)  # (B, T) each
+        flat = span_scores(start, end, allowed, longest).flatten(1).cpu()  # (B, L * T)
+        for window, row, total in zip(some, flat, flat.logsumexp(-1).tolist()):
+            best, T, places = row.topk(min(k, len(row))), ids.shape[1], window.encoding.offsets
+            found = [(score, places[i % T][0], places[i % T + i // T][1])
+                     for score, i in zip(best.values.tolist(), best.indices.tolist()) if score > -math.inf]
+            yield window, found, total
+    model.train(training)
+
+
+def answer(model: Spans, questions: list[Question], windows: list[Window], pad_id: int, dtype: torch.dtype,
+           longest: int) -> dict[str, str]:
+    """The best answer of all its windows for each question, by the question's id."""
+    best: dict[int, tuple[float, int, int]] = {}
+    for window, found, _ in find_spans(model, windows, pad_id, dtype, longest):
+        best[window.question] = max([*found, best.get(window.question, (-math.inf, 0, 0))])
+    return {q.id: q.context[best[n][1] : best[n][2]] for n, q in enumerate(questions)}
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+def prepare(model: Spans, args: argparse.Namespace) -> None:
+    """Freeze what the method leaves alone, and add adapters where it is LoRA.
+
+    ## full: every weight. head: two scores from each token's vector as it is: pre-training alone has little to say of
+    ## questions. lora: small matrices beside the frozen ones (lora.py), and the head.
+    """
+    if args.method != "full":
+        model.requires_grad_(False)
+    if args.method == "lora":
+        family = model.config["model_type"]
+        targets = args.lora_targets or {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}[family]
+        add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
+    model.qa_outputs.requires_grad_()
+
+
+def parameter_groups(model: Spans, args: argparse.Namespace) -> list[dict]:
+    """AdamW's groups: the head has a rate of its own, and vectors (biases, norms) and tables are not decayed."""
+    groups: dict[tuple, list] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            lr = args.head_lr if name.startswith(HEADS) else args.lr
+            decay = args.weight_decay if p.dim() > 1 and "embeddings" not in name else 0.0
+            groups.setdefault((lr, decay), []).append(p)
+    return [{"params": some, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), some in groups.items()]
+
+
+def save_result(model: Spans, tokenizer: WordPiece, args: argparse.Namespace) -> None:
+    """Write --out/adapter, with the head in it, or a whole model to --out/model."""
+    if args.method == "lora":
+        save_adapter(model, args.out / "adapter", model.config["name"], "", "QUESTION_ANS", HEADS)
+    else:
+        tokenizer.save(args.out / "model")
+        save_model(model, args.out / "model")
+
+
+def load_result(folder: Path, options: dict, out: Path) -> tuple[Spans, WordPiece]:
+    """(model, tokenizer) that save_result wrote, from its files: an adapter on the base in folder, or the whole."""
+    if options["method"] != "lora":
+        return open_bert(out / "model", "", Spans)[:2]
+    model, tokenizer, _ = open_bert(folder, options["model"], Spans)
+    load_adapter(model, out / "adapter", "", HEADS)
+    return model.eval(), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------- options
+# Method -> (epochs, AdamW's peak learning rate, the head's)
+RECIPES = {"full": (4, 2e-4, 1e-3), "lora": (6, 2e-3, 2e-3), "head": (6, 1e-2, 1e-2)}
+SQUAD_LIMIT = 8000  # questions of SQuAD's 87,599 that are learned from without --limit
+
+
+def place(name: str) -> str:
+    """A path made absolute: what is saved shall be found again from any other working directory."""
+    known = name in (*FILES, "stand-in", "squad", "templates")
+    return name if known or not Path(name).exists() else str(Path(name).resolve())
+
+
+def parse_options() -> tuple[argparse.Namespace, dict]:
+    """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    by_method = lambda i: ", ".join(f"{method} {values[i]:g}" for method, values in RECIPES.items())  # noqa: E731
+    add("--question", help="ask this of --context, with what was trained; without it, train")
+    add("--context", help="the text in which the answer stands")
+    add("--method", choices=RECIPES, default="full", help="what is trained: adapters, every weight, or the head alone")
+    add("--model", type=place, help=f"{', '.join(FILES)}, stand-in, or a folder with config.json, model.safetensors "
+        "and vocab.txt; without it minilm, or the stand-in if that is out of reach")
+    add("--data", type=place, help="squad, templates, or a training file in SQuAD v1.1's format; without it the first, "
+        "or the second if that is out of reach")
+    add("--dev", type=place, help="the test file beside --data PATH; without it a tenth of the articles is held out")
+    add("--limit", type=int, help=f"learn from so many questions, drawn at random; without it {SQUAD_LIMIT:,} of SQuAD "
+        "and all of other data")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
+    add("--seed", type=int, default=0, help="decides the new head, adapters, batches and dropout")
+    add("--epochs", type=int, help=f"passes over the training questions; without it {by_method(0)}")
+    add("--batch-size", type=int, default=16, help="windows per step; larger is steadier, and learns less per window")
+    add("--max-length", type=int, default=256, help="tokens in a window: question, context and special ones")
+    add("--stride", type=int, default=64, help="tokens that a window has in common with the next; should be longer "
+        "than answers are")
+    add("--max-answer", type=int, default=30, help="tokens in an answer at most")
+    add("--lora-rank", type=int, default=8, help="r: rank of each change; parameters grow with it")
+    add("--lora-alpha", type=float, default=16.0, help="the change counts alpha / r times")
+    add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names; without it query and "
+        "value, or q_lin and v_lin in DistilBERT")
+    add("--dropout", type=float, default=0.1, help="share of activations zeroed while training")
+    add("--lr", type=float, help=f"AdamW's peak learning rate; without it {by_method(1)}")
+    add("--head-lr", type=float, help=f"the head's; without it {by_method(2)}")
+    add("--weight-decay", type=float, default=0.01, help="each step takes lr times this of every trained matrix")
+    add("--warmup", type=float, default=0.1, help="share of the steps over which the learning rate rises from zero")
+    add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
+    add("--patience", type=int, default=2, help="stop after so many epochs without a new best (early stopping)")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
+    add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs" / "qa", help="folder for everything written")
+    args = parser.parse_args()
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
+    for name in ("epochs", "limit", "batch_size", "lr", "head_lr", "max_answer", "grad_clip", "patience"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    if not 0 <= args.dropout < 1 or not args.weight_decay >= 0 or not 0 <= args.warmup < 1:
+        raise utils.InputError(f"--dropout {args.dropout} and --warmup {args.warmup} must be at least 0 and less than "
+                               f"1, and --weight-decay {args.weight_decay} at least 0.")
+    if args.dev and args.data in (None, "squad", "templates"):
+        raise utils.InputError("--dev goes with --data PATH; squad and templates have a test set of their own.")
+    if (args.question is None) != (args.context is None) or args.question == "" or args.context == "":
+        raise utils.InputError("--question and --context go together, and neither may be empty; without both, train.")
+    return args, {name: value for name, value in given.items() if value is not None}
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Print the best answers to --question from --context, by the model in --out."""
+    saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT)
+    options = saved["options"]
+    if saved["best"]["step"] == 0:
+        raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: python "
+                               f"{SCRIPT} --resume --out {args.out}")
+    folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
+    model, tokenizer = load_result(folder, options, args.out)
+    asked = Question("", 0, args.context, args.question, ["?"], 0)
+    windows = make_windows([asked], tokenizer, min(options["max_length"], model.config["n_positions"]),
+                           options["stride"])
+    best, totals = {}, []
+    for _, found, total in find_spans(model, windows, tokenizer.pad, torch.float32, options["max_answer"], k=20):
+        totals.append(total)
+        for score, begin, end in found:
+            best[begin, end] = max(score, best.get((begin, end), -math.inf))
+    if not best:
+        raise utils.InputError(f"--context {args.context!r:.60} has no words; give the text with the answer.")
+    total = torch.tensor(totals).logsumexp(0)
+    print(f"{len(windows)} windows; the likeliest of all spans up to {options['max_answer']} tokens:")
+    for begin, end in sorted(best, key=best.get, reverse=True)[:3]:
+        print(f"{math.exp(best[begin, end] - total):7.1%}  {args.context[begin:end]}   (characters {begin} to {end})")
+    if saved["stand_in"]:
+        utils.notice("STAND-IN: model or passages were stand-ins; for real questions, train on SQuAD.")
+
+
+def main() -> None:
+    utils.keep_memory()
+    args, given = parse_options()
+    if args.question:
+        return ask(args)
+    checkpoint_path = args.out / "checkpoint.pt"
+    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
+    if saved:
+        utils.adopt_options(args, given, saved["options"])
+    device = utils.pick_device(args.device)
+    utils.check_writable(args.out)  # better now than in five minutes
+    if args.dtype == "auto":
+        args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
+    dtype = getattr(torch, args.dtype)
+
+    # model and questions
+    data = load_data(args.data, args.dev)
+    utils.set_seed(args.seed)
+    folder, args.model = find_bert(args.model)
+    model, tokenizer, config = open_bert(folder, args.model, Spans, dropout=args.dropout)
+    ## What was left open is settled by now, and saved with the rest for --resume.
+    args.data = args.data or data.name
+    for name, value in zip(("epochs", "lr", "head_lr"), RECIPES[args.method]):
+        setattr(args, name, getattr(args, name) or value)
+    args.limit = args.limit or (SQUAD_LIMIT if data.name == "squad" else len(data.train))
+    questions = random.Random(args.seed).sample(data.train, min(args.limit, len(data.train)))
+    stand_in = data.stand_in or "stand_in" in config
+    label = f"{args.model}, on {data.name}{', stand-in' * stand_in}"
+    longest = min(args.max_length, config["n_positions"])
+    train, val, test = (make_windows(some, tokenizer, longest, args.stride) for some in (questions, *data[1:3]))
+    if saved and (saved["base"], saved["data"]) != (args.model, [data.name, len(train)]):
+        raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
+
+    total = utils.count_parameters(model)
+    prepare(model, args)
+    model.to(device).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type in ("cpu", "cuda"))
+    first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_f1": -1.0}
+    if saved:
+        if saved["trained"].keys() != trained.keys():
+            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
+                                   "--resume.")
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(saved["trained"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
+        losses = [loss.to(device) for loss in saved["losses"]]
+        torch.set_rng_state(saved["random_state"])
+        if best["step"] == first_step > 0:
+            save_result(model, tokenizer, args)  # a kill may have come between checkpoint and result
+    step_model = torch.compile(model) if args.compile else model
+
+    # sanity numbers before training
+    n_trained = utils.count_parameters(model)
+    whole = sum(p.numel() for p in model.parameters())
+    per_epoch = math.ceil(len(train) / args.batch_size)
+    steps = args.epochs * per_epoch
+    warmup = int(args.warmup * steps)
+    print(f"{label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in {len(train):,} / "
+          f"{len(val):,} / {len(test):,} windows, {sum(w.target != (0, 0) for w in train):,} of the first with the "
+          f"answer\n{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); "
+          f"{args.dtype} on {device.type}; {steps} steps")
+    order = batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed)
+    some = [train[i] for i in next(batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed))]
+    ids, mask, types, allowed = collate(some, tokenizer.pad)
+    first, names = some[0], [tokenizer.names[i] for i in some[0].encoding.ids]
+    print(f"a batch, {tuple(ids.shape)}, {1 - mask.float().mean():.1%} padding; its first window:\n"
+          f"{' '.join(names[:40])} ...  -> {' '.join(names[first.target[0] : first.target[1] + 1])}")
+    if saved:
+        print(f"resumed after step {first_step} and {seconds:.0f} s of training")
+    else:
+        model.eval()
+        with torch.inference_mode():
+            start, end = (part.cpu() for part in model(ids.to(device), mask.to(device), types.to(device)))  # (B, T)
+        before = loss_of(start, end, allowed, torch.tensor([w.target for w in some]))
+        model.train()
+        print(f"before training: loss {before:.4f} on this batch; guessing uniformly, mean ln of the tokens to choose "
+              f"from: {(allowed.sum(1) + 1).log().mean():.4f}")
+
+    def save() -> None:
+        """Write all that decides how the run goes on; and, where the newest weights are the best so far, the result."""
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        utils.save_checkpoint(checkpoint_path, {
+            "script": SCRIPT, "base": args.model, "data": [data.name, len(train)], "stand_in": stand_in,
+            "torch": str(torch.__version__), "options": options, "step": done, "seconds": seconds, "history": history,
+            "best": best, "losses": losses, "trained": trainable_state(model), "optimizer": optimizer.state_dict(),
+            "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
+        if best["step"] == done:
+            save_result(model, tokenizer, args)
+
+    ## As in chapter 05: Ctrl-C only leaves a note, which the loop reads where everything fits together.
+    interrupted = []
+    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+
+    # ------------------------------------------------------------------------------------------ the loop
+    advice = "no file was touched since the last evaluation; start again with a smaller --lr."
+    bar, begun = utils.Progress(steps, "windows", first_step), time.perf_counter()
+    for step, rows in zip(range(steps), order):
+        if step < first_step:
+            continue  # resumed: these were seen before
+        if step - best["step"] >= args.patience * per_epoch:
+            break  # early stopping
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, steps, warmup)
+        some = [train[i] for i in rows]
+        ids, mask, types, allowed = (part.to(device) for part in collate(some, tokenizer.pad))  # (B, T) each
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            start, end = step_model(ids, mask, types)  # (B, T) each
+        loss = loss_of(start, end, allowed, torch.tensor([w.target for w in some], device=device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+
+        done = step + 1
+        due = done % per_epoch == 0
+        if device.type == "cuda" and not due and done % 10:
+            continue  # looking at the loss makes a GPU wait
+        if not math.isfinite(loss.item()):
+            raise utils.InputError(f"the loss became {loss.item()} by step {done}; {advice}")
+        bar.update(done, f"loss {loss.item():.3f}", args.batch_size)
+        if due or interrupted:
+            seconds += time.perf_counter() - begun
+            if due:
+                found = scores(answer(model, data.val, val, tokenizer.pad, dtype, args.max_answer), data.val)
+                row = {"step": done, "seconds": seconds, "epoch": done // per_epoch,
+                       "train_loss": torch.stack(losses).mean().item(), "val_em": found["em"], "val_f1": found["f1"]}
+                history.append(row)
+                losses = []
+                best = row if row["val_f1"] > best["val_f1"] else best
+            save()
+            if interrupted:
+                raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+            bar.clear()
+            print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation EM "
+                  f"{row['val_em']:.2f}  F1 {row['val_f1']:.2f}", flush=True)
+            begun = time.perf_counter()
+
+    # report
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    memory = peak_memory(device)
+    after, _ = load_result(folder, vars(args), args.out)  # as anybody would load it
+    after.to(device)
+    answers = {"word overlap": [{q.id: overlap_answer(q.question, q.context) for q in some} for some in data[1:3]],
+               args.method: [answer(after, some, windows, tokenizer.pad, dtype, args.max_answer)
+                             for some, windows in ((data.val, val), (data.test, test))]}
+    table = {name: [scores(found, some) for found, some in zip(both, data[1:3])] for name, both in answers.items()}
+    ## In the form that SQuAD's own script takes: python evaluate-v1.1.py dev-v1.1.json predictions.json
+    utils.write_atomically(args.out / "predictions.json", json.dumps(answers[args.method][1]).encode())
+    metrics = {"best_epoch": best["epoch"], "val_em": best["val_em"], "val_f1": best["val_f1"],
+               "trained_parameters": n_trained, "peak_memory_bytes": memory,
+               "test": {name: both[1] for name, both in table.items()}}
+    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, model=args.model, stand_in=stand_in,
+                       device=device.type, seed=args.seed, seconds=seconds, parameters=total, metrics=metrics,
+                       history=history)
+    utils.plot_history(args.out / "history.png", history, ["val_em", "val_f1"], f"{args.method}: {label}", x="epoch",
+                       y="percent")
+    print(f"\n{'':18}validation EM       F1     test EM       F1   ({label})")
+    for name, (on_val, on_test) in table.items():
+        print(f"{name:18}{on_val['em']:13.2f}{on_val['f1']:9.2f}{on_test['em']:12.2f}{on_test['f1']:9.2f}")
+    print("\nwrong answers on the test set:")
+    wrong = [q for q in data.test if not scores(answers[args.method][1], [q])["em"]]
+    for q in random.Random(0).sample(wrong, min(5, len(wrong))):
+        print(f"  {q.question} {answers[args.method][1][q.id]!r:.60}, but {q.answers[0]!r:.60}")
+    held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
+    print(f"\n{seconds:.0f} s of training, {held}\n"
+          f"wrote {'adapter' if args.method == 'lora' else 'model'}/, checkpoint.pt, predictions.json, metrics.json, "
+          f"history.png to {args.out}")
+    if stand_in:
+        names = [name for name, there in (("model", "stand_in" in config), ("passages", data.stand_in)) if there]
+        utils.notice(f"STAND-IN: these figures are of stand-ins ({' and '.join(names)}), not of MiniLM on SQuAD.")
+
+
+if __name__ == "__main__":
+    utils.run(main)
