@@ -11,8 +11,12 @@ baselines keep a forecaster honest.
     python 03_lstm/train.py --data my.csv            a date column and numeric columns
     python 03_lstm/train.py --resume                 after Ctrl-C
 
+You should see (ETTh1; one core of an AMD EPYC with AVX512-BF16, no AMX; torch 2.15; seed 0), as test MSE
+    96 rows ahead: repeat last 1.294, same hour yesterday 0.512, NLinear 0.370, the default model 0.350
+    720 rows ahead: repeat last 1.335, same hour yesterday 0.655, NLinear 0.434, the default model 0.430
+Published: 0.351 and 0.466 for SegRNN, 0.374 and 0.440 for NLinear, 1.135 and 1.089 for a plain GRU.
 Writes to outputs/: model.pt, checkpoint.pt (for --resume), metrics.json, history.png.
-Left out on purpose: calendar features, which would help and which the published figures do without; attention.
+Left out on purpose: calendar features, which the published figures do without; attention.
 """
 
 import argparse
@@ -547,6 +551,10 @@ def main() -> None:
     if data.stand_in:
         utils.notice(f"STAND-IN: these figures are for {data.name}, not for ETTh1.")
 
+
+## Try this. Each was run once (ETTh1, 96 rows ahead, seed 0); as it is: validation MSE 0.648, test MSE 0.350.
+##   --hidden 256    0.659 and 0.347: the two parts disagree; three times the arithmetic
+##   --epochs 3      0.652 and 0.354: not done yet
 
 if __name__ == "__main__":
     utils.run(main)
