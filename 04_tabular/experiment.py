@@ -228,13 +228,14 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.4))
     for i, row in enumerate(rows):
-        mean, std = mean_std([100 * auc for auc in row["auc"]])
+        mean, std = mean_std([100 - 100 * auc for auc in row["auc"]])
         axes.errorbar(mean, i, xerr=std, fmt="o", color=utils.COLORS[0], label="all members" if i == 0 else None)
-        axes.plot(100 * statistics.mean(row["one_member_auc"]), i, "x", color=utils.COLORS[1],
+        axes.plot(100 - 100 * statistics.mean(row["one_member_auc"]), i, "x", color=utils.COLORS[1],
                   label="one member" if i == 0 else None)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set(title=f"One change at a time ({label})", xlabel="validation AUC, %")
+    axes.set_xscale("log")  # or one bad row would press all others together
+    axes.set(title=f"One change at a time ({label})", xlabel="100 % less validation AUC (log scale): left is better")
     axes.legend()
     utils.save_figure(figure, args.out / "experiment.png")
     print(f"\nwrote experiment.json and experiment.png to {args.out}")

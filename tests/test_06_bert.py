@@ -6,6 +6,7 @@ import http.server
 import json
 import math
 import re
+import shutil
 import sys
 import threading
 
@@ -483,9 +484,13 @@ def test_the_stand_in_comes_only_where_minilm_can_t_be_reached(hub, tmp_path, mo
     assert ids.tolist() == [transformers.BertTokenizerFast(str(folder / "vocab.txt"))(text)["input_ids"]]
     with torch.no_grad():
         assert close(model(ids), theirs(ids).last_hidden_state)
-    (tmp_path / "data" / "minilm").mkdir(exist_ok=True)
-    (tmp_path / "data" / "minilm" / "model.safetensors").write_bytes(b"half")
-    with refused("minilm", "not the expected file"):  # half there is no reason to fall back
+    weights_path = tmp_path / "data" / "minilm" / "model.safetensors"
+    weights_path.parent.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "made" / "minilm" / "model.safetensors", weights_path)
+    with refused("vocab.txt could not be downloaded"):  # half there is no reason to fall back
+        bert.load_bert()
+    weights_path.write_bytes(b"damaged")
+    with refused("minilm", "not the expected file"):
         bert.load_bert()
 
 
