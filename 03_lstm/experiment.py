@@ -179,7 +179,7 @@ def main() -> None:
     ## be trusted to speak for another.
     print(f"{label}; {dtype} on {device.type}; MSE {args.horizon} rows ahead, mean ± std of {args.seeds} seeds, "
           f"{args.epochs} epochs\nrepeat last, test: {naive:.4f}; NLinear, test: {line:.4f}\n"
-          f"{'':46}{'validation':>17}{'test':>17}{'seconds':>9}")
+          f"{'':46}{'validation':>17}{'test':>17}{'seconds':>9}", flush=True)
     rows = []
     for name, recipe in chosen:
         runs = [run(recipe, data, longest, args.horizon, args.epochs, seed, device, dtype)

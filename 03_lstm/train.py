@@ -488,7 +488,7 @@ def main() -> None:
         else:
             f = model(x)[None]
         ## The mean absolute error is what is made small, though the squared error is what is reported: a meter that
-        ## stands still for days is an outlier, and squared it would rule the gradient. Measured: see Try this.
+        ## stands still for days is an outlier, and squared it would rule the gradient. experiment.py has both.
         error = f - y
         loss = (error.abs() if args.loss == "mae" else error.square()).mean((1, 2, 3))  # (E,)
         optimizer.zero_grad()
