@@ -442,8 +442,8 @@ def main() -> None:
     stand_in = data.stand_in or "stand_in" in config
     label = f"{args.model}, on {data.name}{', stand-in' * stand_in}"
     longest = min(args.max_length, config["n_positions"])
-    encode = lambda part: [tokenizer.encode(text, max_length=longest, special=False).ids for text in part.texts]  # noqa: E731
-    train, val, test = ((encode(part), part.y) for part in (data.train, data.val, data.test))
+    train, val, test = (([tokenizer.encode(text, max_length=longest, special=False).ids for text in part.texts], part.y)
+                        for part in data[:3])
     if saved and (saved["base"], saved["data"]) != (args.model, [data.name, len(train[0])]):
         raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
 

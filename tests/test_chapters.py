@@ -32,3 +32,11 @@ def test_without_their_teaching_comments_the_scripts_still_run(tmp_path, chapter
     command = [sys.executable, "-c", program, str(tmp_path / chapter), *scripts]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_and_the_workflow_name_the_same_commands():
+    readme, workflow = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".github/workflows/tests.yml"))
+    install, test = next(line for line in readme.splitlines() if line.endswith("pytest tests")).split(" && ")
+    first = next(line for line in readme.splitlines() if line.startswith("pip install")).split(" && ")[1]
+    for command in (install, test, first):
+        assert f"run: {command}" in workflow
