@@ -35,7 +35,8 @@ def test_without_their_teaching_comments_the_scripts_still_run(tmp_path, chapter
 
 
 def test_the_readme_and_the_workflow_name_the_same_commands():
-    readme, workflow = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".github/workflows/tests.yml"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
     install, test = next(line for line in readme.splitlines() if line.endswith("pytest tests")).split(" && ")
     first = next(line for line in readme.splitlines() if line.startswith("pip install")).split(" && ")[1]
     for command in (install, test, first):
