@@ -160,22 +160,24 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
     for url in urls:
         tries = 3  # without progress: a connection that is cut after moving some bytes may go on as often as it likes
         while tries:
-            before = size()
+            before, status = size(), None
             try:
                 _fetch(url, part, timeout)
             except requests.RequestException as error:
                 status = getattr(error.response, "status_code", None)
                 failures.append(f"{url}: {f'HTTP {status}' if status else type(error).__name__}")
-                if status == 416:  # what we have is longer than the file
-                    part.unlink()
                 tries = 3 if size() > before else 0 if status and status != 416 and status < 500 else tries - 1
                 time.sleep(0.2)
-                continue
-            if _hash(part, sha256) == sha256:
-                os.replace(part, path)
-                return path
-            part.unlink()
-            wrong = url
+                if status != 416:  # else what we have is as long as the file, or longer
+                    continue
+            try:
+                if _hash(part, sha256) == sha256:
+                    os.replace(part, path)
+                    return path
+                part.unlink()
+            except FileNotFoundError:  # another process wrote the same part, and was the first to see that it is whole
+                return download(urls, path, sha256, timeout)
+            wrong = wrong if status == 416 else url
             tries = 1 if before else 0  # a file pieced together gets a second chance from zero
     if wrong:
         raise InputError(f"{wrong} sent a file with the wrong hash for {path.name}; nothing was kept, so try again "
@@ -193,7 +195,11 @@ def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:
             have = 0  # the server ignored Range and sends the whole file
         length = int(reply.headers.get("Content-Length", 0))
         bar = Progress(have + length, "MB", have)
-        with open(part, "ab" if have else "wb") as file:
+        part.touch()
+        ## Two processes may fetch the same file at once. Both write the same bytes to the same places, so neither may
+        ## append to what the other has written, nor cut it off.
+        with open(part, "r+b") as file:
+            file.seek(have)
             for block in reply.iter_content(1 << 16):
                 file.write(block)
                 have += len(block)
@@ -215,7 +221,7 @@ def write_atomically(path: Path, data) -> None:
     data: bytes, or a function that writes them to the open file it is given.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # its own, should two processes write at once
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -223,10 +229,18 @@ def write_atomically(path: Path, data) -> None:
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only in the system's cache, before the name moves
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save buries it
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"cannot write {path} ({cause.strerror}); free some space or choose another --out.") from error
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"cannot write {path} ({error.strerror}); free some space or choose another --out.") from error
+            temporary.unlink()  # still there only where something failed
+        with contextlib.suppress(OSError):
+            for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
 
 
 def check_writable(folder: Path) -> None:

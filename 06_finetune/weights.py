@@ -370,23 +370,14 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: 
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     if len(text) > MAX_HEADER:
         raise utils.InputError(f"the header would have {len(text):,} of {MAX_HEADER:,} bytes allowed; write two files.")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                tensor = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before the name moves
-        os.replace(temporary, path)  # who has mapped the old file keeps it
-    except OSError as error:
-        reason = error.strerror or error
-        raise utils.InputError(f"cannot write {path} ({reason}); free some space or choose another place.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # left only by a write that failed
+
+    def write(file) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            tensor = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+    utils.write_atomically(path, write)  # by a rename: who has mapped the old file keeps it
 
 
 def main() -> None:

@@ -711,7 +711,7 @@ def test_a_stopped_write_leaves_the_old_file_alone(tmp_path, monkeypatch, stop):
     path.write_bytes(b"old")
 
     def fail(_):
-        assert (tmp_path / "a.safetensors.tmp").stat().st_size > 8
+        assert (tmp_path / f"a.safetensors.{os.getpid()}.tmp").stat().st_size > 8
         raise stop
 
     monkeypatch.setattr(os, "fsync", fail)

@@ -96,6 +96,13 @@ def test_download_continues_a_part_from_an_earlier_run(server, tmp_path):
     assert BadServer.log == [("good", "bytes=1234-")]
 
 
+def test_download_that_was_whole_but_not_yet_renamed(server, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file.part").write_bytes(BODY)
+    assert fetch(server, tmp_path, "good").read_bytes() == BODY
+    assert BadServer.log == [("good", f"bytes={len(BODY)}-")]
+
+
 def test_download_when_range_is_ignored(server, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "file.part").write_bytes(BODY[:1234])
@@ -202,11 +209,32 @@ def test_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_really_full_device(tmp_path):
-    (tmp_path / "file.tmp").symlink_to("/dev/full")
-    (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(utils.InputError, match="cannot write"):
-        utils.write_atomically(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    for write in (lambda: utils.write_atomically(path, b"new"), lambda: utils.save_checkpoint(path, STATE),
+                  lambda: utils.save_checkpoint(path, {"w": torch.zeros(100_000)})):
+        (tmp_path / f"file.{os.getpid()}.tmp").symlink_to("/dev/full")
+        with pytest.raises(utils.InputError, match="cannot write .*No space left"):
+            write()
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_that_is_no_disks_keeps_its_traceback(tmp_path):
+    def fail(_):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        utils.write_atomically(tmp_path / "file", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_processes_left_is_cleared_away_in_time(tmp_path):
+    for name in ("file.1.tmp", "file.2.tmp", "other.1.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    for name in ("file.1.tmp", "other.1.tmp"):
+        os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+    utils.write_atomically(tmp_path / "file", b"new")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "file.2.tmp", "other.1.tmp"}  # 2 may be alive
 
 
 def test_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path):
