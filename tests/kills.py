@@ -276,7 +276,7 @@ def main() -> None:
                 continue
             total += phases
             counts = (kills, *(phases[phase] for phase in PHASES), ended)
-            print(f"{name:30}" + "".join(f"{n:18}" for n in counts) + f"   identical; {seconds:.1f} s a run", flush=True)
+            print(f"{name:30}" + "".join(f"{n:18}" for n in counts) + f"   identical, {seconds:.1f} s each", flush=True)
     print(f"{'':30}" + "".join(f"{n:18}" for n in (total.total(), *(total[phase] for phase in PHASES))))
     sys.exit(failed)
 
