@@ -78,9 +78,9 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """The faster of bfloat16 and float32 for matrix products on this device: a GPU by asking it, a CPU by timing it.
 
-    ## A CPU with AMX or AVX512-BF16 multiplies bfloat16 matrices several times faster than float32 ones; one
-    ## without them is slower in bfloat16. Nothing tells the two apart as surely as a few milliseconds of trying. The
-    ## two take turns, and the fastest of each counts: another program may be busy for a while.
+    ## A CPU with AMX or AVX512-BF16 multiplies bfloat16 matrices several times faster than float32 ones; one without
+    ## them may be slower in bfloat16. Nothing tells the two apart as surely as a few milliseconds of trying. The two
+    ## take turns, and the fastest of each counts: another program may be busy for a while.
     """
     if device.type != "cpu":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
@@ -273,11 +273,18 @@ def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu")
     return state
 
 
-def adopt_options(args, given: dict, saved: dict) -> None:
-    """For --resume: set args (argparse's) to the saved run's options; one given with another value is an InputError."""
+def name_or_path(*names: str):
+    """A `type` for argparse: one of names stays as it is, a path becomes absolute, to be found again from anywhere."""
+    return lambda text: text if text in names or not Path(text).exists() else str(Path(text).resolve())
+
+
+def adopt_options(args, given: dict, saved: dict, free: tuple[str, ...] = ()) -> None:
+    """For --resume: set args (argparse's) to the saved run's options; one given with another value is an InputError.
+
+    free: more options than these four that change nothing of what is learned, and so may be another.
+    """
     for name, value in saved.items():
-        if name not in ("resume", "out", "device", "compile", "tta", "micro_batch_size", "activation_checkpointing"):
-            # those don't change what is learned
+        if name not in ("resume", "out", "device", "compile", *free):
             if str(given.get(name, value)) != str(value):
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"--resume goes on with a run that had {option} {value}, not {option} {given[name]}; "

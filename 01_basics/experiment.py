@@ -34,7 +34,8 @@ bfloat16; other programs ran beside rows 4 and 6), % of the pictures and seconds
     + the mean of five such networks                                               99.40     99.29    1,500
     + one network, digits distorted instead, 120 epochs                            99.44     99.34      640
 Writes to outputs/: choices, fitting and limits, each as .json and .png. Left out on purpose: choosing the best of many
-settings for every row; all rows share train.py's, but for what their name says.
+settings for every row: all rows of `choices` share train.py's, but for what their name says (SGD also goes without
+weight decay); those of `limits` have their own, DEEP.
 """
 
 import argparse
@@ -56,7 +57,7 @@ import utils  # noqa: E402
 from load import Data, load_data, normalise  # noqa: E402
 from train import epoch_batches, evaluate  # noqa: E402
 
-# Shapes: N pictures, B batch, I inputs (784 pixels), K classes (10 digits)
+# Shapes: N pictures, B batch, I inputs (784 pixels), K classes (10 digits), H height, W width
 
 SCRIPT = "01_basics/experiment.py"
 # decay: whether the learning rate falls to zero
@@ -199,6 +200,8 @@ def distort(x: Tensor, turn: float = 0.2, stretch: float = 0.12, slant: float = 
 def smoothness(model: nn.Module, x: Tensor, logits: Tensor, size: float) -> Tensor:
     """How far a small, worst possible change of x (B, I) moves the answers: mean KL divergence, to add to the loss.
 
+    ## The KL divergence says how far one distribution is from another, in nats; 0 where they agree.
+
     ## Virtual adversarial training (Miyato et al. 2018). Two pictures that differ by a little should be answered alike,
     ## above all along the direction r in which the network is most fickle:
     ##     KL(p(x) || p(x + r)),    r = size * g / |g|,    g = gradient of KL(p(x) || p(x + d)) with respect to d
@@ -328,7 +331,7 @@ def main() -> None:
             axes.set(title=name, xlabel="epoch", ylabel="loss, nats" if axes is all_axes[0] else "")
             axes.set_yscale("log")
             axes.legend()
-        figure.suptitle(f"Underfitting, a fit, and overfitting ({label})")
+        figure.suptitle(f"Underfitting, overfitting, and overfitting sooner ({label})")
         figure.tight_layout()
         utils.save_figure(figure, args.out / "fitting.png")
 
@@ -348,8 +351,8 @@ def main() -> None:
                 model = fit_deep(recipe | {"epochs": recipe["epochs"] * args.epochs // 10}, x, y, seed, dtype)
                 seconds += time.perf_counter() - begun
                 members.append((probabilities(model, val_x), probabilities(model, test_x)))
-            ## A committee errs less than its members do on average: their mistakes are partly chance, and chance
-            ## cancels in the mean (Hansen & Salamon 1990).
+            ## The mean of several networks: their mistakes are partly chance, and chance cancels in the mean (Hansen &
+            ## Salamon 1990).
             val_p, test_p = (torch.stack(part).mean(0) for part in zip(*members))
             val, test = ((p.argmax(1) == labels.to(device)).float().mean().item()
                          for p, labels in ((val_p, data.val_y), (test_p, data.test_y)))

@@ -166,7 +166,8 @@ def main() -> None:
     done = 0
     for epoch in range(args.epochs):
         begun, total = time.perf_counter(), 0.0
-        ## A new order in every pass: were all sevens together, the network would forget the rest while it learns them.
+        ## A random order: were all sevens together, the network would forget the rest while it learns them. Sorted by
+        ## digit it ends at 54 %; whether the order is a new one in every pass makes no difference here (experiment.py).
         order = torch.randperm(len(train_y), generator=generator).to(device)
         for rows in order.split(args.batch_size):
             x, y = train_x[rows], train_y[rows]  # (B, I), (B,)

@@ -1,8 +1,8 @@
 """Handwritten digits as numbers: what MNIST is, and how a picture becomes something a network can multiply.
 
 You learn here: that a picture is a table of bytes; how data is split so that a figure can be believed; what normalising
-does and on which part its two numbers are fitted; and that the whole set is one tensor of 43 MB, small enough to stay
-in memory.
+does and on which part its two numbers are fitted; and that its 55,000 training pictures are one tensor of 43 MB, small
+enough to stay in memory.
 
     python 01_basics/load.py                     MNIST (downloaded once, 12 MB)
     python 01_basics/load.py --data typeset      the stand-in: digits drawn with the fonts that ship with matplotlib
@@ -84,7 +84,8 @@ def read_mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             if "corrupted" in str(error):
                 raise utils.InputError("a mirror sent files that are not MNIST's; nothing was kept, so try again later "
                                        "or put the right ones into " + str(folder)) from error
-            raise ConnectionError("MNIST could not be downloaded.") from error
+            raise ConnectionError("MNIST could not be downloaded; by hand: its four files, from "
+                                  f"{MNIST.mirrors[0]}, into {folder}.") from error
         finally:
             socket.setdefaulttimeout(None)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -221,8 +222,8 @@ def main() -> None:
     for k in range(10):
         print(f"{k:<8}" + "".join(f"{(y == k).sum():8,}" for y in (data.train_y, data.val_y, data.test_y)))
     print(f"\nalways naming the most frequent digit: {majority_baseline(data):.1%} of the test pictures; a linear "
-          f"model on the pixels: {linear_baseline(data):.1%}; guessing: loss ln 10 = "
-          f"{math.log(10):.4f}\n\n{'pixels':24}{'mean':>8}{'std':>8}{'min':>8}{'max':>8}")
+          f"model on the pixels: {linear_baseline(data):.1%}; the loss of guessing, which from_scratch.py explains: "
+          f"ln 10 = {math.log(10):.4f}\n\n{'pixels':24}{'mean':>8}{'std':>8}{'min':>8}{'max':>8}")
     x = normalise(data.train_x, data.mean, data.std)
     test = normalise(data.test_x, data.mean, data.std)
     for name, values in (("train, 0 to 1", data.train_x.float() / 255), ("train, normalised", x),

@@ -158,8 +158,7 @@ def show_loading(model: nn.Module) -> None:
 def show_modes(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Print what eval() and no_grad() change, on pictures x (N, I) with labels y (N,)."""
     ## Dropout zeroes a random half of the hidden units in training, so that none can rely on another. In use all of
-    ## them should speak. SimpleNN has none; here it is put in between, to see what forgetting eval() does
-    ## (a network trained with dropout loses less).
+    ## them should speak. SimpleNN has none; here it is put in between, to see what forgetting eval() does.
     dropped = nn.Sequential(model.hidden, nn.ReLU(), nn.Dropout(0.5), model.out)
     right = lambda: (dropped(x).argmax(1) == y).float().mean().item()  # noqa: E731
     torch.manual_seed(0)

@@ -82,7 +82,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--seed", type=int, default=0, help="decides weights and batches")
     add("--epochs", type=int, default=10, help="passes over the training pictures; the learning rate ends at zero")
     add("--batch-size", type=int, default=64, help="pictures per step; smaller: more steps, each by a rougher gradient")
-    add("--lr", type=float, default=3e-3, help="Adam's learning rate at the start; too large, and the loss stays high")
+    add("--lr", type=float, default=3e-3, help="AdamW's learning rate at the start; too large, and the loss stays high")
     add("--weight-decay", type=float, default=0.3, help="share of every weight taken per step, times the learning rate")
     add("--hidden", type=int, default=128, help="hidden units; more of them remember more, of the noise as well")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
@@ -198,8 +198,8 @@ def main() -> None:
         train_loss = total.item() / (step + 1 - epoch * steps // args.epochs)  # waits for a GPU to finish
         seconds += time.perf_counter() - begun
         if not math.isfinite(train_loss):
-            raise utils.InputError(f"the loss became {train_loss} in epoch {epoch + 1}; what was saved is of the epoch "
-                                   "before; start again with a smaller --lr.")
+            raise utils.InputError(f"the loss became {train_loss} in epoch {epoch + 1}; no file was touched since the "
+                                   "last epoch's end; start again with a smaller --lr.")
         val_loss, val_accuracy = evaluate(model, val_x, val_y)
         history.append({"step": step + 1, "epoch": epoch + 1, "seconds": seconds, "train_loss": train_loss,
                         "val_loss": val_loss, "val_accuracy": val_accuracy})

@@ -89,8 +89,8 @@ def conv(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, tuple]:
 def conv_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """dy (B, M, H, W) -> dx (B, C, H, W), dw (M, C, S, S), db (M,).
 
-    ## The forward pass is Y = W X + b with X = im2col(x), so the rules are those of any matrix product:
-    ##     dW = dY X^T (summed over the batch),  dX = W^T dY,  dx = col2im(dX),  db = dY summed over batch and places
+    ## The forward pass is Y = F X + b with X = im2col(x), so the rules are those of any matrix product:
+    ##     dF = dY X^T (summed over the batch),  dX = F^T dY,  dx = col2im(dX),  db = dY summed over batch and places
     """
     columns, w = cache
     M, C, S, _ = w.shape
@@ -149,7 +149,11 @@ def batch_norm_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tenso
 
 # ---------------------------------------------------------------------------------------------- a network of them
 def init(K: int, side: int, widths: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-    """Weights of conv-norm-ReLU-pool twice, then linear. Normal with variance 2 / inputs (He et al. 2015)."""
+    """Weights of conv-norm-ReLU-pool twice, then linear.
+
+    The convolutions' are normal with variance 2 / inputs (He et al. 2015). The last layer starts at zero, so that the
+    first loss is ln K.
+    """
     w, C = {}, 3
     for i, M in enumerate(widths, 1):
         w[f"conv{i}"] = torch.randn(M, C, 3, 3, generator=generator) * math.sqrt(2 / (9 * C))

@@ -274,8 +274,8 @@ def majority_baseline(data: Data) -> float:
 
 # ---------------------------------------------------------------------------------------------- augmentation
 ## A cat that looks to the other side, stands two pixels further left, or hides a corner behind a box is still a cat.
-## Each function changes a whole batch at once, on whatever device it lies, which is many times faster than changing
-## picture by picture in a DataLoader. Where and how much is an argument, so that a test can compare with torchvision.
+## Each function changes a whole batch at once, on whatever device it lies. Where and how much is an argument, so that a
+## test can compare with torchvision.
 def flip(x: Tensor, mirrored: Tensor) -> Tensor:
     """Mirror left and right the pictures of x (B, C, H, W) where mirrored (B,) is True."""
     return torch.where(mirrored[:, None, None, None], x.flip(-1), x)

@@ -62,7 +62,7 @@ def precision_recall_f1(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------------------------- looking inside
 def parts_of(model: nn.Module) -> tuple[nn.Module, Tensor, nn.Module]:
-    """First convolution, its filters (M, 3, S, S), and the layer for Grad-CAM: the last of 7 x 7 on."""
+    """First convolution, its filters (M, 3, S, S), and the layer for Grad-CAM: the last of at least 7 x 7 places."""
     if isinstance(model, Simple):
         return model[1], model[1].weight.view(-1, 3, 3, 3), model[11]
     if isinstance(model, ResNet):
@@ -88,9 +88,9 @@ def grad_cam(model: nn.Module, x: Tensor, k: Tensor, average: bool = True) -> Te
     ## A is a late layer, whose channels already stand for parts of things and still know where these are. A channel
     ## counts by how much more of it would raise the logit; the ReLU leaves out what speaks for other classes.
     ##
-    ## The mean gives a channel one weight for all places. Where the network looks at the strongest place alone, as our
-    ## resnet's maximum does, that weight is wrong at the others, and a map can even be empty. Without `average` each
-    ## place keeps its own weight, d logit_k / d A_c there (HiResCAM, Draelos and Carin 2020).
+    ## The mean gives a channel one weight for all places. Where the network looks at the strongest place alone, as the
+    ## maximum at the end of simple and resnet does, that weight is wrong at the others, and a map can even be empty.
+    ## Without `average` each place keeps its own weight, d logit_k / d A_c there (HiResCAM, Draelos and Carin 2020).
     """
     with torch.enable_grad():
         a, logits = outputs_of(parts_of(model)[2], model, x)  # (B, C, h, w), (B, K)

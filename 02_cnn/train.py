@@ -60,8 +60,8 @@ class Normalise(nn.Module):
 class Conv(nn.Module):
     """A 3 x 3 convolution that keeps height and width: (B, C, H, W) -> (B, M, H, W).
 
-    ## The weight is kept as the matrix that from_scratch.py multiplies with, (M, C * 9): Muon takes matrices only.
-    ## There is no bias: batch norm follows, and subtracts every constant.
+    ## The weight is kept as the matrix that from_scratch.py multiplies with, (M, C * 9): Muon, the optimizer
+    ## (make_optimizers), takes matrices only. There is no bias: batch norm follows, and subtracts every constant.
     """
 
     def __init__(self, C: int, M: int):
@@ -109,7 +109,10 @@ class Head(nn.Linear):
 
 
 class Simple(nn.Sequential):
-    """Three times convolution, batch norm, ReLU, pooling; then dropout and one linear layer: (B, 3, H, W) -> (B, K)."""
+    """Three times convolution, batch norm, ReLU, pooling; then one linear layer: (B, 3, H, W) -> (B, K).
+
+    Between them stand the maximum of each channel over all places, and dropout.
+    """
 
     def __init__(self, classes: int, mean: Tensor, std: Tensor, widths=(64, 128, 256), dropout: float = 0.2):
         layers, C = [Normalise(mean, std)], 3
@@ -231,7 +234,7 @@ def build(config: dict, mean: Tensor, std: Tensor) -> nn.Module:
 def predict(model: nn.Module, x: Tensor, dtype: torch.dtype, tta: bool = False) -> Tensor:
     """Logits (N, K) for pictures x (N, 3, H, W) uint8. tta: the mean over six views of each picture.
 
-    ## Test-time augmentation: a network is not quite indifferent to mirroring and to a pixel left or right, though it
+    ## Test-time augmentation: a network is not quite indifferent to mirroring and to a move by one pixel, though it
     ## should be. The mean over six such views costs six times as much; train.py --tta prints both.
     """
     model.eval()  # batch norm by its running averages, not by this batch; no dropout
@@ -304,7 +307,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", choices=PRESETS, default="resnet", help="the network; the defaults shown are resnet's")
-    add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
+    add("--data", type=utils.name_or_path("cifar10", "shapes"),
+        help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
         "shapes if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
@@ -354,9 +358,7 @@ def main() -> None:
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
     saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
     if saved:
-        if given.get("data") not in (None, "cifar10", "shapes"):
-            given["data"] = str(Path(given["data"]).resolve())
-        utils.adopt_options(args, given, saved["options"])
+        utils.adopt_options(args, given, saved["options"], free=("tta",))
     utils.check_writable(args.out)  # better now than in ten minutes
     device = utils.pick_device(args.device)
     if args.dtype == "auto":
@@ -365,8 +367,7 @@ def main() -> None:
 
     # data
     data = load_data(args.data)
-    named = args.data in (None, "cifar10", "shapes")
-    args.data = data.name if named else str(Path(args.data).resolve())  # what it came to be, for --resume and later use
+    args.data = args.data or data.name  # what it came to be, for --resume and later use
     label = data.name + ", stand-in" * data.stand_in
     train_x, train_y, val_x, val_y, test_x, test_y = (part.to(device) for part in data[:6])
     if saved and (saved["classes"], saved["pictures"]) != (data.classes, len(train_y)):

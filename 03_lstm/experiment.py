@@ -38,7 +38,7 @@ SCRIPT = "03_lstm/experiment.py"
 BASE = {"cell": "gru", "lookback": 720, "segment": 48, "hidden": 64, "norm": "last", "steps": "direct", "loss": "mae",
         "dropout": 0.5}
 
-## One change at a time: (name, what changes against BASE). The rows of a group stand beside the base, the first row.
+## One change at a time: (name, what changes against BASE). The first row is the base.
 CHANGES = [
     ("GRU, lookback 720, segment 48, hidden 64", {}),
     ("lookback 24, segment 24", {"lookback": 24, "segment": 24}),
@@ -162,8 +162,8 @@ def main() -> None:
     chosen = [(name, BASE | {"hidden": args.hidden} | change) for name, change in CHANGES
               if not args.rows or any(word in name for word in args.rows)]
     if not chosen:
-        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; the names are in "
-                               "the first lines of this script.")
+        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; there is: "
+                               f"{'; '.join(name for name, _ in CHANGES)}.")
     for name in ("horizon", "epochs", "seeds", "hidden"):
         if not getattr(args, name) > 0:
             raise utils.InputError(f"--{name} {getattr(args, name)} must be greater than zero.")

@@ -346,7 +346,7 @@ def main() -> None:
     bar.clear()
     seconds = time.perf_counter() - begun
 
-    ## The two forecasts that anything learned has to beat, and which many published models don't.
+    ## The two forecasts that anything learned has to beat.
     day = data.period
     forecasts = {
         "repeat last": lambda x: x[:, -1:].expand(-1, P, -1),

@@ -489,7 +489,7 @@ def main() -> None:
     print(f"r[{data.period}]: correlation of rows {data.period} apart; frozen: rows of the longest "
           "stretch of one and the same number\n")
 
-    # one window, as train.py sees it
+    # one window (train.py's default looks back further)
     inputs, targets = windows(data.train, args.lookback, args.horizon)
     i = int(torch.randint(len(inputs), ()))
     print(f"training windows: inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)}, {inputs.dtype}, all "

@@ -48,12 +48,12 @@ def measure(y: Tensor, truth: Tensor) -> dict[str, float]:
     """The usual error measures of forecasts y against the truth, both of one shape.
 
     ##     MSE  = mean (y - truth)^2       an error of 2 counts four times an error of 1
-    ##     RMSE = sqrt(MSE)                the same, in the channel's own unit
-    ##     MAE  = mean |y - truth|         in the channel's own unit; an error of 2 counts twice an error of 1
+    ##     RMSE = sqrt(MSE)                the same, in the unit of y
+    ##     MAE  = mean |y - truth|         in the unit of y; an error of 2 counts twice an error of 1
     ##     R^2  = 1 - MSE / variance       1 is perfect, 0 is what the mean of the truth would reach
     ## R^2 compares with a mean that nobody knew beforehand: where a channel hardly moves while it is tested, an honest
-    ## forecast comes out below zero. Of several channels at once it is higher than of each by itself, for it then
-    ## credits knowing that one lies above the other.
+    ## forecast comes out below zero. Of several channels at once it can be higher than of each by itself, for it
+    ## then credits knowing that one lies above the other.
     """
     error, truth = (y - truth).double(), truth.double()
     mse, variance = error.square().mean().item(), (truth - truth.mean()).square().mean().item()

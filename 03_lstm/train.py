@@ -1,7 +1,7 @@
-"""Three recurrent forecasters of ETTh1, and the straight line that most of their published kind lose to.
+"""Three recurrent forecasters of ETTh1, and the straight line that they have to beat.
 
 You learn here: how a recurrent network forecasts many steps at once, or one after the other; why every window is
-brought to a level of its own before the network sees it; why reading two days at a time beats reading hours; and which
+brought to a level of its own before the network sees it; how a month of hours is read in fifteen steps; and which
 baselines keep a forecaster honest.
 
     python 03_lstm/train.py                          a recurrent net over segments, 96 hours ahead
@@ -264,11 +264,11 @@ def same_hour_yesterday(x: Tensor, horizon: int, period: int) -> Tensor:
 class NLinear:
     """The straight line of Zeng et al. (2022), "Are Transformers Effective for Time Series Forecasting?"
 
-    ##     y - last = W (x - last) + b        W (P, T), b (P,): the same for every channel
+    ##     y - last = A (x - last) + b        A (P, T), b (P,): the same for every channel
     ## Two weeks of hours, a weight for each of them and each hour to come, and no hidden unit. The paper trains it with
     ## Adam. But the sum of squares of a linear model has one minimum, which the normal equations name:
-    ##     W = (sum y x^T) (sum x x^T)^-1         with a 1 appended to each x, for b
-    ## Solved exactly, it takes a second and comes out better than published.
+    ##     A = (sum y x^T) (sum x x^T)^-1         with a 1 appended to each x, for b
+    ## Solved exactly, it comes out better than published.
     """
 
     def __init__(self, train: Tensor, lookback: int, horizon: int):
@@ -281,7 +281,8 @@ class NLinear:
             x = F.pad((x - last).mT.flatten(0, 1), (0, 1), value=1.0)  # (B C, T + 1)
             xx += x.T @ x
             xy += x.T @ (y - last).mT.flatten(0, 1)
-        ## x holds x[last] - last, which is always 0, so the matrix can't be inverted. A trace of ridge makes it so.
+        ## x holds x[last] - last, which is always 0, so the matrix can't be inverted. A tiny number on the diagonal
+        ## (ridge) makes it so.
         xx.diagonal().add_(1e-9 * xx.trace())
         self.weight = torch.linalg.solve(xx, xy).float()  # (T + 1, P)
 
@@ -342,7 +343,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", choices=MODELS, default="segment", help="what forecasts; decides the defaults of those below")
-    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
+    add("--data", type=utils.name_or_path("etth1", "station"),
+        help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="segment only; auto: the faster here")
     add("--seed", type=int, default=0, help="decides weights, batches and dropout")
@@ -447,8 +449,9 @@ def main() -> None:
     if saved:
         print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
     else:
-        ## A net that starts small says little more than the level it was given, so its error is near that of repeating
-        ## the last value. Far above: its first weights are too large. Far below: it has seen the answers.
+        ## A net that starts small says little more than the level it was given, the window's last value or its mean. So
+        ## its error is near that of repeating the last value, or below it where several levels are averaged. Far
+        ## above: its first weights are too large.
         before, naive = (evaluate(f, val, T, P)["mse"] for f in (model, lambda x: repeat_last(x, P)))
         print(f"before training: validation MSE {before:.4f} (repeat last: {naive:.4f})\n")
 
@@ -490,8 +493,8 @@ def main() -> None:
             f = model(x, y)[None]
         else:
             f = model(x)[None]
-        ## The mean absolute error is what is made small, though the squared error is what is reported: a meter that
-        ## stands still for days is an outlier, and squared it would rule the gradient. experiment.py has both.
+        ## The mean absolute error is what is made small, though the squared error is what is reported: squared, a few
+        ## wild hours would rule the gradient. experiment.py compares the two in its row "loss: squared error".
         error = f - y
         loss = (error.abs() if args.loss == "mae" else error.square()).mean((1, 2, 3))  # (E,)
         optimizer.zero_grad()
@@ -529,7 +532,7 @@ def main() -> None:
     # report
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
+    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # the ones that --keep names
     line = NLinear(train, min(T, LINEAR_LOOKBACK), P)
     forecasters = {"repeat last": lambda x: repeat_last(x, P),
                    "same hour yesterday": lambda x: same_hour_yesterday(x, P, data.period),
@@ -537,7 +540,7 @@ def main() -> None:
     if args.model == "segment":
         forecasters |= {f"its member {i}, {name}": net
                         for i, (name, net) in enumerate(zip([*args.norm, "line"], model.nets), 1)}
-    ## The test part is used here, once. It chose nothing: not the epoch, not an option.
+    ## The test part is used here, once in a run. It chooses nothing: not the epoch, not an option.
     table = {name: evaluate(f, test, T, P) for name, f in (forecasters | {
         f"{args.model}, epoch {best['epoch']}": model}).items()}
     *others, ours = table.values()

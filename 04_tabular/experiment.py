@@ -63,7 +63,7 @@ from train import MemberLinear, TabularNet, batches, fit_columns, measures, memb
 SCRIPT = "04_tabular/experiment.py"
 BASE = {"categories": "embedded", "numbers": "piecewise", "exact": 256, "bins": 48, "n_embd": 8, "hidden": 128,
         "n_layer": 1, "dropout": 0.1, "members": 4, "epochs": 8, "batch_size": 512, "lr": 5e-3, "weight_decay": 0.3}
-CHANGES = [  # each alone, against BASE
+CHANGES = [  # each set alone, against BASE
     ("as it is, 4 members", {}),
     ("one-hot instead of embeddings", {"categories": "one-hot"}),
     ("embeddings of 2 numbers", {"n_embd": 2}),

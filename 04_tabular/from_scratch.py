@@ -9,7 +9,7 @@ why its averages need a correction, and what the W in AdamW changed.
 You should see (Adult; one core of an AMD EPYC with AVX512-BF16, no AMX; torch 2.15; seeds 0, 1, 2): errors against
 PyTorch below 1e-14 (float64); then, on the test rows, accuracy / AUC of
     always the more frequent class    .7638 / .5000
-    logistic regression               .8483 ± .0002 / .9033 ± .0001
+    logistic regression               .8483 ± .0002 / .9033 ± .0001 (ten epochs; solved to the end, .8520 / .9053)
     MLP with embeddings               .8586 ± .0005 / .9117 ± .0004, after a few seconds of training
 Writes: outputs/from_scratch.png. Left out on purpose: numeric embeddings and ensembles; they are train.py's.
 """

@@ -167,7 +167,7 @@ def census(n: int, seed: int) -> tuple[Table, np.ndarray]:
     ## blanked out. So p is all there is to know about the coin: no model, however large, can sort rows better than p
     ## does (Neyman & Pearson 1933). Its AUC on the test rows is the best possible one, up to the chance in the coins.
     ## The formula has what a table may have: a hump over age, a gain that helps within certain limits only, values
-    ## that count for more together than alone. Weight, race and sex are not in it. Sex goes with
+    ## that count for more together than alone. Weight, race, country and sex are not in it. Sex goes with
     ## occupation and relationship, though, and so a model without the other columns would find it of use.
     """
     rng = np.random.default_rng(seed)
@@ -534,7 +534,7 @@ def logistic_baseline(data: Data, penalty: float = 1.0) -> Tensor:
     ## its second derivative are
     ##     g = X^T (p - y) + penalty w         H = X^T diag(p (1 - p)) X + penalty
     ## and Newton's step, w - H^-1 g, goes to where the parabola with that slope and bend has its bottom. There is only
-    ## one valley, and some nine steps lead to its floor. H has I^2 entries: a few thousand for a hundred inputs, but
+    ## one valley, and some nine steps lead to its floor. H has I^2 entries: ten thousand for a hundred inputs, but
     ## for the weights of a network far too many; those have to do with g (from_scratch.py).
     """
     fitted = fit_standard(data.train.numeric)

@@ -181,7 +181,7 @@ def permutation_importance(model: TabularNet, part: Part, schema: dict, groups: 
 
     ## Shuffled, a column still has the values it had, but at other rows: whatever it told about its row is gone. What
     ## AUC that costs is how much the model relies on it. Not how much there is to know in it: where two columns tell
-    ## nearly the same, as marital status and relationship do, the model gets by with the other one.
+    ## nearly the same, as marital status and relationship do, the model may get by with the other one.
     """
     matrix, generator = to_matrix(part), torch.Generator().manual_seed(seed)
     before = roc_auc(predict(model, part), part.target)
@@ -484,8 +484,8 @@ def main() -> None:
 
     ## One accuracy for all may be two: a group of few positives is easily named right. What is missed shows in recall.
     ## Named and positive apart, a group gets more, or less, than it has; where only recall differs, more of its
-    ## positives go unseen. They can't all be equal while groups differ in their share of positives (Kleinberg et al.
-    ## 2017): which one should be is no question of statistics.
+    ## positives go unseen. Unless every guess is right, these can't all be equal while groups differ in their
+    ## share of positives (Kleinberg et al. 2017): which one should be is no question of statistics.
     shown = ("accuracy", "precision", "recall", "auc")
     for name in columns:
         print(f"\n{name:24}{'rows':>8}{'positive':>10}{'named':>10}" + "".join(f"{m:>10}" for m in shown) +

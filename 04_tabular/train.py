@@ -71,7 +71,7 @@ class TabularNet(nn.Module):
     ##
     ## A number becomes D numbers too, each a curve over it with kinks at the edges of its bins (Gorishniy et al. 2022).
     ## Fed in as it is, a number can only be multiplied; a bend, as in income over age, is up to later layers, and they
-    ## are slow to make sharp ones. Boosted trees cut anywhere at once, and that is much of why they win on tables.
+    ## are slow to make sharp ones. Boosted trees cut anywhere at once, and that is much of why they are hard to beat.
     ##
     ## Some numbers are also names. In adult.data 69 people have a capital gain of 5013, and none of them earns more
     ## than 50K; 97 have 5178, and all of them do. A curve would need a step at every such place. So where a column has
@@ -204,7 +204,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
+    add("--data", type=utils.name_or_path("adult", "census"),
+        help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
     add("--target", help="for a CSV file: the column to predict, which has two values")
     add("--types", nargs="+", metavar="COLUMN=TYPE", help="numeric, category or ignore, where the guess is wrong")
     add("--device", default="auto", help="auto, cpu, cuda or mps")

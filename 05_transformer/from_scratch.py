@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--n-embd", type=int, default=128, help="width C")
     parser.add_argument("--n-head", type=int, default=4, help="heads; each has n_embd / n_head channels")
     parser.add_argument(
-        "--lr", type=float, default=3e-3, help="Adam's step size; 10 times more diverges, 10 times less is slow"
+        "--lr", type=float, default=3e-3, help="Adam's learning rate"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs")
     args = parser.parse_args()

@@ -39,7 +39,7 @@ class Data(NamedTuple):
     val: Tensor  # (N_val,)
     vocab: list[str]  # id -> character
     name: str  # "tinyshakespeare", "pydocs" or the file's name
-    stand_in: bool  # True where the real set was asked for and could not be had, or pydocs was named
+    stand_in: bool  # True where nothing was asked for and the real set could not be had, or pydocs was named
 
 
 def read_text(data: str | None = None) -> tuple[str, str, bool]:

@@ -134,7 +134,7 @@ def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top
             logits = logits if top_k is None else keep_top_k(logits, top_k)
             logits = logits if top_p is None else keep_top_p(logits, top_p)
             ## Of waiting times E / p_i, each E drawn from the exponential distribution, number i is the shortest with
-            ## probability p_i. Such a race draws from p in half the time of torch.multinomial.
+            ## probability p_i. Such a race draws from p faster than torch.multinomial.
             p = logits.softmax(-1)
             text.append((p / torch.empty_like(p).exponential_(generator=generator)).argmax().item())
         yield text[-1]
@@ -192,7 +192,7 @@ def main() -> None:
         "--no-cache", action="store_true", help="compute everything again for every character, to see the difference"
     )
     parser.add_argument(
-        "--device", default="cpu", help="auto, cpu, cuda or mps; a small model writes fastest on the cpu"
+        "--device", default="cpu", help="auto, cpu, cuda or mps"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")

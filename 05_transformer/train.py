@@ -11,7 +11,7 @@ the recipe of 2019 make it learn several times faster.
 You should see (Tiny Shakespeare; two cores of an AMD EPYC with AVX512-BF16, no AMX; torch 2.15; seeds 0, 1, 2):
     validation loss 1.413 ± 0.005 nats per character (1.409, 1.412, 1.418), perplexity 4.11, 2.04 bits per character,
     after 304, 326 and 378 s of training, the machine slowing down from 20,000 characters per second to 16,000; below
-    1.886, nanoGPT's figure for a CPU, at the first evaluation (25 s)
+    1.88, which nanoGPT's README names for its CPU recipe, at the first evaluation (25 s)
 Writes to outputs/: model.pt (the best weights), checkpoint.pt (for --resume), metrics.json, history.png.
 Left out on purpose: subwords (chapter 06), gradient accumulation, mixture of experts, anything that needs a cluster.
 """
@@ -75,7 +75,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep_weights: bool = True) -> tuple[
     """Causal attention: q, k, v (B, H, T, D) -> y (B, H, T, D) and, on a CPU or if asked for, weights (B, H, T, T)."""
     if q.is_cuda and not keep_weights:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True), None  # one fused kernel
-    ## The same, spelled out. On a CPU it also beats the fused kernel, whose backward pass is slow there.
+    ## The same, spelled out. On a CPU it is no slower than the fused kernel (benchmark.py --rows attention).
     T, D = q.shape[2:]
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 on and below the diagonal
     p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, T)
@@ -231,8 +231,9 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="small: for two CPU cores; large: for a GPU, 10.7 M "
-        "parameters, each step 48 times the arithmetic of small's; not yet timed on a GPU")
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+        "parameters, each step over 40 times the arithmetic of small's; not yet timed on a GPU")
+    add("--data", type=utils.name_or_path("tinyshakespeare", "pydocs"),
+        help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--seed", type=int, default=0, help="decides weights, batches and dropout")
@@ -300,6 +301,7 @@ def main() -> None:
     data = load_data(args.data, args.block_size)
     if rank == 0 and world > 1:
         dist.barrier()
+    args.data = args.data or data.name  # what it came to be, for --resume
     train, val, vocab = data.train.to(device), data.val.to(device), data.vocab
     label = data.name + ", stand-in" * data.stand_in
     if saved and (saved["vocab"], saved["characters"]) != (vocab, len(train)):
@@ -427,7 +429,7 @@ def main() -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if world > 1:
-        dist.barrier()  # gloo aborts one that leaves too early, one time in four
+        dist.barrier()  # gloo may abort one that leaves too early
         dist.destroy_process_group()
     if rank:
         return

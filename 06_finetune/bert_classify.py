@@ -340,12 +340,7 @@ def load_result(folder: Path, options: dict, labels: list[str], out: Path) -> tu
 # ---------------------------------------------------------------------------------------------- options
 # Method -> epochs, AdamW's peak learning rate, the head's, length of the push of adversarial training
 RECIPES = {"full": (3, 1e-4, 1e-3, 0.3), "lora": (3, 1e-3, 1e-3, 0.3), "head": (4, 1e-3, 1e-3, 0.0)}
-
-
-def place(name: str) -> str:
-    """A path made absolute: what is saved shall be found again from any other working directory."""
-    known = name in (*FILES, "stand-in", "sst2", "templates")
-    return name if known or not Path(name).exists() else str(Path(name).resolve())
+place = utils.name_or_path(*FILES, "stand-in", "sst2", "templates")  # what --model and --data take
 
 
 def parse_options() -> tuple[argparse.Namespace, dict]:

@@ -434,12 +434,7 @@ def load_result(folder: Path, options: dict, out: Path) -> tuple[Spans, WordPiec
 # Method -> (epochs, AdamW's peak learning rate, the head's)
 RECIPES = {"full": (4, 2e-4, 1e-3), "lora": (6, 2e-3, 2e-3), "head": (6, 1e-2, 1e-2)}
 SQUAD_LIMIT = 8000  # questions of SQuAD's 87,599 that are learned from without --limit
-
-
-def place(name: str) -> str:
-    """A path made absolute: what is saved shall be found again from any other working directory."""
-    known = name in (*FILES, "stand-in", "squad", "templates")
-    return name if known or not Path(name).exists() else str(Path(name).resolve())
+place = utils.name_or_path(*FILES, "stand-in", "squad", "templates")  # what --model and --data take
 
 
 def parse_options() -> tuple[argparse.Namespace, dict]:

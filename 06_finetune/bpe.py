@@ -11,11 +11,12 @@ You should see (one core of an AMD EPYC, Python 3.11): " tokenization" takes 11 
 Tiny Shakespeare 301,966 + 36,059 tokens in 0.4 to 0.7 s; --data pydocs 1,743 merges from 465,126 characters in 0.6 s.
 Writes: with --data pydocs or a text, vocab.json and merges.txt in outputs/, which transformers' GPT2Tokenizer opens.
 
-The same tokens as transformers' GPT-2 tokenizer (tokenizers 0.23, Unicode 16) for every one of the 1,112,064 code
-points, tested on Python 3.11 (Unicode 14). A Python whose Unicode is newer than 16 knows letters and digits that are
-not in those tables; there, and only there, a text may be split elsewhere. A lone surrogate (half a UTF-16 pair, no
-character) has no UTF-8 bytes: encode raises utils.InputError, transformers a TypeError. Left out on purpose:
-normalisation and dropout of merges, which GPT-2 does without; padding; offsets into the text.
+The same tokens as transformers' GPT-2 tokenizer (tokenizers 0.23, Unicode 16) for every code point that Python 3.11
+(Unicode 14) has assigned, and the letters and numbers added since, tested. A Python whose Unicode is newer than 16
+knows letters and digits that are not in those tables; there, and only there, a text may be split elsewhere. A lone
+surrogate (half a UTF-16 pair, no character) has no UTF-8 bytes: encode raises utils.InputError, transformers a
+TypeError. Left out on purpose: normalisation and dropout of merges, which GPT-2 does without; padding; offsets into the
+text.
 """
 
 import argparse
@@ -58,7 +59,7 @@ NEW_NUMBERS = (
 # ---------------------------------------------------------------------------------------------- text to pieces
 @functools.cache
 def pattern() -> re.Pattern:
-    """The expression that cuts a text into pieces; no merge ever crosses a cut. Made on first use (0.1 s), then kept.
+    """The expression that cuts a text into pieces; no merge ever crosses a cut. Made on first use, then kept.
 
     ## Without cuts the most frequent pairs would be of the kind "e " and ". T", and "dog", "dog." and "dog!" would be
     ## three unrelated tokens. GPT-2 (Radford et al. 2019, section 2.2; encoder.py of its code) cuts with

@@ -85,8 +85,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)  # one fused kernel
         else:
             ##     y = softmax(q k^T / sqrt(D) + mask) v        (Vaswani et al. 2017, equation 1)
-            ## Spelled out, forward and backward took 69 ms where PyTorch's fused kernel took 120 (4 texts of 256
-            ## tokens, 12 heads of 64, bfloat16, two busy cores of an AMD EPYC, torch 2.15).
+            ## Spelled out; on a CPU that is no slower than the fused kernel (benchmark.py --rows attention).
             future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
             weights = torch.add(future, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)  # (B, H, T, S)
             self.weights = weights.detach() if self.keep_weights else None
@@ -168,7 +167,7 @@ class GPT2(nn.Module):
                                    "model; shorten the text.")
         positions = torch.arange(t, t + T, device=ids.device)
         ## The sum that runs through the network stays in float32, whatever the matrices are in: it collects 2 n_layer
-        ## small terms, and bfloat16 has three digits.
+        ## small terms, and bfloat16 has two to three digits.
         x = self.dropout((self.wte(ids) + self.wpe(positions)).float())  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.checkpointing and self.training:
@@ -203,7 +202,7 @@ class GPT2(nn.Module):
 def shrink(model: GPT2, dtype: torch.dtype = torch.bfloat16) -> GPT2:
     """Keep the frozen matrices in dtype: half the memory, and nothing to convert at each step. Returns the model.
 
-    ## Not for weights that are trained: an update is often less than 1/256 of its weight, and would be rounded away.
+    ## Not for weights that are trained: an update below 1/512 of its weight would be rounded away.
     """
     for layer in model.modules():
         if isinstance(layer, (Conv1D, nn.Embedding)) and not layer.weight.requires_grad:

@@ -193,8 +193,9 @@ def warn(base: Base, text: Text) -> None:
 def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None) -> None:
     """Make a small GPT-2 from nothing and write it to folder, in the files that GPT-2 comes in.
 
-    ## Pre-training is chapter 05's task, predict the next token of any text at hand, and most of its recipe: here with
-    ## AdamW alone, and dropout, for the manual is short and is read many times.
+    ## Pre-training is chapter 05's task, predict the next token of any text at hand, with the same windows and falling
+    ## rate; but with GPT-2's network, with AdamW alone, and with dropout, for the manual is short and is read many
+    ## times.
     """
     text = bpe.read_text("pydocs")
     n = int(0.9 * len(text))

@@ -82,7 +82,8 @@ class LoRA(nn.Module):
 
         ## Merged, a layer is as fast as without LoRA, and can be saved as an ordinary weight. Apart, one base in memory
         ## serves many tasks: each has an A and a B of its own, small enough to swap between two requests. A bfloat16
-        ## weight has three digits: an update below 1/512 of it is rounded away when merged, and counts when apart.
+        ## weight has two to three digits: an update below 1/512 of it is rounded away when merged, and counts when
+        ## apart.
         """
         if self.original is None:
             W = self.base.weight
@@ -328,7 +329,7 @@ def main() -> None:
     for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 384):
         print(f"{r:5}{2 * n * r:12,}{2 * r / n:8.1%}{a[r - 1]:9.1%}{b[r - 1]:16.1%}")
 
-    model, x = nn.Sequential(Conv1D(n, 3 * n)), torch.randn(64, n)  # as GPT-2's c_attn; (B, n_in)
+    model, x = nn.Sequential(Conv1D(n, 3 * n)), torch.randn(64, n)  # as GPT-2's c_attn; x (64, n_in)
     before, full = model(x).detach(), utils.count_parameters(model)
     goal = before + x @ torch.randn(n, 3 * n) / n
     add_lora(model, rank=8, alpha=16, dropout=0.0, targets=["0"])

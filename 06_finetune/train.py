@@ -1,7 +1,7 @@
-"""Fine-tune a pre-trained GPT-2 on a text of your own: all of it, its last layer, or low-rank adapters (LoRA).
+"""Fine-tune a pre-trained GPT-2 on a text of your own: all of it, its last block, or low-rank adapters (LoRA).
 
 You learn here: what changes when training starts from somebody else's weights; how adapters train a quarter of a
-percent of the parameters; and how a batch that does not fit is taken in parts.
+percent of GPT-2's parameters; and how a batch that does not fit is taken in parts.
 
     python 06_finetune/train.py                                         GPT-2 and Tiny Shakespeare, LoRA
     python 06_finetune/train.py --method full                           every weight
@@ -135,15 +135,10 @@ def sample(model: GPT2, base: Base, prompt: str, length: int, dtype: torch.dtype
 
 
 # ---------------------------------------------------------------------------------------------- options
-# Method -> AdamW's peak learning rate for the stand-in and for GPT-2: the first is the best of three by the loss after
-# 300 steps on Tiny Shakespeare (head: of two; seed 0), the second a usual one, not measured here.
+# Method -> AdamW's peak learning rate for the stand-in and for GPT-2: the first was the best of a few tried by the loss
+# after 300 steps on Tiny Shakespeare (seed 0), the second is a usual one, not measured here.
 LR = {"lora": (1e-2, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 3e-4)}
-
-
-def place(name: str) -> str:
-    """A path made absolute: what is saved shall be found again from any other working directory."""
-    known = name in (*SIZES, "stand-in", "tinyshakespeare", "python", "pydocs")
-    return name if known or not Path(name).exists() else str(Path(name).resolve())
+place = utils.name_or_path(*SIZES, "stand-in", "tinyshakespeare", "python", "pydocs")  # what --model and --data take
 
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
@@ -202,7 +197,8 @@ def main() -> None:
     checkpoint_path = args.out / "checkpoint.pt"
     saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
     if saved:
-        utils.adopt_options(args, given, saved["options"])
+        utils.adopt_options(args, given, saved["options"],
+                            free=("micro_batch_size", "activation_checkpointing", "prompt"))
     device = utils.pick_device(args.device)
 
     ## Several processes, as in chapter 05: each holds the whole model, takes its share of every batch, and averages its
@@ -421,8 +417,8 @@ def main() -> None:
 
 
 ## Try this, with --model stand-in on Tiny Shakespeare (seed 0; experiment.py has the tables). As it is: 4.639 nats.
-##   --lora-rank 64                                               4.593   eight times the parameters, little more
-##   --lora-targets mlp.c_proj                                    4.374   the same rank, in the layers between
+##   --lora-rank 64                                               4.593   eight times the parameters, hardly better
+##   --lora-targets mlp.c_proj                                    4.374   the same rank, in each MLP's second layer
 ##   --lora-targets c_attn attn.c_proj mlp.c_fc mlp.c_proj        4.292   in all of them
 ##   --lora-alpha 64                                              5.262   much too large a step
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -32,6 +31,7 @@ REAL = Path(os.environ.get("DATA_DIR", ROOT / "data"))
 
 
 def pytest_configure(config):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch; benchmark.py keeps all cores
     config.addinivalue_line("markers", "real(file): runs only where DATA_DIR holds this real data file")
 
 
