@@ -33,13 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]  # utils.py is not imported: a child 
 # Script -> small options. {data} is what make_stand_ins makes. Dropout and several saves, so that there is something
 # to get wrong; float32, for the time that decides "auto" differs from run to run.
 TRAINING = {
-    "01_basics/train.py": "--data typeset --hidden 16 --epochs 6",
-    "02_cnn/train.py": "--data {data}/pictures --model simple --batch-size 20 --epochs 5 --dtype float32",
+    "01_basics/train.py": "--data typeset --hidden 16 --epochs 4",
+    "02_cnn/train.py": "--data {data}/pictures --model simple --batch-size 20 --epochs 4 --dtype float32",
     "03_lstm/train.py": "--data {data}/series.csv --horizon 6 --lookback 24 --segment 12 --hidden 16 --batch-size 64 "
                         "--lr 0.01 --dropout 0.1 --epochs 6 --dtype float32",
     "04_tabular/train.py": "--data census --members 2 --hidden 16 --n-embd 4 --lr 0.01 --epochs 5 --batch-size 512",
     "05_transformer/train.py": "--data {data}/text.txt --n-layer 2 --n-embd 32 --n-head 2 --block-size 32 "
-                               "--batch-size 4 --dropout 0.1 --steps 120 --eval-every 20 --dtype float32",
+                               "--batch-size 4 --dropout 0.1 --steps 80 --eval-every 20 --dtype float32",
     "06_finetune/train.py": "--model {data}/gpt2-stand-in --data {data}/text.txt --block-size 32 --batch-size 8 "
                             "--dropout 0.1 --steps 60 --eval-every 10 --lr 0.03 --dtype float32",
     "06_finetune/bert_classify.py": "--model {data}/bert-stand-in --data {data}/reviews --epochs 5 --patience 5 "
@@ -242,7 +242,8 @@ def kill_and_resume(name: str, data: Path, whole: Path, seconds: float, folder: 
                 phases["in the report" if rows == len(expected[1]) else "between saves"] += 1
         found = result(out)
         for what, a, b in zip(("weights", "history", "figures"), expected, found):
-            assert a == b, f"{name}, killed and resumed, has other {what}: {b}, not {a}; the log is {log}"
+            named = "" if what == "history" else ", ".join(key for key in {**a, **b} if a.get(key) != b.get(key))
+            assert a == b, f"{name}, killed and resumed, ends with other {what} ({named}); its last log is {log}"
         ended += 1
     return phases, ended
 

@@ -41,7 +41,8 @@ SCRIPTS = {
         "load.py": "--out {out}",
         "from_scratch.py": "--data {data}/text.txt --steps 5 --n-embd 32 --batch-size 4 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --length 20 --out {out}",
-        "experiment.py": "--data {data}/text.txt --seeds 1 --seconds 0.1 --characters 1000 --out {out}"},
+        "experiment.py": "--data {data}/text.txt --seeds 1 --seconds 0.1 --characters 2048 --rows QK "
+                         "--out {out}"},
     "06_finetune": {
         "weights.py": "{data}/gpt2-stand-in", "bpe.py": "--data {data}/text.txt --vocab-size 300 --out {out}",
         "wordpiece.py": "--data {data}/text.txt --vocab-size 300 --out {out}", "gpt2.py": "",

@@ -139,13 +139,13 @@ def test_offline_the_stand_in_takes_over_and_says_so_unless_the_real_thing_was_n
 @everywhere
 def test_two_runs_at_once_into_one_folder_leave_whole_files_of_one_or_the_other(name, data, whole, tmp_path):
     options, out = kills.options_of(name, data), tmp_path / "out"
-    runs = [kills.script(tmp_path / f"log{seed}", name, *options, "--seed", seed, "--out", out) for seed in (0, 1)]
+    runs = [kills.script(tmp_path / f"log{seed}", name, *options, "--seed", seed, "--out", out) for seed in (1, 0)]
     for run in runs:
         run.end()
     assert not list(out.rglob("*.tmp"))
     weights, history, _ = kills.result(out)
     alone = kills.result(whole(name)[0])
-    if weights != alone[0] or history != alone[1]:
+    if weights != alone[0] or history != alone[1]:  # seldom: seed 0 began later
         kills.script(tmp_path / "log", name, *options, "--seed", 1, "--out", tmp_path / "one").end()
         other = kills.result(tmp_path / "one")
         assert alone[0] != other[0] and weights in (alone[0], other[0]) and history in (alone[1], other[1])
