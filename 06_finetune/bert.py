@@ -33,7 +33,7 @@ from weights import open_weights, save_safetensors  # noqa: E402
 from wordpiece import WordPiece, pad, train_wordpiece  # noqa: E402
 
 # Shapes: B batch, T time (tokens, padding included), C channels (n_embd), H heads, D channels per head (C = H * D),
-#         K classes, V vocabulary
+#         K classes, N texts
 
 SIZES = {  # Devlin et al. 2019, section 3; Sanh et al. 2019, section 2; Wang et al. 2020, halved once more in depth
     "bert-base-uncased": {"model_type": "bert", "n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -521,7 +521,7 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
 # ---------------------------------------------------------------------------------------------- sentences as vectors
 @torch.inference_mode()
 def embed(model: Bert, tokenizer: WordPiece, texts: list[str], batch_size: int = 32) -> Tensor:
-    """A vector of length 1 for each text: (N, C). Texts are cut to 256 tokens, what MiniLM was trained with.
+    """A vector of length 1 for each text: (N, C). Texts are cut to 256 tokens, as sentence-transformers does.
 
     ## The cosine of the angle between two of them says how much the texts have in common; as both have length 1, it is
     ## their dot product.
@@ -583,7 +583,8 @@ def main() -> None:
         print(f"{name:24}{size['n_layer']:7}{size['n_head']:7}{size['n_embd']:10}{n:15,}{n * 4 / 1e9:7.2f} GB")
 
     model, tokenizer, config = load_bert(args.model)
-    rows = [tokenizer.encode(text, max_length=config["n_positions"]).ids for text in (args.query, texts[0])]
+    two = sorted((args.query, texts[0]), key=len)  # the shorter one gets the padding
+    rows = [tokenizer.encode(text, max_length=config["n_positions"], special=False).ids for text in two]
     ids, mask = pad(rows, tokenizer.pad)
     print(f"\n{config['name']}: two sentences in one batch, {tuple(ids.shape)}, of {mask.sum(1).tolist()} tokens:")
     for row in ids.tolist():

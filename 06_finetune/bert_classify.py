@@ -8,9 +8,10 @@ wrong.
     python 06_finetune/bert_classify.py --method full               every weight
     python 06_finetune/bert_classify.py --method head               the last layer alone, for comparison
     python 06_finetune/bert_classify.py "not bad at all"            label and probability, by what was trained
-    python 06_finetune/bert_classify.py --data aclImdb              IMDB's folder of reviews, or train.tsv, dev.tsv ...
+    python 06_finetune/bert_classify.py --data aclImdb --limit 5000 IMDB's folder of reviews, or train.tsv, dev.tsv ...
     python 06_finetune/bert_classify.py --model stand-in --data templates    without a network
     python 06_finetune/bert_classify.py --resume                    after Ctrl-C
+Each run replaces the one before; name another folder with --out to keep both.
 
 Writes to outputs/classify/: adapter/ (LoRA and head, in PEFT's format) or model/ (a folder that transformers opens),
 each with the best weights by validation; checkpoint.pt (for --resume and for classifying), metrics.json, history.png.
@@ -36,11 +37,11 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from bert import FILES, Classifier, find_bert, open_bert, save_model  # noqa: E402
-from lora import add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
+from lora import LoRA, add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
 from train import peak_memory  # noqa: E402
 from wordpiece import WordPiece, pad  # noqa: E402
 
-# Shapes: B batch, T time (tokens, padding included), K classes, N texts, V vocabulary
+# Shapes: B batch, T time (tokens, padding included), C channels (n_embd), K classes, N texts, V vocabulary
 
 SCRIPT = "06_finetune/bert_classify.py"
 SST2 = "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data/SST2/"
@@ -98,6 +99,7 @@ def read_tables(folder: Path, name: str) -> Data:
     for file in SST2_SHA256:
         path, texts, y = folder / file, [], []
         for number, line in enumerate(read_file(path).split("\n"), 1):
+            line = line.removesuffix("\r")  # as Windows ends them
             if line:
                 text, _, label = line.rpartition("\t")
                 if not text.strip() or not (label.isascii() and label.isdigit() and int(label) < 1000):
@@ -112,7 +114,7 @@ def read_tables(folder: Path, name: str) -> Data:
     if len(set(parts[0].y.tolist())) < K or K < 2:
         raise utils.InputError(f"{folder / 'train.tsv'} must hold texts of at least two classes, and of every class "
                                "that the other two files hold; put it right.")
-    return Data(*parts, ["negative", "positive"] if K == 2 else [str(k) for k in range(K)], name, False)
+    return Data(*parts, ["negative", "positive"] if name == "sst2" else [str(k) for k in range(K)], name, False)
 
 
 def read_folders(folder: Path) -> Data:
@@ -217,8 +219,8 @@ def scores(predicted: Tensor, y: Tensor, K: int) -> dict:
     would be 0 / 0; the last class counts as "positive" where there are two, and else the mean over classes is taken.
 
     ##     precision = right / all that were called so        recall = right / all that are so
-    ## F1 is their harmonic mean, near the smaller of the two: whoever calls everything positive has recall 1, and that
-    ## alone. Accuracy, the share of all that is right, hides a class that is rare.
+    ## F1 is their harmonic mean, at most twice the smaller. Accuracy, the share of all that is right, hides a rare
+    ## class. All need a baseline: calling everything positive has recall 1 and, where half is positive, F1 .67.
     """
     confusion = torch.bincount(K * y + predicted, minlength=K * K).view(K, K)
     right, called, are = confusion.diag().double(), confusion.sum(0), confusion.sum(1)  # (K,) each
@@ -281,6 +283,8 @@ def prepare(model: Classifier, args: argparse.Namespace, dtype: torch.dtype) -> 
         targets = args.lora_targets or {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}[family]
         add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
     for name in heads(model):
+        if isinstance(model.get_submodule(name), LoRA):
+            raise utils.InputError(f"--lora-targets takes in {name}, which is trained whole; leave it out.")
         model.get_submodule(name).requires_grad_()
     if args.method == "lora":
         ## What is frozen need not be more precise than what it is multiplied with. (Not with `head`, which writes the
@@ -348,12 +352,14 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     by_method = lambda i: ", ".join(f"{method} {values[i]:g}" for method, values in RECIPES.items())  # noqa: E731
-    add("text", nargs="*", help="texts to classify with what was trained; without any, train")
-    add("--method", choices=RECIPES, default="lora", help="what is trained: adapters, every weight, or the head alone")
+    add("text", nargs="*", help="texts to classify with what was trained, each in quotes; without any, train")
+    add("--method", choices=RECIPES, default="lora",
+        help="full: every weight; lora: adapters and the head; head: the head alone")
     add("--model", type=place, help=f"{', '.join(FILES)}, stand-in, or a folder with config.json, model.safetensors "
         "and vocab.txt; without it minilm, or the stand-in if that is out of reach")
-    add("--data", type=place, help="sst2, templates, or a folder: see load_data; without it the first, or the second "
-        "if that is out of reach")
+    add("--data", type=place, help="sst2, templates, or a folder with train.tsv, dev.tsv, test.tsv (text, tab, number "
+        "of the class) or train/CLASS/*.txt, test/CLASS/*.txt; without it sst2, or templates if that is out of reach")
+    add("--limit", type=int, help="learn from so many texts, drawn at random; without it from all")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--seed", type=int, default=0, help="decides the new head, adapters, batches and dropout")
@@ -380,7 +386,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--out", type=Path, default=Path(__file__).parent / "outputs" / "classify", help="folder for what is written")
     args = parser.parse_args()
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("epochs", "batch_size", "lr", "head_lr", "grad_clip", "patience"):
+    for name in ("epochs", "limit", "batch_size", "lr", "head_lr", "grad_clip", "patience"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
     if not 0 <= args.dropout < 1 or not args.weight_decay >= 0 or not 0 <= args.warmup < 1:
@@ -393,16 +399,24 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     return args, {name: value for name, value in given.items() if value not in (None, [])}
 
 
-def classify(args: argparse.Namespace) -> None:
+def classify(args: argparse.Namespace, given: dict) -> None:
     """Print label and probability for each text of the command line, by the model in --out."""
     saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT)
     options, labels = saved["options"], saved["labels"]
+    ignored = sorted(given.keys() - {"text", "out", "device"})
+    if ignored:
+        raise utils.InputError(f"--{ignored[0].replace('_', '-')} is for training; leave it out, or name with "
+                               "--out the run that shall classify.")
+    if not all(text.strip() for text in args.text):
+        raise utils.InputError("a text to classify is empty; give words, each text in quotes.")
     if saved["best"]["step"] == 0:
         raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: python "
                                f"{SCRIPT} --resume --out {args.out}")
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
     model, tokenizer = load_result(folder, options, labels, args.out)
-    rows = [tokenizer.encode(text, max_length=options["max_length"], special=False).ids for text in args.text]
+    longest = min(options["max_length"], model.config["n_positions"])
+    rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.text]
+    print(f"{options['method']}, {options['model']}, learned from {options['data']}:")
     for text, row in zip(args.text, predict(model, rows, tokenizer.pad, torch.float32).exp()):
         print(f"{labels[row.argmax()]:>12} {row.max():6.1%}  {text}")
     if saved["stand_in"]:
@@ -413,7 +427,7 @@ def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     if args.text:
-        return classify(args)
+        return classify(args, given)
     checkpoint_path = args.out / "checkpoint.pt"
     saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
     if saved:
@@ -426,6 +440,9 @@ def main() -> None:
 
     # model and texts
     data = load_data(args.data)
+    if args.limit and args.limit < len(data.train.texts):
+        rows = random.Random(args.seed).sample(range(len(data.train.texts)), args.limit)
+        data = data._replace(train=Texts([data.train.texts[i] for i in rows], data.train.y[rows]))
     K = len(data.labels)
     utils.set_seed(args.seed)
     folder, args.model = find_bert(args.model)

@@ -19,6 +19,7 @@ Left out on purpose: questions that have no answer (SQuAD 2.0); several processe
 """
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -41,7 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from bert import FILES, Spans, find_bert, open_bert, save_model  # noqa: E402
 from bert_classify import batches, schedule  # noqa: E402
-from lora import add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
+from lora import LoRA, add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
 from train import peak_memory  # noqa: E402
 from wordpiece import Encoding, WordPiece, pad  # noqa: E402
 
@@ -167,7 +168,7 @@ FACTS = {
 }
 FILLERS = ("In {year} a storm kept everyone in {town} indoors.|The road to {town} was closed until {year}.|{firm} "
            "opened a branch in {town} in {year}.|A {job} and a {animal} were seen in {town}.|Old people in {town} "
-           "still speak of the winter of {year}.|The price of a {instrument} doubled in {year}.")
+           "still speak of the winter of {year}.|The {instrument} was seldom heard before {year}.")
 WORDS = {
     "job": "baker,painter,miller,teacher,doctor,sailor,farmer,printer,weaver,lawyer,tailor,carpenter,judge,clerk,"
            "gardener,butcher,barber,mason,nurse,porter,hunter,potter,saddler,brewer",
@@ -185,10 +186,11 @@ SYLLABLES = ("ba bel cor da den el fa gar ho ir jun ka lo mar n\u00e9 or pe quin
 def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0) -> Data:
     """Passages about people, with four questions each; sizes: passages for training, validation, test.
 
-    ## Where the answer stands says nothing: people, facts and sentences come in random order. Its kind says little:
-    ## several people have a town, a year, a job each. What is left is to find the sentence that is about the right
-    ## person and the right fact, though it may speak of "she". No name occurs in two passages, and of trades, years and
-    ## dishes each part has its own: nothing that was learned by heart helps.
+    ## Where the answer stands says nothing: people, facts and sentences come in random order. Nor does its kind: of
+    ## everybody in a passage the same facts are told, so that there are several towns, years or jobs. What is left is
+    ## to find the sentence that is about the right person and the right fact, though it may speak of "she". No name
+    ## occurs in two passages, and of trades, years and dishes each part has its own: nothing that was learned by heart
+    ## helps.
     """
     draw, seen, parts = random.Random(seed), set(), []
     choose = lambda text: draw.choice(text.split("|"))  # noqa: E731
@@ -219,9 +221,10 @@ def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0
                 return draw.choice(own[kind]) if kind in own else invent()
 
             context, asked = "", []  # asked: (name, fact, value, where it begins)
+            told = draw.sample(sorted(FACTS), draw.choice((2, 3)))  # of everybody in this passage
             for _ in range(draw.choice((2, 2, 3)) if passage % 10 else 9):  # one in ten is long: several windows
                 first, last, pronoun = invent(), invent(), draw.choice(("she", "he"))
-                for i, fact in enumerate(draw.sample(sorted(FACTS), draw.choice((2, 3)))):
+                for i, fact in enumerate(draw.sample(told, len(told))):
                     name = f"{first} {last}" if i == 0 else draw.choice((last, pronoun, pronoun))
                     sentence = choose(FACTS[fact][0]).replace("{animal}", draw.choice(own["animal"]))
                     if name == pronoun and re.search(r"(of|for|than|and|made|had) \{name\}", sentence):
@@ -277,9 +280,9 @@ def scores(answers: dict[str, str], questions: list[Question]) -> dict[str, floa
 def overlap_answer(question: str, context: str) -> str:
     """Guess without a network: from the sentence that has most of the question's words, what is new in it.
 
-    ## Of the sentence's runs of words that are not in the question, the one with the most capitals and digits is the
-    ## answer, for people ask for names and numbers; of equals the shorter one. In spirit the sliding window of
-    ## Rajpurkar et al. 2016, section 5.1.
+    ## Of the sentence's runs of words that are not in the question, the answer is the one among whose first three most
+    ## begin with a capital or a digit, for people ask for names and numbers; of equals the shorter one. In spirit the
+    ## sliding window of Rajpurkar et al. 2016, section 5.1.
     """
     asked = set(normalise(question).split())
     common = lambda sentence: len(asked & set(normalise(sentence).split()))  # noqa: E731
@@ -310,10 +313,17 @@ def make_windows(questions: list[Question], tokenizer: WordPiece, max_length: in
     ## The data say where the answer stands in characters, the network points at tokens. Offsets lead from one to the
     ## other, and back: the answer that is given is cut out of the text, with its capitals, accents and spaces.
     """
-    windows = []
+    windows, offsets = [], functools.lru_cache(1)(lambda text: tokenizer.encode_text(text, special=False)[1])
     for n, q in enumerate(questions):
         begin, end = q.start, q.start + len(q.answers[0])
-        for encoding in tokenizer.windows(q.question, q.context, max_length, stride, special=False):
+        ## Characters at an answer's ends of which no token is made, such as spaces, can't be pointed at.
+        mine = [place for place in offsets(q.context) if place[1] > begin and place[0] < end]
+        begin, end = (max(begin, mine[0][0]), min(end, mine[-1][1])) if mine else (-1, -1)
+        try:
+            encodings = tokenizer.windows(q.question, q.context, max_length, stride, special=False)
+        except utils.InputError as error:
+            raise utils.InputError(f"question {q.id!r:.60}: {error} (--max-length and --stride)") from error
+        for encoding in encodings:
             first, last = encoding.types.index(1), len(encoding.ids) - 2
             places, target = encoding.offsets[first : last + 1], (0, 0)
             if places and places[0][0] <= begin and end <= places[-1][1]:
@@ -337,7 +347,7 @@ def loss_of(start: Tensor, end: Tensor, allowed: Tensor, targets: Tensor) -> Ten
 
     ##     loss = - (log p_start(first token) + log p_end(last token)) / 2        (Devlin et al. 2019, section 4.2)
     ## Each is a classification, with the window's tokens as classes. [CLS] is a class too: it is right where the answer
-    ## is in another window, and so the scores of such a window stay low.
+    ## is in another window.
     """
     allowed = allowed.clone()
     allowed[:, 0] = True
@@ -358,8 +368,12 @@ def span_scores(start: Tensor, end: Tensor, allowed: Tensor, longest: int) -> Te
 
 @torch.inference_mode()
 def find_spans(model: Spans, windows: list[Window], pad_id: int, dtype: torch.dtype, longest: int, k: int = 1,
-               batch_size: int = 32) -> Iterator[tuple[Window, list[tuple[float, int, int]], float]]:
-    """Yield (window, its k best answers as (score, first character, end), log of the sum of all exp(score))."""
+               batch_size: int = 32) -> Iterator[tuple[Window, list[tuple[float, int, int]]]]:
+    """Yield (window, its k best answers as (score, first character, end)).
+
+    ## What a score is worth is known only within its window, for there the loss compares. So from each is taken that of
+    ## [CLS], "not here": what is left can be compared with what other windows say (Devlin et al. 2019, section 4.3).
+    """
     training, device = model.training, model.qa_outputs.weight.device
     model.eval()  # no dropout
     order = sorted(windows, key=lambda w: len(w.encoding.ids))
@@ -367,12 +381,13 @@ def find_spans(model: Spans, windows: list[Window], pad_id: int, dtype: torch.dt
         ids, mask, types, allowed = (part.to(device) for part in collate(some, pad_id))  # (B, T) each
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             start, end = model(ids, mask, types)  # (B, T) each
+        start, end = start - start[:, :1], end - end[:, :1]
         flat = span_scores(start, end, allowed, longest).flatten(1).cpu()  # (B, L * T)
-        for window, row, total in zip(some, flat, flat.logsumexp(-1).tolist()):
+        for window, row in zip(some, flat):
             best, T, places = row.topk(min(k, len(row))), ids.shape[1], window.encoding.offsets
             found = [(score, places[i % T][0], places[i % T + i // T][1])
                      for score, i in zip(best.values.tolist(), best.indices.tolist()) if score > -math.inf]
-            yield window, found, total
+            yield window, found
     model.train(training)
 
 
@@ -380,7 +395,7 @@ def answer(model: Spans, questions: list[Question], windows: list[Window], pad_i
            longest: int) -> dict[str, str]:
     """The best answer of all its windows for each question, by the question's id."""
     best: dict[int, tuple[float, int, int]] = {}
-    for window, found, _ in find_spans(model, windows, pad_id, dtype, longest):
+    for window, found in find_spans(model, windows, pad_id, dtype, longest):
         best[window.question] = max([*found, best.get(window.question, (-math.inf, 0, 0))])
     return {q.id: q.context[best[n][1] : best[n][2]] for n, q in enumerate(questions)}
 
@@ -398,6 +413,8 @@ def prepare(model: Spans, args: argparse.Namespace) -> None:
         family = model.config["model_type"]
         targets = args.lora_targets or {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}[family]
         add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
+        if isinstance(model.qa_outputs, LoRA):
+            raise utils.InputError("--lora-targets takes in qa_outputs, which is trained whole; leave it out.")
     model.qa_outputs.requires_grad_()
 
 
@@ -444,7 +461,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     by_method = lambda i: ", ".join(f"{method} {values[i]:g}" for method, values in RECIPES.items())  # noqa: E731
     add("--question", help="ask this of --context, with what was trained; without it, train")
     add("--context", help="the text in which the answer stands")
-    add("--method", choices=RECIPES, default="full", help="what is trained: adapters, every weight, or the head alone")
+    add("--method", choices=RECIPES, default="full",
+        help="full: every weight; lora: adapters and the head; head: the head alone")
     add("--model", type=place, help=f"{', '.join(FILES)}, stand-in, or a folder with config.json, model.safetensors "
         "and vocab.txt; without it minilm, or the stand-in if that is out of reach")
     add("--data", type=place, help="squad, templates, or a training file in SQuAD v1.1's format; without it the first, "
@@ -490,10 +508,14 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     return args, {name: value for name, value in given.items() if value is not None}
 
 
-def ask(args: argparse.Namespace) -> None:
+def ask(args: argparse.Namespace, given: dict) -> None:
     """Print the best answers to --question from --context, by the model in --out."""
     saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT)
     options = saved["options"]
+    ignored = sorted(given.keys() - {"question", "context", "out", "device"})
+    if ignored:
+        raise utils.InputError(f"--{ignored[0].replace('_', '-')} is for training; leave it out, or name with "
+                               "--out the run that shall answer.")
     if saved["best"]["step"] == 0:
         raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: python "
                                f"{SCRIPT} --resume --out {args.out}")
@@ -502,15 +524,15 @@ def ask(args: argparse.Namespace) -> None:
     asked = Question("", 0, args.context, args.question, ["?"], 0)
     windows = make_windows([asked], tokenizer, min(options["max_length"], model.config["n_positions"]),
                            options["stride"])
-    best, totals = {}, []
-    for _, found, total in find_spans(model, windows, tokenizer.pad, torch.float32, options["max_answer"], k=20):
-        totals.append(total)
+    best = {}  # (first character, end) -> score; where windows overlap, the better one
+    for _, found in find_spans(model, windows, tokenizer.pad, torch.float32, options["max_answer"], k=10**9):
         for score, begin, end in found:
             best[begin, end] = max(score, best.get((begin, end), -math.inf))
     if not best:
         raise utils.InputError(f"--context {args.context!r:.60} has no words; give the text with the answer.")
-    total = torch.tensor(totals).logsumexp(0)
-    print(f"{len(windows)} windows; the likeliest of all spans up to {options['max_answer']} tokens:")
+    total = torch.tensor(list(best.values())).logsumexp(0)
+    print(f"{options['method']}, {options['model']}, learned from {options['data']}; {len(windows)} windows; the "
+          f"likeliest of all spans up to {options['max_answer']} tokens:")
     for begin, end in sorted(best, key=best.get, reverse=True)[:3]:
         print(f"{math.exp(best[begin, end] - total):7.1%}  {args.context[begin:end]}   (characters {begin} to {end})")
     if saved["stand_in"]:
@@ -521,7 +543,7 @@ def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     if args.question:
-        return ask(args)
+        return ask(args, given)
     checkpoint_path = args.out / "checkpoint.pt"
     saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
     if saved:
@@ -578,9 +600,9 @@ def main() -> None:
     steps = args.epochs * per_epoch
     warmup = int(args.warmup * steps)
     print(f"{label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in {len(train):,} / "
-          f"{len(val):,} / {len(test):,} windows, {sum(w.target != (0, 0) for w in train):,} of the first with the "
-          f"answer\n{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); "
-          f"{args.dtype} on {device.type}; {steps} steps")
+          f"{len(val):,} / {len(test):,} windows; {len({w.question for w in train if w.target != (0, 0)}):,} of those "
+          f"to learn from have their answer in one\n{args.method}: {n_trained:,} trained parameters of {whole:,} "
+          f"({n_trained / whole:.4%}); {args.dtype} on {device.type}; {steps} steps")
     order = batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed)
     some = [train[i] for i in next(batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed))]
     ids, mask, types, allowed = collate(some, tokenizer.pad)
@@ -637,6 +659,8 @@ def main() -> None:
 
         done = step + 1
         due = done % per_epoch == 0
+        if due and not all(p.isfinite().all() for p in trained.values()):
+            raise utils.InputError(f"the weights became nan by step {done}; {advice}")
         if device.type == "cuda" and not due and done % 10:
             continue  # looking at the loss makes a GPU wait
         if not math.isfinite(loss.item()):

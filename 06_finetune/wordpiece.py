@@ -283,8 +283,8 @@ class WordPiece:
         special: whether the text "[SEP]" becomes the token, as in transformers by default. Use special=False for what
         others wrote: where a text ends is not for strangers to say. Raises utils.InputError for a lone surrogate.
 
-        ## Of two texts the longer one is cut first, until both are of a length; from there on both alike. A short
-        ## question so stays whole.
+        ## Of two texts the longer one is cut first, until both are of a length; from there on both alike. A
+        ## question of less than half the room so stays whole.
         """
         texts = [self.encode_text(part, special) for part in (text, pair) if part is not None]
         if max_length is not None:
@@ -309,7 +309,7 @@ class WordPiece:
         little room.
 
         ## For question answering nothing may be cut off: the answer could be there. Windows overlap, so that an answer
-        ## on a border is whole in one of them, with some text on both sides.
+        ## on a border is whole in one of them, if it is no longer than what they share.
         """
         first, second = self.encode_text(text, special), self.encode_text(pair, special)
         room = max_length - 3 - len(first[0])
