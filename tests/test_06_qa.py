@@ -368,9 +368,10 @@ def test_answers_whose_ends_have_no_token_are_found_at_a_window_s_edge():
 
 
 def test_an_answer_that_several_windows_see_counts_once(runs, monkeypatch):
+    folder = runs("full")[0]
     seen = [("", [(10.0, 4, 7), (10.0, 0, 3)]), ("", [(10.0, 4, 7)]), ("", [(9.0, 4, 7)])]  # three windows
     monkeypatch.setattr(qa, "find_spans", lambda *_, **__: iter(seen))
-    out = call("--question", "what?", "--context", "the cat sat.", "--out", runs("full")[0])
+    out = call("--question", "what?", "--context", "the cat sat.", "--out", folder)
     assert re.findall(r"^ *([\d.]+)%  (\w+)", out, re.M) == [("50.0", "cat"), ("50.0", "the")]
 
 
