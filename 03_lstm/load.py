@@ -318,20 +318,29 @@ def split(table: Table) -> tuple[int, int, int]:
     return int(0.6 * N), int(0.8 * N), N
 
 
-def load_data(data: str | None = None, lookback: int = 336, horizon: int = 96) -> Data:
+def load_data(data: str | None = None, lookback: int = 336, horizon: int = 96, earlier: int = 0) -> Data:
     """Read (read_series), split and scale (prepare)."""
-    return prepare(read_series(data), lookback, horizon)
+    return prepare(read_series(data), lookback, horizon, earlier)
 
 
-def prepare(table: Table, lookback: int, horizon: int) -> Data:
-    """Split and scale. Raises utils.InputError where a part can't hold a window, and for a constant column."""
-    train_end, val_end, test_end = split(table)
+def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data:
+    """Split and scale. Raises utils.InputError where a part can't hold a window, and for a constant column.
+
+    earlier: all three parts end so many rows earlier, and the training part is so much shorter.
+
+    ## Four months of validation are one season. A choice that holds in February, April and June alike, and
+    ## each time learns from what lies before and is judged by what comes next, is worth more than one that was best
+    ## once (rolling origins, Tashman 2000). And the test part stays out of it.
+    """
+    if earlier < 0:
+        raise utils.InputError(f"--earlier {earlier} must not be negative.")
+    train_end, val_end, test_end = (end - earlier for end in split(table))
     N_train, N_val, N_test = train_end, val_end - train_end, test_end - val_end
     if N_train < lookback + horizon or min(N_val, N_test) < horizon:
         raise utils.InputError(
-            f"{table.name} has {len(table.values):,} rows, {N_train:,} / {N_val:,} / {N_test:,} of them to train, "
-            f"validate and test: too few for lookback {lookback} + horizon {horizon} in the first, or for the horizon "
-            "in the others; give more rows or smaller numbers."
+            f"{table.name} has {len(table.values):,} rows, {max(N_train, 0):,} / {N_val:,} / {N_test:,} of them to "
+            f"train, validate and test: too few for lookback {lookback} + horizon {horizon} in the first, or for the "
+            "horizon in the others; give more rows or smaller numbers."
         )
     ## Scaled, all channels count alike in the loss, whatever their units. The two numbers come from the training rows:
     ## how warm the oil will be next year is part of the question.
@@ -349,7 +358,8 @@ def prepare(table: Table, lookback: int, horizon: int) -> Data:
         train=scaled[:train_end], val=scaled[train_end - lookback : val_end], test=scaled[val_end - lookback :],
         mean=mean.float(), std=std.float(), columns=table.columns, dates=[str(date) for date in table.dates[:test_end]],
         name=table.name, stand_in=table.stand_in, period=period(table.dates),
-        noise_floor=noise_floor(horizon, std.numpy()).mean().item() if table.name == "station" else None,
+        noise_floor=(noise_floor(horizon, std.numpy()).mean().item()
+                     if table.name == "station" and not earlier else None),
     )
 
 

@@ -281,6 +281,20 @@ def test_a_column_that_is_constant_only_while_training_is_refused(tmp_path):
         load.load_data(path, 30, 10)
 
 
+def test_earlier_moves_all_parts_and_fits_the_scaler_anew(tmp_path):
+    path = write(tmp_path / "x.csv", table(200))
+    now, then = load.load_data(path, 20, 10), load.load_data(path, 20, 10, earlier=40)
+    unscale = lambda data, part: part * data.std + data.mean  # noqa: E731
+    assert len(then.train) == len(now.train) - 40 and len(then.val) == len(now.val) and len(then.test) == len(now.test)
+    both = torch.cat([unscale(now, now.train), unscale(now, now.val)[20:], unscale(now, now.test)[20:]])
+    expected = both[len(then.train) - 20 : len(then.train) - 20 + len(then.val)]
+    assert torch.allclose(unscale(then, then.val), expected, atol=1e-3)
+    assert then.train.mean(0).abs().max() < 1e-5 and len(then.dates) == len(now.dates) - 40
+    for earlier, words in ((-1, "--earlier -1"), (110, "too few"), (500, "0 / 40 / 40")):
+        with pytest.raises(utils.InputError, match=words):
+            load.load_data(path, 20, 10, earlier=earlier)
+
+
 def test_every_part_must_hold_a_window(tmp_path):
     path = write(tmp_path / "x.csv", table(60))
     load.load_data(path, 10, 12)
