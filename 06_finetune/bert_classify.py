@@ -280,7 +280,7 @@ def prepare(model: Classifier, args: argparse.Namespace, dtype: torch.dtype) -> 
         model.requires_grad_(False)
     if args.method == "lora":
         family = model.config["model_type"]
-        targets = args.lora_targets or {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}[family]
+        targets = args.lora_targets or ALL_MATRICES[family]
         add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
     for name in heads(model):
         if isinstance(model.get_submodule(name), LoRA):
@@ -343,7 +343,9 @@ def load_result(folder: Path, options: dict, labels: list[str], out: Path) -> tu
 
 # ---------------------------------------------------------------------------------------------- options
 # Method -> epochs, AdamW's peak learning rate, the head's, length of the push of adversarial training
-RECIPES = {"full": (3, 1e-4, 1e-3, 0.3), "lora": (3, 1e-3, 1e-3, 0.3), "head": (4, 1e-3, 1e-3, 0.0)}
+RECIPES = {"full": (3, 1e-4, 1e-3, 0.3), "lora": (4, 1e-3, 1e-3, 0.3), "head": (4, 1e-3, 1e-3, 0.0)}
+ALL_MATRICES = {"bert": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
+                "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]}
 place = utils.name_or_path(*FILES, "stand-in", "sst2", "templates")  # what --model and --data take
 
 
@@ -370,8 +372,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--pooling", choices=["mean", "cls"], default="mean", help="what the head reads: all tokens' mean, or [CLS]")
     add("--lora-rank", type=int, default=8, help="r: rank of each change; parameters grow with it")
     add("--lora-alpha", type=float, default=16.0, help="the change counts alpha / r times")
-    add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names; without it query and "
-        "value, or q_lin and v_lin in DistilBERT")
+    add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names, as query value, or "
+        "q_lin v_lin in DistilBERT; without it all matrices of a block")
     add("--dropout", type=float, default=0.1, help="share of activations zeroed while training")
     add("--lr", type=float, help=f"AdamW's peak learning rate; without it {by_method(1)}")
     add("--head-lr", type=float, help=f"the head's; without it {by_method(2)}")

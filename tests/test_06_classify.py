@@ -396,7 +396,7 @@ def test_peft_reads_our_adapter_and_head(small, runs, method, family):
         assert torch.allclose(ours(ids, mask), expected, atol=1e-6) and expected.std() > 0.005
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and set(config["target_modules"]) == (
-        {"query", "value"} if family == "bert" else {"q_lin", "v_lin"})
+        set(classify.ALL_MATRICES[family]))
 
 
 @pytest.mark.parametrize("family, targets, heads", [
