@@ -1,10 +1,17 @@
 """Exercise: store chapter 05's GPT in 8, 6, 4 or 3 bits per weight, and see what it costs in loss and buys in bytes.
 
     python 05_transformer/train.py --steps 300 --eval-every 300        first, to have a model
-    python tests/exercises/quantise.py                                 a minute
+    python tests/exercises/quantise.py
 
-You should see (FIGURES)
-Learned: FIGURES
+You should see (Tiny Shakespeare, the model above, seed 0, float32; torch 2.15), nats per character on validation:
+    float32                        7,184,490 bytes    1.7138
+    8 bits, a scale per row        1,834,420 bytes    1.7139
+    8 bits, a scale per matrix     1,806,452 bytes    1.7136
+    6 bits, a scale per row        1,385,844 bytes    1.7151        a scale per matrix: 1.7156
+    4 bits, a scale per row          937,204 bytes    1.7253
+and rows for 4 bits with a scale per matrix, for 3 bits, and for linear layers computed from int8, with their times.
+Learned: at 8 bits the loss does not move, and by the third digit at 6; a quarter of the bytes is free. 4 bits cost
+0.011. Trained for 300 steps, no row has outliers yet: a scale per row is worth little where all rows are alike.
 Writes: quantised.pt, the 8-bit model, to --out. Left out on purpose: calibration (GPTQ, AWQ), which chooses the
 rounding by what it does to activations, and training with quantised weights.
 """

@@ -3,8 +3,10 @@
     python tests/exercises/tensorboard_log.py 05_transformer/outputs/metrics.json --out runs
     pip install tensorboard && tensorboard --logdir runs                                        to look at it
 
-You should see (FIGURES)
-Learned: FIGURES
+You should see, for each file, how many scalars it held. Three runs of chapters 01 and 05 gave 46, 10 and 49. Read
+back by the tensorboard package (2.21, EventAccumulator), all 105 were equal in step, tag and value, as 32-bit floats.
+Of a file in which one bit was turned, it read nothing from that place on.
+Learned: a binary format is a few rules about lengths. One checksum and four kinds of fields are enough here.
 Writes: OUT/NAME/events.out.tfevents.0.metrics, one for each metrics.json. Left out on purpose: pictures, histograms.
 """
 
