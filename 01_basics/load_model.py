@@ -220,7 +220,7 @@ def main() -> None:
         model = SimpleNN(**saved["config"]).to(device)
         model.load_state_dict(saved["model"])
     except (RuntimeError, TypeError) as error:
-        raise utils.InputError(f"{args.model} is of another network than train.py builds; make a new one with: python "
+        raise utils.InputError(f"{args.model} is of another model than train.py builds; make a new one with: python "
                                f"{SCRIPT}") from error
     trained_on = saved["data"] + ", stand-in" * saved["stand_in"]
     if saved["stand_in"]:

@@ -83,7 +83,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--epochs", type=int, default=10, help="passes over the training pictures; the learning rate ends at zero")
     add("--batch-size", type=int, default=64, help="pictures per step; smaller: more steps, each by a rougher gradient")
     add("--lr", type=float, default=3e-3, help="AdamW's learning rate at the start; too large, and the loss stays high")
-    add("--weight-decay", type=float, default=0.3, help="share of every weight taken per step, times the learning rate")
+    add("--weight-decay", type=float, default=0.3, help="share of every weight taken per step, times the rate")
     add("--hidden", type=int, default=128, help="hidden units; more of them remember more, of the noise as well")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
@@ -129,7 +129,7 @@ def main() -> None:
         try:
             model.load_state_dict(saved["model"])
         except RuntimeError as error:
-            raise utils.InputError(f"{checkpoint_path} is of another network than this script builds; start anew "
+            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew "
                                    "without --resume.") from error
         optimizer.load_state_dict(saved["optimizer"])
         first_epoch, seconds, history, best = saved["epoch"], saved["seconds"], saved["history"], saved["best"]

@@ -144,7 +144,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: list[str], title: str
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py saved")
+    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     add("--data", help="cifar10, shapes or a folder, whose test part is used; without it, what the model learned from")
     add("--image", type=Path, help="name this one picture instead")
     add("--device", default="auto", help="auto, cpu, cuda or mps")

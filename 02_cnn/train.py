@@ -338,7 +338,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
     for name in ("dropout", "label_smoothing"):
         if not 0 <= getattr(args, name) < 1:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0 and below 1.")
+            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0 and less "
+                                   "than 1.")
     if not 0 <= args.small <= 1:
         raise utils.InputError(f"--small {args.small} must be from 0 to 1.")
     if args.pad < 0 or args.cutout < 0 or args.pad > 16:

@@ -440,7 +440,7 @@ def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 5
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py saved")
+    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     add("--data", help="the table it was trained on, where that is a CSV file of yours")
     add("--person", help='one row, as "age=39, sex=Female"; what is left out is averaged over rows like it')
     add("--by", nargs="+", metavar="COLUMN", help="category columns to show figures by; without it sex and race")

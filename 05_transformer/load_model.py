@@ -176,7 +176,7 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py saved"
+        "--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote"
     )
     parser.add_argument("--prompt", help="the text to continue; without it a newline, which asks for a new line")
     parser.add_argument("--length", type=int, default=500, help="characters to write")

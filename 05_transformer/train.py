@@ -246,7 +246,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--dropout", type=float, help="share of channels zeroed: against overfitting, slows learning")
     add("--lr", type=float, help="AdamW's peak learning rate, for embedding and head")
     add("--muon-lr", type=float, help="Muon's peak learning rate, for the matrices in the blocks")
-    add("--weight-decay", type=float, help="Muon's: each step takes muon_lr * this of every weight")
+    add("--weight-decay", type=float, help="Muon's: share of every weight taken per step, times muon_lr")
     add("--warmup", type=int, default=20, help="steps over which the learning rates rise from zero")
     add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=int, default=250, help="steps between evaluations on all validation text; each saves")
@@ -262,6 +262,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
                  "grad_clip", "eval_every", "patience"):
         if not getattr(args, name) > 0:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    if not args.weight_decay >= 0:
+        raise utils.InputError(f"--weight-decay {args.weight_decay} must not be negative.")
     if not 0 <= args.dropout < 1:
         raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1.")
     return args, {name: value for name, value in given.items() if value is not None}
@@ -376,6 +378,8 @@ def main() -> None:
     for step, (x, y) in zip(range(args.steps), stream):  # x, y (B, T)
         if step < first_step:
             continue  # resumed: these were seen before
+        if step - best["step"] >= args.patience * args.eval_every:
+            break  # early stopping
         for optimizer, peak in zip(optimizers, (args.muon_lr, args.lr)):
             optimizer.param_groups[0]["lr"] = peak * schedule(step, args.steps, args.warmup)
 
@@ -421,8 +425,6 @@ def main() -> None:
                 bar.clear()
                 print(f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  "
                       f"validation {row['val_loss']:.4f}", flush=True)
-            if done - best["step"] >= args.patience * args.eval_every:
-                break
             begun = time.perf_counter()
 
     # report

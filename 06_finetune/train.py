@@ -166,7 +166,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
         "and head of the network's activations; helps where a small text is read many times")
     add("--lr", type=float, help="AdamW's peak learning rate; without it, for the stand-in and for GPT-2: "
         + ", ".join(f"{method} {a:g} and {b:g}" for method, (a, b) in LR.items()))
-    add("--weight-decay", type=float, default=0.01, help="each step takes lr times this of every trained weight")
+    add("--weight-decay", type=float, default=0.01, help="share of every weight taken per step, times the rate")
     add("--warmup", type=int, default=20, help="steps over which the learning rate rises from zero")
     add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=int, default=100, help="steps between evaluations on all validation text; each saves")

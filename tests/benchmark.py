@@ -101,6 +101,24 @@ def training() -> None:
     )
 
 
+def attention() -> None:
+    """Milliseconds of attention forward and backward, spelled out as in 05 and 06, and by PyTorch's fused kernel."""
+    dtype = utils.pick_dtype(torch.device("cpu"))
+    preset = train.PRESETS["small"]
+    small = preset["batch_size"], preset["n_head"], preset["block_size"], preset["n_embd"] // preset["n_head"]
+    for name, shape in (("05", small), ("06", (4, 12, 256, 64))):  # (B, H, T, D)
+        q, k, v = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3))
+
+        def once(f):
+            start = time.perf_counter()
+            f(q, k, v).sum().backward()
+            return 1e3 * (time.perf_counter() - start)
+
+        ours, peer = alternate(lambda: once(lambda *qkv: train.attend(*qkv)[0]),
+                               lambda: once(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)), 15)
+        row(f"{name} attention, ms", ours, peer, f"scaled_dot_product_attention, {dtype}, {shape}", lower=True)
+
+
 def generation() -> None:
     """Characters per second of one sequence, sampled at temperature 1, with a cache on both sides."""
     model, config = default_model()
@@ -564,6 +582,7 @@ ROWS = {
     "epoch": epoch,
     "pictures": pictures,
     "training": training,
+    "attention": attention,
     "generation": generation,
     "time_to_loss": time_to_loss,
     "boosting": boosting,

@@ -359,7 +359,7 @@ def test_a_users_digit_is_read(trained, tmp_path):
 def test_another_models_checkpoint_is_refused(trained, tmp_path):
     saved = utils.load_checkpoint(trained[0] / "model.pt", train.SCRIPT)
     utils.save_checkpoint(tmp_path / "model.pt", saved | {"config": saved["config"] | {"hidden": 9}})
-    assert "another network" in run("load_model.py", "--model", tmp_path / "model.pt", "--out", tmp_path, code=1)
+    assert "another model" in run("load_model.py", "--model", tmp_path / "model.pt", "--out", tmp_path, code=1)
     utils.save_checkpoint(tmp_path / "model.pt", {"script": "05_transformer/train.py"})
     assert "05_transformer" in run("load_model.py", "--model", tmp_path / "model.pt", "--out", tmp_path, code=1)
 
