@@ -343,8 +343,25 @@ def test_targets_are_the_next_characters_and_padding_does_not_count():
 
 def small_captioner(**options):
     torch.manual_seed(0)
-    return captions.Captioner(torch.tensor([0.5] * 3), torch.tensor([0.25] * 3), n_layer=2, n_head=2, n_embd=32,
-                              **options)
+    simple = captions.cnn.Simple(20, torch.tensor([0.5] * 3), torch.tensor([0.25] * 3), widths=(16, 32, 64)).eval()
+    return captions.Captioner(simple.requires_grad_(False), n_layer=2, n_head=2, n_embd=32, **options)
+
+
+def test_the_eyes_see_a_scene_as_they_see_its_quarters(tiles):
+    """Away from the seams, that is: so the shapes are cut off there, and what is left is the same."""
+    model = small_captioner()
+    x = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    x[:, :, 8:24, 40:56] = 200  # in the top right quarter, a square
+    x[:, :, 40:56, 8:24] = 90
+    h = model.encoder(x)[0]  # (C, 2, 2)
+    for row in (0, 1):
+        for column in (0, 1):
+            quarter = x[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+            alone = torch.nn.Sequential(*list(model.encoder)[:-1])(quarter)[0][:, 1:3, 1:3].amax((1, 2))
+            inside = torch.nn.Sequential(*list(model.encoder)[:-1])(x)[0][
+                :, 4 * row + 1 : 4 * row + 3, 4 * column + 1 : 4 * column + 3].amax((1, 2))
+            torch.testing.assert_close(alone, inside)
+            assert (h[:, row, column] >= inside - 1e-6).all()
 
 
 def test_without_a_picture_the_captioner_is_chapter_05s_gpt():
@@ -358,7 +375,7 @@ def test_the_picture_reaches_the_text_unless_it_is_blind(tiles):
     ids = torch.randint(len(captions.VOCAB), (1, 9))
     for blind in (False, True):
         model = small_captioner(blind=blind).eval()
-        torch.nn.init.normal_(model.gpt.blocks[0].attention.out.weight)
+        torch.nn.init.normal_(model.gpt.blocks[0].attention.out.weight)  # nearly zero at first
         assert torch.equal(model(model.look(a), ids), model(model.look(b), ids)) == blind
 
 
@@ -383,7 +400,8 @@ def test_a_few_scenes_can_be_learned_by_heart(tiles):
 
 
 def test_captions_runs(tmp_path):
-    out = run("captions.py", "--steps", 30, "--batch-size", 8, "--tiles", 100, "--scenes", 20, "--out", tmp_path)
+    small = ["--steps", 30, "--epochs", 1, "--batch-size", 8, "--tiles", 250, "--scenes", 20]
+    out = run("captions.py", *small, "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert metrics["with the picture, nats per character"] < 2.5 and "most frequent caption" in out
     assert (tmp_path / "captions.png").stat().st_size > 1000

@@ -5,8 +5,15 @@
 A scene of 64 x 64 holds one to three of chapter 02's drawn shapes in its four quarters, some of them without colour,
 and its caption names them in reading order: "a star top left, a grey ring bottom right".
 
-You should see (FIGURES)
-Learned: FIGURES
+You should see a table: the share of captions that are right to the letter, and of each kind of fact in them, beside the
+most frequent caption and a GPT that is not shown the picture. The whole run is not measured yet. Before it learned
+to look first, trained all at once for 250 steps of 32 scenes (seed 0; 52 s of one core of an AMD EPYC; torch 2.15), on
+200 validation scenes:
+                            exact    count   places    shape     grey
+    most frequent caption    0.5 %   32.5 %    7.5 %    2.8 %   13.0 %
+    the GPT, blind           0.0 %   32.0 %    6.5 %    6.5 %   37.8 %
+    with the picture         4.0 %  100.0 %  100.0 %   11.0 %  100.0 %
+Learned: where and how many is learned in a minute; what it is has to be learned before (see learn_to_look).
 Writes: captions.png, metrics.json to --out. Left out on purpose: photographs; beam search; a pre-trained half.
 """
 
@@ -57,6 +64,11 @@ VOCAB = sorted(set(END + "a grey, " + "".join(pictures.SHAPES + PLACES)))
 
 
 # ---------------------------------------------------------------------------------------------- scenes
+def to_grey(x: Tensor, where: Tensor) -> Tensor:
+    """Take the colour from those pictures of x (..., 3, H, W) where `where` (...) is True."""
+    return torch.where(where[..., None, None, None], x.float().mean(-3, keepdim=True), x.float())
+
+
 def scenes(tiles: Tensor, labels: Tensor, n: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
     """n scenes (n, 3, 64, 64) uint8 and their captions, from chapter 02's pictures (N, 3, 32, 32) and labels (N,).
 
@@ -67,8 +79,7 @@ def scenes(tiles: Tensor, labels: Tensor, n: int, g: torch.Generator) -> tuple[T
     filled = torch.rand(n, 4, generator=g).argsort(1).argsort(1) < count  # (n, 4): `count` of the four, at random
     grey = torch.rand(n, 4, generator=g) < 0.5
     which = torch.randint(len(labels), (n, 4), generator=g)
-    cells = tiles[which].float()  # (n, 4, 3, S, S)
-    cells = torch.where(grey[:, :, None, None, None], cells.mean(2, keepdim=True), cells)
+    cells = to_grey(tiles[which], grey)  # (n, 4, 3, S, S)
     ## An empty quarter: one colour, or one grey, with the same noise as the rest.
     empty = 255 * torch.rand(n, 4, 3, 1, 1, generator=g)
     empty = torch.where(grey[:, :, None, None, None], empty[:, :, :1], empty)
@@ -105,30 +116,63 @@ def parse(caption: str) -> dict[str, tuple[bool, str]] | None:
 
 
 # ---------------------------------------------------------------------------------------------- model
-class Captioner(nn.Module):
-    """Pictures (B, 3, H, W) uint8 and characters (B, T) -> logits (B, T, V). blind: it is not shown the picture."""
+def learn_to_look(tiles: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 250) -> nn.Sequential:
+    """Chapter 02's Simple, half as wide, trained on single tiles (N, 3, 32, 32) and then without its head.
 
-    def __init__(self, mean: Tensor, std: Tensor, n_layer: int = 2, n_head: int = 3, n_embd: int = 96, block_size=120,
+    ## Why not all at once? The GPT can only send back a useful gradient once it knows where in its text a shape stands
+    ## and which quarter to look at, and until then the convolutions follow noise. Trained together from nothing for 250
+    ## steps, three variants had count, places and grey right in 97 to 100 % of 200 validation scenes, and shapes in 8
+    ## to 11 %, which is guessing. So eyes first, as is usual for captions, on an easier task: 20 classes, each shape
+    ## with and without colour.
+    """
+    model = cnn.Simple(2 * len(pictures.SHAPES), *pictures.channel_statistics(tiles), widths=(32, 64, 128))
+    recipe, g = cnn.PRESETS["simple"], torch.Generator().manual_seed(seed)
+    optimizers = cnn.make_optimizers(model, recipe["lr"], recipe["muon_lr"], batch_size)
+    convs = [layer for layer in model if isinstance(layer, cnn.Conv)]
+    batches = [rows for _ in range(epochs) for rows in torch.randperm(len(labels), generator=g).split(batch_size)]
+    bar = utils.Progress(len(batches), "tiles")
+    for step, rows in enumerate(batches):
+        grey = torch.rand(len(rows), generator=g) < 0.5
+        x = pictures.augment(to_grey(tiles[rows], grey))
+        cnn.set_rates(optimizers, cnn.one_cycle(step, len(batches)))
+        loss = F.cross_entropy(model(x), labels[rows] + len(pictures.SHAPES) * grey, label_smoothing=0.2)
+        (loss * len(rows)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for conv in convs:
+            conv.rescale()
+        bar.update(step + 1, f"loss {loss.item():.4f}", batch_size)
+    bar.clear()
+    return model.eval().requires_grad_(False)
+
+
+class Captioner(nn.Module):
+    """Prefix vectors (B, M, C) and characters (B, T) -> logits (B, T, V). blind: it is not shown the picture."""
+
+    def __init__(self, simple: nn.Sequential, n_layer: int = 2, n_head: int = 3, n_embd: int = 96, block_size=120,
                  blind: bool = False):
         super().__init__()
-        self.blind, layers, C = blind, [cnn.Normalise(mean, std)], 3
-        for M in (32, 64, 128, 128):  # 02's Simple, one convolution deeper, without its last pooling and its head
-            layers += [cnn.Conv(C, M), cnn.batch_norm(M), nn.ReLU(), nn.MaxPool2d(2)]
-            C = M
-        self.encoder = nn.Sequential(*layers)
-        self.prefix = nn.Linear(C, n_embd, bias=False)
+        self.blind = blind
+        ## A convolution does not mind how large a picture is. Up to its last pooling, the network that was trained on
+        ## single tiles reads a scene of four; there the strongest response of each quarter takes the place of the
+        ## strongest of the whole tile.
+        last = [type(layer) for layer in simple].index(nn.AdaptiveMaxPool2d)
+        self.encoder = nn.Sequential(*list(simple)[:last], nn.AdaptiveMaxPool2d(2))
+        self.prefix = nn.Linear(simple[-1].in_features, n_embd, bias=False)
         self.gpt = gpt.GPT(len(VOCAB), block_size, n_layer, n_head, n_embd, 0.0)
 
     def look(self, x: Tensor) -> Tensor:
-        """(B, 3, 64, 64) uint8 -> prefix vectors (B, 16, C), one for each cell of a grid of 4 x 4.
+        """(B, 3, 64, 64) uint8 -> prefix vectors (B, 4, C), one for each quarter.
 
-        ## A single vector for the whole picture would have to hold every shape and its place at once. As one vector per
-        ## cell the picture becomes a text of 16 "characters", and attention can look up the one it is writing about.
+        ## A single vector for the whole picture would have to hold every shape and its place at once. As four vectors
+        ## the picture becomes a text of four "characters", and attention can look up the one it is writing about.
         """
         if self.blind:  # as many vectors, with nothing in them
-            return torch.zeros(len(x), 16, self.prefix.out_features)
-        h = self.encoder(x)  # (B, C, 4, 4)
-        return gpt.norm(self.prefix(h.flatten(2).mT))  # (B, 16, C)
+            return torch.zeros(len(x), 4, self.prefix.out_features)
+        with torch.no_grad():  # the eyes have learned; only what reads their answer has still to
+            h = self.encoder(x)  # (B, C, 2, 2)
+        return gpt.norm(self.prefix(h.flatten(2).mT))  # (B, 4, C)
 
     def forward(self, prefix: Tensor, ids: Tensor) -> Tensor:
         """prefix (B, M, C) from `look`, ids (B, T) -> logits (B, T, V): GPT.forward with vectors before the text."""
@@ -151,13 +195,11 @@ class Captioner(nn.Module):
 @torch.no_grad()
 def write(model: Captioner, x: Tensor, longest: int = 100) -> list[str]:
     """Greedy captions for pictures x (B, 3, 64, 64): always the likeliest character, until all have ended."""
-    model.eval()
     prefix, ids, end = model.look(x), encode([""] * len(x))[0], VOCAB.index(END)
     while ids.shape[1] <= longest:
         ids = torch.cat([ids, model(prefix, ids)[:, -1].argmax(-1, keepdim=True)], 1)
         if (ids[:, 1:] == end).any(1).all():
             break
-    model.train()
     return ["".join(VOCAB[i] for i in row[1:]).split(END)[0] for row in ids.tolist()]
 
 
@@ -177,12 +219,8 @@ def train(model: Captioner, tiles: Tensor, labels: Tensor, steps: int, batch_siz
     """Every batch shows new scenes of the same tiles. Returns the seconds of a core that it took."""
     g, begun = torch.Generator().manual_seed(seed), time.process_time()
     optimizers = gpt.make_optimizers(model.gpt, 2e-3, 0.02, 0.1)  # 05's: Muon inside the blocks, AdamW outside
-    convs = [layer for layer in model.modules() if isinstance(layer, cnn.Conv)]
-    biases = [layer.bias for layer in model.encoder if isinstance(layer, nn.BatchNorm2d)]
-    optimizers += [torch.optim.Muon([conv.weight for conv in convs], lr=0.1, momentum=0.6, weight_decay=0.0),
-                   torch.optim.AdamW([model.prefix.weight, *biases], lr=2e-3, weight_decay=0.0)]
+    optimizers.append(torch.optim.AdamW([model.prefix.weight], lr=2e-3, weight_decay=0.0))
     peaks, bar = [optimizer.param_groups[0]["lr"] for optimizer in optimizers], utils.Progress(steps, "scenes")
-    model.train()
     for step in range(steps):
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * gpt.schedule(step, steps, 20)
@@ -191,8 +229,6 @@ def train(model: Captioner, tiles: Tensor, labels: Tensor, steps: int, batch_siz
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        for conv in convs:
-            conv.rescale()
         bar.update(step + 1, f"loss {loss.item():.4f}", batch_size)
     bar.clear()
     return time.process_time() - begun
@@ -202,7 +238,8 @@ def main() -> None:
     utils.keep_memory()
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=1000, help="updates")
+    add("--steps", type=int, default=400, help="updates of the GPT")
+    add("--epochs", type=int, default=5, help="passes over single shapes, to learn to look")
     add("--batch-size", type=int, default=32, help="scenes per step")
     add("--tiles", type=int, default=10_000, help="drawn shapes that the training scenes are put together from")
     add("--scenes", type=int, default=1000, help="unseen scenes, of other tiles, to write captions for")
@@ -210,28 +247,31 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides weights and scenes")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for what is written")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "tiles", "scenes"):
+    for name in ("steps", "epochs", "batch_size", "tiles", "scenes"):
         if not getattr(args, name) > 0:
             raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
     utils.check_writable(args.out)
     utils.set_seed(args.seed)
     ## Three parts, as everywhere: tiles that one part shows are in no other.
     tiles, labels = pictures.draw_shapes(args.tiles, 1)
-    mean, std = pictures.channel_statistics(tiles)
     part, seed = ("test", 2) if args.test else ("validation", 3)
     x, true = scenes(*pictures.draw_shapes(2000, seed), args.scenes, torch.Generator().manual_seed(seed))
-    seen = scenes(tiles, labels, 10_000, torch.Generator().manual_seed(args.seed))[1]
+    seen = scenes(tiles, labels, 2000, torch.Generator().manual_seed(args.seed))[1]
     commonest = Counter(seen).most_common(1)[0][0]
-    print(f"a scene {tuple(x[0].shape)}, its caption: {true[0]!r}\n{len(VOCAB)} characters; of 10,000 captions "
+    print(f"a scene {tuple(x[0].shape)}, its caption: {true[0]!r}\n{len(VOCAB)} characters; of 2,000 captions "
           f"{len(set(seen)):,} are different; {len(set(true) - set(seen)) / len(set(true)):.0%} of the {part} part's "
           "are none of those\n")
 
-    rows, metrics = {"most frequent caption": [commonest] * len(true)}, {}
+    begun = time.process_time()
+    simple = learn_to_look(tiles, labels, args.epochs, args.seed)
+    looking = time.process_time() - begun
+    print(f"learning to look: {utils.count_parameters(cnn.Simple(20, *[torch.ones(3)] * 2, widths=(32, 64, 128))):,} "
+          f"parameters, {looking:.0f} s of a core", flush=True)
+    rows, metrics = {"most frequent caption": [commonest] * len(true)}, {"seconds of a core, looking": looking}
     for name, blind in (("the GPT, blind", True), ("with the picture", False)):
         utils.set_seed(args.seed)
-        model = Captioner(mean, std, blind=blind)
+        model = Captioner(simple, blind=blind)
         seconds = train(model, tiles, labels, args.steps, args.batch_size, args.seed)
-        model.eval()
         with torch.no_grad():
             chunks = [(x[i : i + 100], true[i : i + 100]) for i in range(0, len(x), 100)]
             lengths = [sum(len(text) + 1 for text in texts) for _, texts in chunks]
@@ -257,7 +297,7 @@ def main() -> None:
     figure.tight_layout()
     utils.save_figure(figure, args.out / "captions.png")
     utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data="shapes", stand_in=True, device="cpu",
-                       seed=args.seed, seconds=metrics["with the picture, seconds of a core"],
+                       seed=args.seed, seconds=looking + metrics["with the picture, seconds of a core"],
                        parameters=utils.count_parameters(model), metrics=metrics, history=[])
     print(f"\nwrote captions.png and metrics.json to {args.out}")
 
