@@ -1,9 +1,11 @@
 """What DESIGN asks of every chapter alike."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+import results
 from conftest import ROOT
 
 CHAPTERS = sorted(path.name for path in ROOT.glob("[0-9][0-9]_*"))
@@ -41,3 +43,13 @@ def test_the_readme_and_the_workflow_name_the_same_commands():
     first = next(line for line in readme.splitlines() if line.startswith("pip install")).split(" && ")[1]
     for command in (install, test, first):
         assert f"run: {command}" in workflow
+
+
+def test_the_readme_s_table_of_results_is_what_the_scripts_wrote():
+    found = results.table(json.loads(results.RESULTS.read_text(encoding="utf-8")))
+    assert len(found.splitlines()) > 10 and found in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_results_are_means_and_spreads_of_metrics():
+    runs = [{"metrics": {"a b (1)": {"x": x}, "same": 0.5}} for x in (0.1, 0.2, 0.6)]
+    assert results.fill("x {a b (1).x:.2%}, y {same:.3f} nats", runs) == "x 30.00 ± 26.46 %, y 0.500 nats"
