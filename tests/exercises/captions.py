@@ -13,6 +13,8 @@ to look first, trained all at once for 250 steps of 32 scenes (seed 0; 52 s of o
     most frequent caption    0.5 %   32.5 %    7.5 %    2.8 %   13.0 %
     the GPT, blind           0.0 %   32.0 %    6.5 %    6.5 %   37.8 %
     with the picture         4.0 %  100.0 %  100.0 %   11.0 %  100.0 %
+With eyes that learned first (--epochs 4 --steps 250 --tiles 6000; 15 s) the same steps bring the training loss to 0.08
+nats per character and still falling; it stood at 0.11 without the shapes, and at 0.20 for the GPT that is blind.
 Learned: where and how many is learned in a minute; what it is has to be learned before (see learn_to_look).
 Writes: captions.png, metrics.json to --out. Left out on purpose: photographs; beam search; a pre-trained half.
 """
