@@ -1,5 +1,6 @@
 """utils.py: downloads against a server that misbehaves, checkpoints against every way a file can be wrong."""
 
+import argparse
 import errno
 import hashlib
 import http.server
@@ -310,3 +311,21 @@ def test_metrics_and_plot(tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())["versions"]["torch"] == torch.__version__
     utils.plot_history(tmp_path / "h.png", history, ["train", "val"], "title")
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_finds_its_data_from_anywhere_and_keeps_its_options(tmp_path, monkeypatch):
+    (tmp_path / "my.csv").touch()
+    (tmp_path / "etth1").touch()
+    monkeypatch.chdir(tmp_path)
+    place = utils.name_or_path("etth1", "station")
+    assert place("etth1") == "etth1" and place("my.csv") == str(tmp_path / "my.csv") and place("no.csv") == "no.csv"
+    saved = {"data": str(tmp_path / "my.csv"), "lr": 0.1, "tta": True, "out": "then", "device": "cuda", "compile": True}
+    args = argparse.Namespace(data=None, lr=0.5, tta=False, out="now", device="cpu", compile=False, resume=True)
+    utils.adopt_options(args, {"data": place("my.csv"), "tta": False}, saved, free=("tta",))
+    assert (args.data, args.lr) == (saved["data"], 0.1)
+    assert (args.tta, args.out, args.device, args.compile) == (False, "now", "cpu", False)
+    for given in ({"lr": 0.2}, {"data": "etth1"}):
+        with pytest.raises(utils.InputError, match="--resume goes on with a run that had"):
+            utils.adopt_options(args, given, saved, free=("tta",))
+    with pytest.raises(utils.InputError, match="--tta True, not --tta False"):
+        utils.adopt_options(args, {"tta": False}, saved)
