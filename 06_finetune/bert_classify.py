@@ -13,6 +13,14 @@ wrong.
     python 06_finetune/bert_classify.py --resume                    after Ctrl-C
 Each run replaces the one before; name another folder with --out to keep both.
 
+You should see (SST-2, the 1,821 test sentences; torch 2.15, bfloat16, one core of an AMD EPYC; seeds 0, 1, 2), mean ±
+standard deviation, in %; then validation accuracy, seconds of training and GB of memory:
+                          trained weights    accuracy        F1        validation     seconds    GB
+    the more frequent class                    49.92
+    bag of words                               81.66        81.89
+    full                        22,566,146   89.42 ± 0.27    89.44 ± 0.22    89.11     410 to 440     2.5
+    lora                           664,322   89.49 ± 0.11    89.49 ± 0.08    88.30     418 to 503     2.8
+    head                               770   80.40 ± 0.24    80.61 ± 0.15    79.32      95 to 114     1.2
 Writes to outputs/classify/: adapter/ (LoRA and head, in PEFT's format) or model/ (a folder that transformers opens),
 each with the best weights by validation; checkpoint.pt (for --resume and for classifying), metrics.json, history.png.
 Left out on purpose: several processes, sums of gradients over parts of a batch (train.py has both); texts longer than
@@ -343,7 +351,7 @@ def load_result(folder: Path, options: dict, labels: list[str], out: Path) -> tu
 
 # ---------------------------------------------------------------------------------------------- options
 # Method -> epochs, AdamW's peak learning rate, the head's, length of the push of adversarial training
-RECIPES = {"full": (3, 1e-4, 1e-3, 0.3), "lora": (4, 1e-3, 1e-3, 0.3), "head": (4, 1e-3, 1e-3, 0.0)}
+RECIPES = {"full": (3, 1e-4, 1e-3, 0.3), "lora": (4, 2e-3, 1e-3, 0.2), "head": (4, 1e-3, 1e-3, 0.0)}
 ALL_MATRICES = {"bert": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
                 "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]}
 place = utils.name_or_path(*FILES, "stand-in", "sst2", "templates")  # what --model and --data take
@@ -370,7 +378,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--max-length", type=int, default=128, help="tokens that are read of a text; where texts are long, time grows "
         "with it")
     add("--pooling", choices=["mean", "cls"], default="mean", help="what the head reads: all tokens' mean, or [CLS]")
-    add("--lora-rank", type=int, default=8, help="r: rank of each change; parameters grow with it")
+    add("--lora-rank", type=int, default=16, help="r: rank of each change; parameters grow with it")
     add("--lora-alpha", type=float, default=16.0, help="the change counts alpha / r times")
     add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names, as query value, or "
         "q_lin v_lin in DistilBERT; without it all matrices of a block")
