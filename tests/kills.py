@@ -198,6 +198,8 @@ def result(folder: Path) -> tuple:
         for name, tensor in torch.load(folder / "model.pt", weights_only=True)["model"].items():
             weights[name] = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
     for path in sorted([*folder.glob("adapter/*"), *folder.glob("model/*")]):
+        if path.suffix == ".tmp":
+            continue  # what a killed save has left; it is cleared away after an hour
         weights[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     history = [{name: value for name, value in row.items() if name != "seconds"} for row in found["history"]]

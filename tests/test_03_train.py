@@ -377,6 +377,41 @@ def test_early_stopping_keeps_the_best_and_the_stand_in_is_named(tmp_path, insid
     assert 0 < floor < metrics["metrics"]["test_mse"] and f"{floor:.4f}" in out  # nothing beats the oracle
 
 
+def test_the_kept_weights_are_the_best_or_the_last(table, tmp_path, inside, monkeypatch):
+    """With validation errors made up, so that the second epoch is the best whatever is learned."""
+    real = train.evaluate
+    for keep, expected in (("best", 2), ("last", 4)):
+        errors = iter([9.0, 9.0, 3.0, 1.0, 2.0, 2.5])  # before training the model and repeat last; then four epochs
+        monkeypatch.setattr(train, "evaluate", lambda *a, e=errors, **k: real(*a, **k) | {"mse": next(e, 5.0)})
+        inside("train.py", "--data", table, *SMALL, "--epochs", 4, "--keep", keep, "--out", tmp_path / keep)
+        monkeypatch.setattr(train, "evaluate", real)
+        saved = utils.load_checkpoint(tmp_path / keep / "model.pt", train.SCRIPT)
+        newest = utils.load_checkpoint(tmp_path / keep / "checkpoint.pt", train.SCRIPT)["model"]
+        assert saved["metrics"]["epoch"] == expected
+        assert all(torch.equal(saved["model"][name], newest[name]) for name in newest) == (keep == "last")
+
+
+def test_a_member_learns_as_if_it_were_alone(table, tmp_path, inside):
+    for norms in (["last"], ["last", "revin"]):
+        inside("train.py", "--data", table, *SMALL, "--epochs", 1, "--norm", *norms, "--no-linear", "--dropout", 0,
+               "--grad-clip", 1e9, "--dtype", "float32", "--out", tmp_path / str(len(norms)))
+    alone, beside = (utils.load_checkpoint(tmp_path / n / "model.pt", train.SCRIPT)["model"] for n in "12")
+    assert all(torch.allclose(alone[name], beside[name], atol=1e-6) for name in alone)
+
+
+def test_a_long_gradient_is_cut(table, tmp_path, inside):
+    """AdamW divides by the gradient's size, but for its epsilon, 1e-8: cut to far less, no weight moves."""
+    for clip in (1.0, 1e-16):
+        inside("train.py", "--data", table, *SMALL, "--epochs", 1, "--grad-clip", clip, "--out", tmp_path / str(clip))
+    moved, still = (utils.load_checkpoint(tmp_path / str(clip) / "model.pt", train.SCRIPT)["model"]
+                    for clip in (1.0, 1e-16))
+    torch.manual_seed(0)
+    utils.set_seed(0)
+    config = utils.load_checkpoint(tmp_path / "1.0" / "model.pt", train.SCRIPT)["config"]
+    for name, p in train.build("segment", config).state_dict().items():
+        assert torch.allclose(p, still[name], atol=1e-5) and not torch.allclose(p, moved[name], atol=1e-3), name
+
+
 def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(table, tmp_path, inside):
     options = ["--data", table, *SMALL, "--epochs", 1, "--out", tmp_path]
     inside("train.py", *options)
