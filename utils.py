@@ -3,16 +3,20 @@
 Nothing here knows about any chapter, and no training loop lives here: those are lessons and stay in the chapters.
 To take a chapter into a project of your own, copy its folder and this file.
 """
+import argparse
 import contextlib
 import ctypes
 import hashlib
 import json
 import math
 import os
+import signal
+import statistics
 import sys
 import time
 import timeit
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -61,6 +65,72 @@ def notice(*lines: str) -> None:
     width = max(map(len, lines))
     edge = "+" + "-" * (width + 2) + "+"
     print(edge, *(f"| {line:{width}} |" for line in lines), edge, sep="\n")
+
+
+# ---------------------------------------------------------------------------------------------- options
+def name_or_path(*names: str):
+    """A `type` for argparse: one of names stays as it is, a path becomes absolute, to be found again from anywhere."""
+    return lambda text: text if text in names or not Path(text).exists() else str(Path(text).resolve())
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help starts with the first line of doc, a script's docstring, and names every default."""
+    return argparse.ArgumentParser(description=doc.split("\n")[0],
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
+    """Return every option with its value, and a dict of only those that the user gave."""
+    args = parser.parse_args()
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))
+    return args, {name: value for name, value in given.items() if value not in (None, [])}
+
+
+def check(args: argparse.Namespace, above_zero: str = "", not_negative: str = "", shares: str = "") -> None:
+    """Raise InputError for the first of these options (names with spaces between) that is given and out of range."""
+    for names, holds, what in ((above_zero, lambda x: x > 0, "greater than zero"),
+                               (not_negative, lambda x: x >= 0, "at least 0"),
+                               (shares, lambda x: 0 <= x < 1, "at least 0 and less than 1")):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):  # a nan is in no range
+                raise InputError(f"--{name.replace('_', '-')} {value} must be {what}.")
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """Every option as a checkpoint may hold it: a path as a string."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def resume(args: argparse.Namespace, given: dict, script: str, free: tuple[str, ...] = ()) -> dict | None:
+    """With --resume: return checkpoint.pt in --out, which holds the run's `options`, and set args to these. Else None.
+
+    An option given with another value is an InputError. free: more options than these four that change nothing of what
+    is learned, and so may be another.
+    """
+    if not args.resume:
+        return None
+    saved = load_checkpoint(args.out / "checkpoint.pt", script)
+    for name, value in saved["options"].items():
+        if name not in ("resume", "out", "device", "compile", *free):
+            if str(given.get(name, value)) != str(value):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"--resume goes on with a run that had {option} {value}, not {option} {given[name]}; "
+                                 "leave the option out, or start anew without --resume.")
+            setattr(args, name, value)
+    return saved
+
+
+def catch_signals() -> tuple[list[int], Callable[[], None]]:
+    """From here on Ctrl-C and SIGTERM only add to the list returned; the function returned undoes that.
+
+    ## They can come at any moment, also halfway through a step, when weights and optimizer don't match. So a signal
+    ## only leaves a note, which a training loop reads where everything fits together.
+    """
+    caught = []
+    handlers = {number: signal.signal(number, lambda number, frame: caught.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    return caught, lambda: [signal.signal(number, handler) for number, handler in handlers.items()]
 
 
 # ---------------------------------------------------------------------------------------------- device, seed
@@ -210,8 +280,11 @@ def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:
 
 
 def _hash(path: Path, expected: str) -> str:
+    digest = hashlib.md5() if len(expected) == 32 else hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5" if len(expected) == 32 else "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -273,29 +346,24 @@ def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu")
     return state
 
 
-def name_or_path(*names: str):
-    """A `type` for argparse: one of names stays as it is, a path becomes absolute, to be found again from anywhere."""
-    return lambda text: text if text in names or not Path(text).exists() else str(Path(text).resolve())
-
-
-def adopt_options(args, given: dict, saved: dict, free: tuple[str, ...] = ()) -> None:
-    """For --resume: set args (argparse's) to the saved run's options; one given with another value is an InputError.
-
-    free: more options than these four that change nothing of what is learned, and so may be another.
-    """
-    for name, value in saved.items():
-        if name not in ("resume", "out", "device", "compile", *free):
-            if str(given.get(name, value)) != str(value):
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"--resume goes on with a run that had {option} {value}, not {option} {given[name]}; "
-                                 "leave the option out, or start anew without --resume.")
-            setattr(args, name, value)
+def load_weights(model: torch.nn.Module, saved: dict, path: Path) -> None:
+    """Put the weights of the checkpoint `saved`, read from path, into model; those of another model: InputError."""
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise InputError(f"{path} is of another model than {saved['script']} builds; make a new one with: python "
+                         f"{saved['script']}") from error
 
 
 def save_metrics(path: Path, **fields) -> None:
     """Write metrics.json; `versions` is added here. Fields: script, data, stand_in, device, seed, seconds, ..."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     write_atomically(path, json.dumps({**fields, "versions": versions}, indent=1).encode())
+
+
+def mean_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def plot_history(path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss"):
@@ -305,6 +373,7 @@ def plot_history(path: Path, history: list[dict], curves: list[str], title: str,
         rows = [row for row in history if name in row]
         axes.plot([row[x] for row in rows], [row[name] for row in rows], style, label=name)
     axes.set(title=title, xlabel=x, ylabel=y)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no epoch 1.5
     axes.legend()
     save_figure(figure, path)
 

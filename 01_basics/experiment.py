@@ -38,9 +38,7 @@ settings for every row: all rows of `choices` share train.py's, but for what the
 weight decay); those of `limits` have their own, DEEP.
 """
 
-import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -259,7 +257,7 @@ def probabilities(model: nn.Module, x: Tensor) -> Tensor:
 
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -293,7 +291,7 @@ def main() -> None:
             recipe = BASE | change
             x, val_x = inputs(recipe["pixels"])
             found = [list(fit(recipe, (x, y), (val_x, val_y), seed, args.epochs))[-1][3] for seed in seeds]
-            mean, std = statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+            mean, std = utils.mean_std(found)
             rows.append({"name": name, "accuracy": found, "mean": mean, "std": std})
             print(f"  {name:52}{mean:8.2%} ± {std:.2%}", flush=True)
             write("choices", rows)

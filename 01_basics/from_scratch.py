@@ -10,7 +10,6 @@ You should see (MNIST, seed 0): differences to autograd below 1e-15, then 97.73 
 Writes: outputs/first_layer.png. Left out on purpose: autograd, nn.Module and optimizers; train.py has them.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -130,7 +129,7 @@ def accuracy(x: Tensor, y: Tensor, params: list[Tensor]) -> float:
 
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps (whose lack of float64 leaves out the checks)")
@@ -140,8 +139,7 @@ def main() -> None:
     add("--lr", type=float, default=0.1, help="learning rate: how far each step goes; too large and the loss grows")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
-    if args.epochs < 1 or args.batch_size < 1 or not args.lr > 0:
-        raise utils.InputError("--epochs, --batch-size and --lr must be greater than zero.")
+    utils.check(args, above_zero="epochs batch_size lr")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     if device.type != "mps":  # which has no float64

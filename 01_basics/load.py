@@ -11,7 +11,6 @@ You should see (MNIST): 55,000 / 5,000 / 10,000 pictures of 28 x 28 pixels; mean
 Writes: outputs/samples.png. Left out on purpose: a DataLoader, which is for data that does not fit into memory.
 """
 
-import argparse
 import hashlib
 import math
 import shutil
@@ -203,7 +202,7 @@ def as_characters(x: Tensor) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
     add("--seed", type=int, default=0, help="which samples are drawn")

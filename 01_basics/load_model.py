@@ -13,7 +13,6 @@ mode, 87.6 % where dropout in the middle is left on; 181 of 10,000 wrong.
 Writes to outputs/: mistakes.png, confusion.png; with --image: image.png. Left out on purpose: digits in a scene.
 """
 
-import argparse
 import io
 import pickle
 import sys
@@ -204,7 +203,7 @@ def show_prediction(logits: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="mnist or typeset; without it, what the model was trained on")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -216,12 +215,8 @@ def main() -> None:
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     saved = utils.load_checkpoint(args.model, SCRIPT, device)
-    try:
-        model = SimpleNN(**saved["config"]).to(device)
-        model.load_state_dict(saved["model"])
-    except (RuntimeError, TypeError) as error:
-        raise utils.InputError(f"{args.model} is of another model than train.py builds; make a new one with: python "
-                               f"{SCRIPT}") from error
+    model = SimpleNN(**saved["config"]).to(device)
+    utils.load_weights(model, saved, args.model)
     trained_on = saved["data"] + ", stand-in" * saved["stand_in"]
     if saved["stand_in"]:
         utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on MNIST.")

@@ -15,7 +15,6 @@ Left out on purpose: a DataLoader (the data fits into memory), convolutions (cha
 
 import argparse
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ def epoch_batches(x: Tensor, y: Tensor, batch_size: int, seed: int) -> Iterator[
 # ---------------------------------------------------------------------------------------------- options
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -87,23 +86,16 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--hidden", type=int, default=128, help="hidden units; more of them remember more, of the noise as well")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("epochs", "batch_size", "lr", "hidden"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not args.weight_decay >= 0:
-        raise utils.InputError(f"--weight-decay {args.weight_decay} must not be negative.")
-    return args, {name: value for name, value in given.items() if value is not None}
+    args, given = utils.parse(parser)
+    utils.check(args, above_zero="epochs batch_size lr hidden", not_negative="weight_decay")
+    return args, given
 
 
 def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"])
+    saved = utils.resume(args, given, SCRIPT)
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
 
@@ -126,11 +118,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     first_epoch, seconds, history, best = 0, 0.0, [], {"epoch": 0, "val_accuracy": -1.0}
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew "
-                                   "without --resume.") from error
+        utils.load_weights(model, saved, checkpoint_path)
         optimizer.load_state_dict(saved["optimizer"])
         first_epoch, seconds, history, best = saved["epoch"], saved["seconds"], saved["history"], saved["best"]
 
@@ -154,15 +142,12 @@ def main() -> None:
                  "std": data.std, "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
         if best["epoch"] == epoch:
             utils.save_checkpoint(model_path, state)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, state | {
-            "options": options, "epoch": epoch, "seconds": seconds, "history": history, "best": best,
+            "options": utils.plain(args), "epoch": epoch, "seconds": seconds, "history": history, "best": best,
             "optimizer": optimizer.state_dict()})
 
-    ## Ctrl-C leaves a note, which the loop reads at the end of the epoch, where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads at the end of the epoch, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     for epoch in range(first_epoch, args.epochs):
@@ -212,8 +197,7 @@ def main() -> None:
                                     f"{args.out}")
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
     ## The test part is used here, once. It chose nothing: not the epoch, not an option.
     loss, accuracy = evaluate(model, test_x, test_y)

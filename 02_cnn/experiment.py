@@ -28,10 +28,8 @@ in longer runs is not measured here.
 Writes to outputs/: experiment.json, experiment.png. Left out on purpose: tuning the learning rate of every row.
 """
 
-import argparse
 import copy
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -244,7 +242,7 @@ def transfer(data: Data, args, device: torch.device, dtype: torch.dtype):
 
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -268,7 +266,7 @@ def main() -> None:
     for part in args.parts:
         print(f"\n{part}")
         for name, source, found in parts[part](data, args, device, dtype):
-            mean, std = statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+            mean, std = utils.mean_std(found)
             tables.setdefault(part, []).append({"name": name, "source": source, "accuracy": found, "mean": mean,
                                                 "std": std})
             print(f"  {name:52}{mean:8.2%}" + f" ± {std:.2%}" * (len(found) > 1) + f"   {source}", flush=True)

@@ -13,7 +13,6 @@ named right after 105 s, a linear model on the pixels 39.5 %.
 Writes: outputs/from_scratch.png (the first layer's filters). Left out on purpose: strided and dilated convolutions.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -250,7 +249,7 @@ def accuracy(x: Tensor, y: Tensor, w: dict[str, Tensor], running: dict) -> float
 @torch.no_grad()  # no autograd: every gradient here is our own
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if it is out of reach")
     add("--epochs", type=int, default=2, help="passes over the training pictures")
@@ -259,9 +258,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides weights and batches")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
-    for name in ("epochs", "batch_size", "lr"):
-        if getattr(args, name) <= 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    utils.check(args, above_zero="epochs batch_size lr")
     utils.check_writable(args.out)
 
     with torch.enable_grad():

@@ -12,7 +12,6 @@ model names 13.4 % of the test pictures right, train.py --model simple --epochs 
 Writes: outputs/samples.png. Left out on purpose: a DataLoader with worker processes, for data that does not fit in RAM.
 """
 
-import argparse
 import math
 import sys
 import tarfile
@@ -318,7 +317,7 @@ def augment(x: Tensor, pad: int = 2, cut: int = 0, mirrored: Tensor | None = Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
         "shapes if it is out of reach")

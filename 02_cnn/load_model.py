@@ -10,7 +10,6 @@ Writes to outputs/: predictions.png, confusion.png, mistakes.png, filters.png, f
 Left out on purpose: calibration, detection and segmentation.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -33,11 +32,7 @@ def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """Rebuild the network that train.py saved; also return the checkpoint, for its classes and its data."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
     model = build(saved["config"], saved["mean"], saved["std"]).to(device)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise utils.InputError(f"{path} holds other weights than its own config names; train again with: "
-                               f"python {SCRIPT}") from error
+    utils.load_weights(model, saved, path)
     return model.eval(), saved
 
 
@@ -142,7 +137,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: list[str], title: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     add("--data", help="cifar10, shapes or a folder, whose test part is used; without it, what the model learned from")

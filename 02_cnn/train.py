@@ -19,7 +19,6 @@ Left out on purpose: DataLoader workers, several GPUs (chapter 05 has them), mix
 
 import argparse
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -304,7 +303,7 @@ PRESETS = {
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--model", choices=PRESETS, default="resnet", help="the network; the defaults shown are resnet's")
     add("--data", type=utils.name_or_path("cifar10", "shapes"),
@@ -331,20 +330,12 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
     parser.set_defaults(**PRESETS["resnet"])  # for --help
     parser.set_defaults(**PRESETS[parser.parse_known_args()[0].model])
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("epochs", "batch_size", "lr", "muon_lr"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    for name in ("dropout", "label_smoothing"):
-        if not 0 <= getattr(args, name) < 1:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0 and less "
-                                   "than 1.")
+    args, given = utils.parse(parser)
+    utils.check(args, above_zero="epochs batch_size lr muon_lr", shares="dropout label_smoothing")
     if not 0 <= args.small <= 1:
         raise utils.InputError(f"--small {args.small} must be from 0 to 1.")
     if args.pad < 0 or args.cutout < 0 or args.pad > 16:
         raise utils.InputError("--pad must be between 0 and 16, --cutout at least 0.")
-    given = {name: value for name, value in given.items() if value is not None}
     of = {"dropout": ("simple",), "head_only": ("transfer",), "weights": ("transfer",), "muon_lr": ("simple", "resnet")}
     for name in given.keys() & of.keys():
         if not args.resume and args.model not in of[name]:
@@ -357,9 +348,7 @@ def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"], free=("tta",))
+    saved = utils.resume(args, given, SCRIPT, free=("tta",))
     utils.check_writable(args.out)  # better now than in ten minutes
     device = utils.pick_device(args.device)
     if args.dtype == "auto":
@@ -388,11 +377,7 @@ def main() -> None:
     convs = [layer for layer in model.modules() if isinstance(layer, Conv)]
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_accuracy": -1.0}
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
-                                   "--resume.") from error
+        utils.load_weights(model, saved, checkpoint_path)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
@@ -420,16 +405,13 @@ def main() -> None:
                  "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
         if best["step"] == done:
             utils.save_checkpoint(model_path, state)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, state | {
-            "options": options, "pictures": len(train_y), "step": done, "seconds": seconds, "history": history,
-            "best": best, "losses": losses, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            "options": utils.plain(args), "pictures": len(train_y), "step": done, "seconds": seconds,
+            "history": history, "best": best, "losses": losses,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
-    ## Ctrl-C can come at any moment, also between the two optimizers' steps, when weights and states don't match. So
-    ## the signal only leaves a note, which the loop reads where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     mirrored_first = torch.rand(len(train_y), generator=torch.Generator().manual_seed(args.seed)).to(device) < 0.5
@@ -454,6 +436,8 @@ def main() -> None:
             x = F.interpolate(x.float(), scale_factor=0.75, mode="bilinear", antialias=True)
         set_rates(optimizers, one_cycle(step, steps))
 
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = step_model(x).float()  # (B, K)
         ## Label smoothing (Szegedy et al. 2016): the target is 1 - a for the label and a / K for every class on top.
@@ -462,7 +446,6 @@ def main() -> None:
         (loss * len(y)).backward()  # the sum over the batch, not its mean: make_optimizers says why
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         for conv in convs:
             conv.rescale()
         losses.append(loss.detach())
@@ -493,8 +476,7 @@ def main() -> None:
             begun = time.perf_counter()
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
     ## The test part is used here, once. It chose nothing: not the epoch, not an option.
     loss, accuracy = score(predict(model, test_x, dtype), test_y)

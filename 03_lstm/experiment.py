@@ -39,10 +39,8 @@ Left out on purpose: members. Every row is one net, without the straight line at
 an average.
 """
 
-import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -169,14 +167,9 @@ def run(recipe: dict, data: Data, longest: int, horizon: int, epochs: int, seed:
             "seconds": seconds}
 
 
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -192,9 +185,7 @@ def main() -> None:
     if not chosen:
         raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; there is: "
                                f"{'; '.join(name for name, _ in CHANGES)}.")
-    for name in ("horizon", "epochs", "seeds", "hidden"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name} {getattr(args, name)} must be greater than zero.")
+    utils.check(args, above_zero="horizon epochs seeds hidden")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
@@ -213,9 +204,9 @@ def main() -> None:
         runs = [run(recipe, data, longest, args.horizon, args.epochs, seed, device, dtype)
                 for seed in range(args.seeds)]
         rows.append({"name": name, "recipe": recipe, "runs": runs})
-        (val, val_std), (test, test_std) = (mean_std([r[key] for r in runs]) for key in ("val_mse", "test_mse"))
+        (val, val_std), (test, test_std) = (utils.mean_std([r[key] for r in runs]) for key in ("val_mse", "test_mse"))
         print(f"{name:46}{val:8.4f} ± {val_std:.4f}{test:8.4f} ± {test_std:.4f}"
-              f"{mean_std([r['seconds'] for r in runs])[0]:9.0f}", flush=True)
+              f"{utils.mean_std([r['seconds'] for r in runs])[0]:9.0f}", flush=True)
         table = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type, "dtype": dtype,
                  "torch": str(torch.__version__), "horizon": args.horizon, "epochs": args.epochs, "repeat_last": naive,
                  "nlinear": line, "rows": rows}
@@ -225,7 +216,7 @@ def main() -> None:
     for key, marker, color, offset in (("val_mse", "o", utils.COLORS[0], -0.12),
                                        ("test_mse", "s", utils.COLORS[1], 0.12)):
         for i, row in enumerate(rows):
-            mean, std = mean_std([r[key] for r in row["runs"]])
+            mean, std = utils.mean_std([r[key] for r in row["runs"]])
             axes.errorbar(mean, i + offset, xerr=std, fmt=marker, color=color,
                           label=key.split("_")[0] if i == 0 else None)
     axes.axvline(line, color="black", lw=0.8, ls=":", label="NLinear, test")

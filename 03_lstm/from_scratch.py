@@ -13,7 +13,6 @@ hour yesterday 0.424, repeat last 1.222; differences from PyTorch's of 2e-14 at 
 Writes: outputs/from_scratch.png. Left out on purpose: several layers, and the encoder-decoder; they are train.py's.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -283,7 +282,7 @@ def squared_errors(forecast, part: Tensor, lookback: int, horizon: int) -> Tenso
 
 @torch.no_grad()  # no autograd: every gradient here is our own
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
     add("--lookback", type=int, default=96, help="rows that a forecast looks back on; each costs time")
@@ -297,9 +296,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides weights and batches")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
-    for name in ("lookback", "horizon", "hidden", "epochs", "batch_size", "lr", "grad_clip"):
-        if getattr(args, name) <= 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    utils.check(args, above_zero="lookback horizon hidden epochs batch_size lr grad_clip")
     utils.check_writable(args.out)
     utils.set_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)

@@ -13,7 +13,6 @@ Writes to outputs/: series.png, autocorrelation.png, window.png. Left out on pur
 the models of train.py see the numbers alone, as those do that they are compared with.
 """
 
-import argparse
 import csv
 import math
 import sys
@@ -333,7 +332,7 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
     ## once (rolling origins, Tashman 2000). And the test part stays out of it.
     """
     if earlier < 0:
-        raise utils.InputError(f"--earlier {earlier} must not be negative.")
+        raise utils.InputError(f"--earlier {earlier} must be at least 0.")
     train_end, val_end, test_end = (end - earlier for end in split(table))
     N_train, N_val, N_test = train_end, val_end - train_end, test_end - val_end
     if N_train < lookback + horizon or min(N_val, N_test) < horizon:
@@ -457,7 +456,7 @@ def draw_window(x: Tensor, y: Tensor, data: Data, label: str, path: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
     add("--lookback", type=int, default=336, help="rows that a forecast may look back on")
@@ -465,9 +464,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="which training window is shown")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
     args = parser.parse_args()
-    for name in ("lookback", "horizon"):
-        if getattr(args, name) < 1:
-            raise utils.InputError(f"--{name} {getattr(args, name)} must be greater than zero.")
+    utils.check(args, above_zero="lookback horizon")
     utils.check_writable(args.out)
     utils.set_seed(args.seed)
     table = read_series(args.data)

@@ -14,7 +14,6 @@ Writes to outputs/: forecast.csv (beyond the end of the file), forecasts.png, st
 Left out on purpose: intervals around the forecast; the spread of the residuals by step is what they would be made of.
 """
 
-import argparse
 import csv
 import io
 import math
@@ -30,7 +29,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import Table, autocorrelation, noise_floor, prepare, read_series, split, windows  # noqa: E402
-from train import SCRIPT, load_forecaster, repeat_last, same_hour_yesterday, set_dtype  # noqa: E402
+from train import load_forecaster, repeat_last, same_hour_yesterday, set_dtype  # noqa: E402
 
 # Shapes: B windows, T time steps looked back on, C channels, P predicted steps, N rows
 
@@ -167,7 +166,7 @@ def draw_future(table: Table, dates: list[datetime], y: Tensor, channels: list[i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file; without it, what the model was trained on")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -179,11 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
-    try:
-        model, saved = load_forecaster(args.model, device)
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise utils.InputError(f"{args.model} is of another model than train.py builds; make a new one with: python "
-                               f"{SCRIPT}") from error
+    model, saved = load_forecaster(args.model, device)
     set_dtype(model, saved["dtype"])
     T, P, columns = saved["lookback"], saved["horizon"], saved["columns"]
     table = read_series(args.data or saved["data"])

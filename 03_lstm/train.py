@@ -29,7 +29,6 @@ Left out on purpose: calendar features, which the published figures do without; 
 
 import argparse
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -250,8 +249,12 @@ def build(model: str, config: dict) -> nn.Module:
 def load_forecaster(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """The model in a model.pt, ready to forecast scaled windows (B, T, C) -> (B, P, C), and all else the file holds."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
-    model = build(saved["kind"], saved["config"]).to(device)
-    model.load_state_dict(saved["model"])
+    try:
+        model = build(saved["kind"], saved["config"]).to(device)
+    except (KeyError, TypeError) as error:
+        raise utils.InputError(f"{path} is of a model that {SCRIPT} does not know; make a new one with: python {SCRIPT}"
+                               ) from error
+    utils.load_weights(model, saved, path)
     return model.eval(), saved
 
 
@@ -346,7 +349,7 @@ def set_dtype(model: nn.Module, dtype: str) -> None:
 # ---------------------------------------------------------------------------------------------- options
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--model", choices=MODELS, default="segment", help="what forecasts; decides the defaults of those below")
     add("--data", type=utils.name_or_path("etth1", "station"),
@@ -378,18 +381,11 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
     parser.set_defaults(**MODELS["segment"])  # for --help
     parser.set_defaults(**MODELS[parser.parse_known_args()[0].model])
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    given = {name: value for name, value in given.items() if value is not None}
+    args, given = utils.parse(parser)
     if args.model == "segment" and args.horizon > FAR and "epochs" not in given:
         args.epochs = FAR_EPOCHS
-    for name in ("horizon", "lookback", "hidden", "epochs", "batch_size", "lr", "grad_clip", "patience"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not args.weight_decay >= 0:
-        raise utils.InputError(f"--weight-decay {args.weight_decay} must not be negative.")
-    if not 0 <= args.dropout < 1:
-        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1.")
+    utils.check(args, above_zero="horizon lookback hidden epochs batch_size lr grad_clip patience",
+                not_negative="weight_decay", shares="dropout")
     if not 0 <= args.teacher_forcing <= 1:
         raise utils.InputError(f"--teacher-forcing {args.teacher_forcing} must be from 0 to 1.")
     if args.model != "segment":
@@ -407,9 +403,7 @@ def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"])
+    saved = utils.resume(args, given, SCRIPT)
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     if args.dtype == "auto":
@@ -437,11 +431,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"epoch": 0, "step": 0, "val_mse": math.inf}
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
-                                   "--resume.") from error
+        utils.load_weights(model, saved, checkpoint_path)
         optimizer.load_state_dict(saved["optimizer"])
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses = [loss.to(device) for loss in saved["losses"]]
@@ -471,16 +461,13 @@ def main() -> None:
                  "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
         if best["step"] == done:
             utils.save_checkpoint(model_path, state)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, state | {
-            "options": options, "fingerprint": fingerprint, "step": done, "seconds": seconds, "history": history,
-            "best": best, "losses": losses, "optimizer": optimizer.state_dict(),
+            "options": utils.plain(args), "fingerprint": fingerprint, "step": done, "seconds": seconds,
+            "history": history, "best": best, "losses": losses, "optimizer": optimizer.state_dict(),
             "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
 
-    ## Ctrl-C leaves a note, which the loop reads between two steps, where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     bar, begun = utils.Progress(steps, "windows", first_step), time.perf_counter()
@@ -492,6 +479,7 @@ def main() -> None:
         optimizer.param_groups[0]["lr"] = args.lr * schedule(step, steps)
 
         x, y = inputs[rows.to(device)], targets[rows.to(device)]  # (B, T, C), (B, P, C)
+        optimizer.zero_grad()
         model.train()
         ## Each member is held to the targets by itself: f (E, B, P, C). The error of their mean would be another thing:
         ## it asks only for the crowd to be right, and lets members lean on each other's mistakes.
@@ -505,7 +493,6 @@ def main() -> None:
         ## wild hours would rule the gradient. experiment.py compares the two in its row "loss: squared error".
         error = f - y
         loss = (error.abs() if args.loss == "mae" else error.square()).mean((1, 2, 3))  # (E,)
-        optimizer.zero_grad()
         loss.sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
@@ -538,8 +525,7 @@ def main() -> None:
             begun = time.perf_counter()
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # the ones that --keep names
     line = NLinear(train, min(T, LINEAR_LOOKBACK), P)
     forecasters = {"repeat last": lambda x: repeat_last(x, P),

@@ -40,7 +40,6 @@ here. Sixteen members, train.py's number, are no better than four.
 Writes to outputs/: experiment.json, experiment.png. Left out on purpose: tuning the learning rate of every row.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -58,7 +57,7 @@ import utils  # noqa: E402
 from load import Data, Part, fit_quantiles, fit_standard, load_data, standardise, to_normal  # noqa: E402
 from train import MemberLinear, TabularNet, batches, fit_columns, measures, member_logits, probabilities  # noqa: E402
 
-# Shapes: N rows, B batch, F numeric columns, T bins of one, P frequencies, K columns looked up, V values of all of them
+# Shapes: N rows, B batch, F numeric columns, J bins of one, P frequencies, K columns looked up, V values of all of them
 #         together, D width of an embedding, E members
 
 SCRIPT = "04_tabular/experiment.py"
@@ -131,7 +130,7 @@ class AnyNet(TabularNet):
         return bins, index
 
     def embed(self, bins: Tensor, index: Tensor) -> Tensor:
-        """(B, F, T) and (B, K) -> inputs of the first layer, (E, B, I)."""
+        """(B, F, J) and (B, K) -> inputs of the first layer, (E, B, I)."""
         if self.recipe["numbers"] == "periodic":
             ## Gorishniy et al. 2022, equation 2: cos and sin of x at several frequencies, which are trained like any
             ## weight, then a linear layer and a ReLU for each column. High frequencies tell close numbers apart.
@@ -167,14 +166,9 @@ def run(recipe: dict, data: Data, device: torch.device, seed: int) -> Tensor:
     return member_logits(model, tuple(tensor.to(device) for tensor in model.encode(data.val))).cpu()
 
 
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
     add("--target", help="for a CSV file: the column to predict, which has two values")
@@ -189,8 +183,7 @@ def main() -> None:
     if not chosen:
         raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; the names are in "
                                "the first lines of this script.")
-    if args.seeds < 1 or args.epochs < 1:
-        raise utils.InputError("--seeds and --epochs must be above 0.")
+    utils.check(args, above_zero="seeds epochs")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     data = load_data(args.data, args.target, args.types)
@@ -217,7 +210,7 @@ def main() -> None:
                 by_members.append([measures(probabilities(logits[:e]), data.val.target)["auc"] for e in range(1, 17)])
         rows.append({"name": name, "recipe": recipe, **results})
         texts = [f"{scale * mean:9.{digits}f} ± {scale * std:.{digits}f}" for scale, digits, (mean, std) in zip(
-            (100, 1, 100, 100), (2, 4, 2, 2), map(mean_std, results.values()))]
+            (100, 1, 100, 100), (2, 4, 2, 2), map(utils.mean_std, results.values()))]
         print(f"{name:36}" + "".join(f"{text:21}" for text in texts), flush=True)
         table = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
                  "torch": str(torch.__version__), "rows": rows, "auc_by_members": by_members}
@@ -229,7 +222,7 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.4))
     for i, row in enumerate(rows):
-        mean, std = mean_std([100 - 100 * auc for auc in row["auc"]])
+        mean, std = utils.mean_std([100 - 100 * auc for auc in row["auc"]])
         axes.errorbar(mean, i, xerr=std, fmt="o", color=utils.COLORS[0], label="all members" if i == 0 else None)
         axes.plot(100 - 100 * statistics.mean(row["one_member_auc"]), i, "x", color=utils.COLORS[1],
                   label="one member" if i == 0 else None)

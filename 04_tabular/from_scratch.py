@@ -14,7 +14,6 @@ PyTorch below 1e-14 (float64); then, on the test rows, accuracy / AUC of
 Writes: outputs/from_scratch.png. Left out on purpose: numeric embeddings and ensembles; they are train.py's.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -278,7 +277,7 @@ def measure(z: Tensor, y: Tensor) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
     add("--target", help="for a CSV file: the column to predict, which has two values")
@@ -293,11 +292,7 @@ def main() -> None:
     add("--dropout", type=float, default=0.3, help="share of hidden units zeroed")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
-    for name in ("epochs", "batch_size", "lr", "n_embd", "hidden"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not 0 <= args.dropout < 1:
-        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1.")
+    utils.check(args, above_zero="epochs batch_size lr n_embd hidden", shares="dropout")
     utils.check_writable(args.out)
     utils.set_seed(args.seed)
 

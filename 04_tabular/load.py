@@ -15,7 +15,6 @@ where the best possible are .8934 and .9309.
 Writes: outputs/columns.png. Left out on purpose: dates and free text, and targets of more than two values.
 """
 
-import argparse
 import csv
 import io
 import math
@@ -35,7 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 
 # Shapes: N rows, F numeric columns, K category columns, V values of one column (with the two extra), Q quantiles,
-# T bins, I inputs side by side
+# J bins, I inputs side by side
 
 URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
 SHA256 = {
@@ -485,12 +484,12 @@ def fit_bins(x: Tensor, n: int = 48) -> list[Tensor]:
 
 
 def piecewise_linear(x: Tensor, bins: list[Tensor]) -> Tensor:
-    """The piecewise linear encoding (Gorishniy et al. 2022, equation 1): (N, F) -> (N, F, T), T the most bins of any.
+    """The piecewise linear encoding (Gorishniy et al. 2022, equation 1): (N, F) -> (N, F, J), J the most bins of any.
 
     ##     x_t = (x - b_(t-1)) / (b_t - b_(t-1)), cut to 0 ... 1; but x_1 is not cut below, and x_T not above
     ## It reads like a thermometer: bins below x are 1, those above are 0, the one x is in says how far it is filled. A
     ## linear layer on this is a curve with a kink at each edge; on x alone it would be a straight line. Columns with
-    ## fewer than T bins have zeros behind their last.
+    ## fewer than J bins have zeros behind their last.
     """
     out = torch.zeros(*x.shape, max(len(edges) for edges in bins) - 1)
     for f, edges in enumerate(bins):
@@ -596,7 +595,7 @@ def draw_columns(data: Data, limit: int = 16):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
     add("--target", help="for a CSV file: the column to predict, which has two values")

@@ -15,7 +15,6 @@ Writes to outputs/: curves.png, importance.png, embeddings.png; with --person: p
 a model fair; this only shows where it is not.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -40,12 +39,7 @@ def load_tabular(path: Path, device: torch.device) -> tuple[TabularNet, dict]:
     """Rebuild the model that train.py saved; also return the checkpoint, for its schema and data name."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
     model = TabularNet(**saved["config"]).to(device)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise utils.InputError(
-            f"{path} holds other weights than its own config names; train again with: python {SCRIPT}"
-        ) from error
+    utils.load_weights(model, saved, path)
     return model.eval(), saved
 
 
@@ -438,19 +432,18 @@ def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     add("--data", help="the table it was trained on, where that is a CSV file of yours")
     add("--person", help='one row, as "age=39, sex=Female"; what is left out is averaged over rows like it')
     add("--by", nargs="+", metavar="COLUMN", help="category columns to show figures by; without it sex and race")
     add("--repeats", type=int, default=3, help="shuffles of each column for its importance; more make its mean surer")
-    add("--device", default="cpu", help="auto, cpu, cuda or mps")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seed", type=int, default=0, help="decides shuffles, and the rows that fill in what is not known of a person")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
     args = parser.parse_args()
-    if args.repeats < 1:
-        raise utils.InputError(f"--repeats {args.repeats} must be greater than zero.")
+    utils.check(args, above_zero="repeats")
     utils.check_writable(args.out)
     utils.set_seed(args.seed)
     model, saved = load_tabular(args.model, utils.pick_device(args.device))

@@ -23,7 +23,6 @@ Left out on purpose: attention over columns (FT-Transformer), retrieval of simil
 
 import argparse
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ import utils  # noqa: E402
 from load import KNOWN, UNSEEN, Data, Part, fit_bins, load_data, logistic_baseline  # noqa: E402
 from load import piecewise_linear, roc_auc  # noqa: E402
 
-# Shapes: N rows, B batch, F numeric columns, T bins of one, K columns looked up, V values of all of them together,
+# Shapes: N rows, B batch, F numeric columns, J bins of one, K columns looked up, V values of all of them together,
 #         D width of an embedding, E members (networks side by side), I inputs of a layer, M hidden units
 
 SCRIPT = "04_tabular/train.py"
@@ -91,9 +90,9 @@ class TabularNet(nn.Module):
         rows = [*sizes, *(len(values) + KNOWN for values in exact if values)]  # rows of the table that a column needs
         first = torch.tensor([0, *rows], dtype=torch.int64).cumsum(0)[:-1]
         self.register_buffer("first", first, persistent=False)  # (K,) where each column's rows begin
-        E, D, T = members, n_embd, max((len(edges) - 1 for edges in bins), default=0)
+        E, D, J = members, n_embd, max((len(edges) - 1 for edges in bins), default=0)
         self.table = nn.Parameter(torch.randn(sum(rows), E, D) * 0.3)  # (V, E, D)
-        self.slopes = nn.Parameter(torch.randn(len(bins), T, E, D) * 0.3)  # (F, T, E, D)
+        self.slopes = nn.Parameter(torch.randn(len(bins), J, E, D) * 0.3)  # (F, J, E, D)
         self.offsets = nn.Parameter(torch.zeros(len(bins), 1, E, D))
         ## What training never shows is never trained, and a random row would be a random opinion. The mean is 0.
         with torch.no_grad():
@@ -104,7 +103,7 @@ class TabularNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def encode(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Raw columns -> bins (N, F, T) float32 and row numbers of the table (N, K): done once, before training."""
+        """Raw columns -> bins (N, F, J) float32 and row numbers of the table (N, K): done once, before training."""
         index = [part.categories]
         for column, values in zip(part.numeric.T, self.exact):
             if len(values):
@@ -114,7 +113,7 @@ class TabularNet(nn.Module):
         return bins, torch.cat(index, 1) + self.first.cpu()
 
     def embed(self, bins: Tensor, index: Tensor) -> Tensor:
-        """(B, F, T) and (B, K) -> (E, B, I): for each member the embeddings of all columns, side by side."""
+        """(B, F, J) and (B, K) -> (E, B, I): for each member the embeddings of all columns, side by side."""
         B, (V, E, D) = len(index), self.table.shape
         looked_up = F.embedding(index, self.table.view(V, E * D))  # (B, K, E D)
         curves = torch.baddbmm(self.offsets.flatten(2), bins.transpose(0, 1), self.slopes.flatten(2))  # (F, B, E D)
@@ -122,7 +121,7 @@ class TabularNet(nn.Module):
         return x.view(B, -1, E, D).permute(2, 0, 1, 3).reshape(E, B, -1)  # (E, B, I), I = (K + F) D
 
     def forward(self, bins: Tensor, index: Tensor) -> Tensor:
-        """(B, F, T) and (B, K) -> logits (E, B)."""
+        """(B, F, J) and (B, K) -> logits (E, B)."""
         x = self.embed(bins, index)
         for layer in self.layers:
             x = self.dropout(F.relu(layer(x)))  # (E, B, M)
@@ -202,7 +201,7 @@ def batches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------- options
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", type=utils.name_or_path("adult", "census"),
         help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
@@ -224,26 +223,17 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--patience", type=int, default=3, help="stop after so many epochs without a better AUC (early stopping)")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("epochs", "batch_size", "lr", "members", "n_embd", "hidden", "bins", "patience"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    for name in ("weight_decay", "n_layer", "exact"):
-        if not getattr(args, name) >= 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative.")
-    if not 0 <= args.dropout < 1:
-        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1.")
-    return args, {name: value for name, value in given.items() if value is not None}
+    args, given = utils.parse(parser)
+    utils.check(args, above_zero="epochs batch_size lr members n_embd hidden bins patience",
+                not_negative="weight_decay n_layer exact", shares="dropout")
+    return args, given
 
 
 def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"])
+    saved = utils.resume(args, given, SCRIPT)
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
 
@@ -264,11 +254,7 @@ def main() -> None:
     target = data.train.target.to(device)
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"epoch": 0, "step": 0, "val_auc": -math.inf}
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
-                                   "--resume.") from error
+        utils.load_weights(model, saved, checkpoint_path)
         optimizer.load_state_dict(saved["optimizer"])
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses = [loss.to(device) for loss in saved["losses"]]
@@ -299,16 +285,13 @@ def main() -> None:
                  "metrics": best}
         if best["step"] == done:
             utils.save_checkpoint(model_path, state)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, state | {
-            "options": options, "rows": len(target), "step": done, "seconds": seconds, "history": history,
+            "options": utils.plain(args), "rows": len(target), "step": done, "seconds": seconds, "history": history,
             "best": best, "losses": losses, "optimizer": optimizer.state_dict(),
             "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
 
-    ## Ctrl-C leaves a note, which the loop reads between two steps, where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     bar, begun = utils.Progress(steps, "rows", first_step), time.perf_counter()
@@ -319,12 +302,12 @@ def main() -> None:
             break  # early stopping
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
 
+        optimizer.zero_grad()
         z = model(bins[rows], index[rows])  # (E, B)
         ## Each member is held to the targets by itself. The loss of their mean probability would be another thing: it
         ## asks only for the crowd to be right, and lets members lean on each other's mistakes. The mean over rows is
         ## summed over members, so that each gets the gradient it would get alone.
         loss = F.binary_cross_entropy_with_logits(z, target[rows].expand_as(z), reduction="none").mean(1)  # (E,)
-        optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
         losses.append(loss.detach().mean() * len(rows))
@@ -356,8 +339,7 @@ def main() -> None:
             begun = time.perf_counter()
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
     ## The test part is used here, once. It chose nothing: not the epoch, not an option.
     y = data.test.target

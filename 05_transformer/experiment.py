@@ -29,7 +29,6 @@ Writes to outputs/: experiment.json, experiment.png. Left out on purpose: search
 AdamW rows share one and all Muon rows share one.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -240,14 +239,9 @@ def recipes() -> list[tuple[str, str, dict, bool]]:
     return rows
 
 
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -261,8 +255,9 @@ def main() -> None:
     if not chosen:
         raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; the names are in "
                                "the first lines of this script.")
-    if args.seeds < 1 or args.seconds <= 0 or args.characters < CHARACTERS_PER_STEP:
-        raise utils.InputError(f"--seeds and --seconds must be above 0, --characters {CHARACTERS_PER_STEP} or more.")
+    utils.check(args, above_zero="seeds seconds")
+    if args.characters < CHARACTERS_PER_STEP:
+        raise utils.InputError(f"--characters {args.characters} must be at least {CHARACTERS_PER_STEP}, one step's.")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     dtype = utils.pick_dtype(device)
@@ -281,7 +276,7 @@ def main() -> None:
              for seed in range(args.seeds)] for characters in (args.characters, args.seconds * speed))
         rows.append({"name": name, "source": source, "kept": kept, "recipe": recipe, "characters_per_second": speed,
                      "by_characters": by_characters, "by_seconds": by_seconds})
-        means = [mean_std(rows[-1][key]) for key in ("by_characters", "by_seconds")]
+        means = [utils.mean_std(rows[-1][key]) for key in ("by_characters", "by_seconds")]
         print(f"{name + '  (not kept)' * (not kept):56}{speed:12,.0f}"
               + "".join(f"{mean:15.4f} ± {std:.4f}" for mean, std in means), flush=True)
         table = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
@@ -294,7 +289,7 @@ def main() -> None:
             ("by_characters", "o", utils.COLORS[0], -0.12, f"after {args.characters:,} characters"),
             ("by_seconds", "s", utils.COLORS[1], 0.12, f"after {args.seconds:g} s of training")):
         for i, row in enumerate(rows):
-            mean, std = mean_std(row[key])
+            mean, std = utils.mean_std(row[key])
             axes.errorbar(mean, i + offset, xerr=std, fmt=marker, color=color, mfc=color if row["kept"] else "white",
                           label=text if i == 0 else None)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])

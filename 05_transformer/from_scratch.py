@@ -11,7 +11,6 @@ scaled_dot_product_attention and autograd below 1e-12 (float64).
 Writes: outputs/from_scratch.png. Left out on purpose: the MLP, norms, rotary positions and depth; they are train.py's.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -181,24 +180,19 @@ def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Causal attention by hand, against counting pairs.")
-    parser.add_argument(
-        "--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1000, help="updates; more lower the loss a little further")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--block-size", type=int, default=64, help="characters that attention can look back on")
-    parser.add_argument("--n-embd", type=int, default=128, help="width C")
-    parser.add_argument("--n-head", type=int, default=4, help="heads; each has n_embd / n_head channels")
-    parser.add_argument(
-        "--lr", type=float, default=3e-3, help="Adam's learning rate"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs")
+    parser = utils.parser(__doc__)
+    add = parser.add_argument
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+    add("--seed", type=int, default=0, help="decides weights and batches")
+    add("--steps", type=int, default=1000, help="updates; more lower the loss a little further")
+    add("--batch-size", type=int, default=32, help="windows per step; larger is steadier")
+    add("--block-size", type=int, default=64, help="characters that attention can look back on")
+    add("--n-embd", type=int, default=128, help="width C")
+    add("--n-head", type=int, default=4, help="heads; each has n_embd / n_head channels")
+    add("--lr", type=float, default=3e-3, help="Adam's learning rate")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "block_size", "n_embd", "n_head", "lr"):
-        if getattr(args, name) <= 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    utils.check(args, above_zero="steps batch_size block_size n_embd n_head lr")
     if args.n_embd % args.n_head:
         raise utils.InputError(f"--n-embd {args.n_embd} must be divisible by --n-head {args.n_head}.")
 

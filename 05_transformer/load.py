@@ -12,7 +12,6 @@ guessing uniformly, 3.347 by frequency and 2.482 by the character before, on the
 Writes: outputs/characters.png. Left out on purpose: words and subwords; byte-pair encoding is chapter 06's.
 """
 
-import argparse
 import math
 import sys
 from collections import Counter
@@ -168,13 +167,12 @@ def bigram_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Look at the text that the GPT will learn.")
-    parser.add_argument(
-        "--data", help="tinyshakespeare, pydocs or a text file (default: tinyshakespeare; pydocs without network)"
-    )
-    parser.add_argument("--block-size", type=int, default=32, help="characters in one window")
-    parser.add_argument("--seed", type=int, default=0, help="which windows the example batch shows")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
+    parser = utils.parser(__doc__)
+    add = parser.add_argument
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+    add("--block-size", type=int, default=32, help="characters in one window")
+    add("--seed", type=int, default=0, help="which windows the example batch shows")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
     if args.block_size < 1:
         raise utils.InputError(f"--block-size {args.block_size}: a window has at least one character.")

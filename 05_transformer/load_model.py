@@ -10,7 +10,6 @@ of an AMD EPYC, torch 2.15), 93 with --no-cache, and a table of what each head l
 Writes: outputs/attention.png. Left out on purpose: beam search and batches of prompts.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -34,12 +33,7 @@ def load_gpt(path: Path, device: torch.device) -> tuple[GPT, dict]:
     """Rebuild the model that train.py saved; also return the checkpoint, for its vocab and data name."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
     model = GPT(**saved["config"]).to(device)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise utils.InputError(
-            f"{path} holds other weights than its own config names; train again with: python {SCRIPT}"
-        ) from error
+    utils.load_weights(model, saved, path)
     return model.eval(), saved
 
 
@@ -171,31 +165,19 @@ def where_heads_look(weights: Tensor, text: str) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Generate text with a trained GPT and draw its attention.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote"
-    )
-    parser.add_argument("--prompt", help="the text to continue; without it a newline, which asks for a new line")
-    parser.add_argument("--length", type=int, default=500, help="characters to write")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="0: always the likeliest; 1: as the model believes; above: wilder",
-    )
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest only")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest that sum to p only")
-    parser.add_argument(
-        "--no-cache", action="store_true", help="compute everything again for every character, to see the difference"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="auto, cpu, cuda or mps"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
+    parser = utils.parser(__doc__)
+    add, folder = parser.add_argument, Path(__file__).parent / "outputs"
+    add("--model", type=Path, default=folder / "model.pt", help="what train.py wrote")
+    add("--prompt", help="the text to continue; without it a newline, which asks for a new line")
+    add("--length", type=int, default=500, help="characters to write")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as the model believes; above: "
+        "wilder")
+    add("--top-k", type=int, help="draw from the k likeliest only")
+    add("--top-p", type=float, help="draw from the likeliest that sum to p only")
+    add("--no-cache", action="store_true", help="compute everything again for every character, to see the difference")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--seed", type=int, default=0, help="decides what is drawn")
+    add("--out", type=Path, default=folder, help="folder for the plot")
     args = parser.parse_args()
     top_k, top_p = 1 if args.top_k is None else args.top_k, 1.0 if args.top_p is None else args.top_p
     if args.length < 1 or args.temperature < 0 or top_k < 1 or not 0 < top_p <= 1:

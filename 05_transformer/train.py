@@ -19,7 +19,6 @@ Left out on purpose: subwords (chapter 06), gradient accumulation, mixture of ex
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -228,7 +227,7 @@ PRESETS = {
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="small: for two CPU cores; large: for a GPU, 10.7 M "
         "parameters, each step over 40 times the arithmetic of small's; not yet timed on a GPU")
@@ -256,26 +255,17 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
     parser.set_defaults(**PRESETS["small"])  # for --help
     parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "lr", "muon_lr", "warmup",
-                 "grad_clip", "eval_every", "patience"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not args.weight_decay >= 0:
-        raise utils.InputError(f"--weight-decay {args.weight_decay} must not be negative.")
-    if not 0 <= args.dropout < 1:
-        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1.")
-    return args, {name: value for name, value in given.items() if value is not None}
+    args, given = utils.parse(parser)
+    utils.check(args, above_zero="steps batch_size block_size n_layer n_head n_embd lr muon_lr warmup grad_clip "
+                "eval_every patience", not_negative="weight_decay", shares="dropout")
+    return args, given
 
 
 def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"])
+    saved = utils.resume(args, given, SCRIPT)
     device = utils.pick_device(args.device)
 
     ## Several processes: `torchrun --nproc_per_node=2 05_transformer/train.py` starts this script twice and tells each
@@ -319,11 +309,7 @@ def main() -> None:
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_loss": math.inf}
     torch.manual_seed(args.seed + rank)  # all ranks have the same weights by now, and need different dropout
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
-                                   "--resume.") from error
+        utils.load_weights(model, saved, checkpoint_path)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
@@ -359,17 +345,14 @@ def main() -> None:
                  "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
         if best["step"] == done:
             utils.save_checkpoint(model_path, state)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, state | {
-            "options": options, "characters": len(train), "step": done, "seconds": seconds, "history": history,
-            "best": best, "losses": losses, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "options": utils.plain(args), "characters": len(train), "step": done, "seconds": seconds,
+            "history": history, "best": best, "losses": losses,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
 
-    ## Ctrl-C can come at any moment, also between the two optimizers' steps, when weights and states don't match. So
-    ## the signal only leaves a note, which the loop reads where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     advice = "no file was touched since the last evaluation; start again with a smaller --lr and --muon-lr."
@@ -383,12 +366,13 @@ def main() -> None:
         for optimizer, peak in zip(optimizers, (args.muon_lr, args.lr)):
             optimizer.param_groups[0]["lr"] = peak * schedule(step, args.steps, args.warmup)
 
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss = step_model(x[rank::world], y[rank::world])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         losses.append(loss.detach())
 
         done = step + 1
@@ -428,8 +412,7 @@ def main() -> None:
             begun = time.perf_counter()
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     if world > 1:
         dist.barrier()  # gloo may abort one that leaves too early
         dist.destroy_process_group()

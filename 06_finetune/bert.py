@@ -14,7 +14,6 @@ Writes: under DATA_DIR, what was downloaded or pre-trained; `save_model` writes 
 Left out on purpose: the heads of pre-training; relatives with other activations or positions, which are refused.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -558,11 +557,12 @@ QUERY = "I have the flu"
 
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(description="Show an encoder, shape by shape, and what its vectors find.")
+    parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--model", help=f"{', '.join(FILES)}, stand-in, or a folder (default: minilm; stand-in without network)")
+    add("--model", help=f"{', '.join(FILES)}, stand-in, or a folder; without it minilm, or the stand-in if that is out "
+        "of reach")
     add("--query", default=QUERY, help="the sentence to look for")
-    add("--sentences", type=Path, help="a text file, one sentence per line (default: sixteen of our own)")
+    add("--sentences", type=Path, help="a text file, one sentence per line; without it sixteen of our own")
     add("--top-k", type=int, default=3, help="how many of the nearest to show")
     add("--steps", type=int, help=f"pre-train the stand-in anew, with so many steps (as it comes: {STAND_IN_STEPS})")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the pre-training's plot")

@@ -30,7 +30,6 @@ the model's positions, which are cut.
 import argparse
 import math
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from bert import FILES, Classifier, find_bert, open_bert, save_model  # noqa: E402
-from lora import LoRA, add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
+from lora import LoRA, add_lora, load_adapter, load_trainable, save_adapter, trainable_state  # noqa: E402
 from train import peak_memory  # noqa: E402
 from wordpiece import WordPiece, pad  # noqa: E402
 
@@ -272,14 +271,14 @@ def bag_of_words(data: list[tuple[list[list[int]], Tensor]], V: int, K: int) -> 
 
 
 # ---------------------------------------------------------------------------------------------- what is trained
-def heads(model: Classifier) -> tuple[str, ...]:
-    """The modules that pre-training has not made fit for this task, and that every method trains whole."""
-    names = ("bert.pooler.dense", "pre_classifier", "classifier")
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """The modules that pre-training has not made fit for the task, and that every method trains whole."""
+    names = ("bert.pooler.dense", "pre_classifier", "classifier", "qa_outputs")
     return tuple(name for name, _ in model.named_modules() if name in names)
 
 
-def prepare(model: Classifier, args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Freeze what the method leaves alone, and add adapters where it is LoRA.
+def prepare(model: nn.Module, args: argparse.Namespace, targets: dict[str, list[str]], dtype: torch.dtype) -> None:
+    """Freeze what the method leaves alone, and add adapters where it is LoRA: without --lora-targets, to the family's.
 
     ## full: every weight. head: the head alone, on vectors that stay as they are: how far pre-training alone goes.
     ## lora: small matrices beside the frozen ones (lora.py), and the head.
@@ -287,9 +286,7 @@ def prepare(model: Classifier, args: argparse.Namespace, dtype: torch.dtype) -> 
     if args.method != "full":
         model.requires_grad_(False)
     if args.method == "lora":
-        family = model.config["model_type"]
-        targets = args.lora_targets or ALL_MATRICES[family]
-        add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
+        add_lora(model, args.lora_rank, args.lora_alpha, 0.0, args.lora_targets or targets[model.config["model_type"]])
     for name in heads(model):
         if isinstance(model.get_submodule(name), LoRA):
             raise utils.InputError(f"--lora-targets takes in {name}, which is trained whole; leave it out.")
@@ -307,7 +304,7 @@ def shrink(model: nn.Module, dtype: torch.dtype) -> None:
             layer.weight.data = layer.weight.data.to(dtype)
 
 
-def parameter_groups(model: Classifier, args: argparse.Namespace) -> list[dict]:
+def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: the head has a rate of its own, and vectors (biases, norms) and tables are not decayed.
 
     ## The head starts at random and has far to go. What lies under it is good as it is, and shall move a little.
@@ -326,25 +323,26 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
-def save_result(model: Classifier, tokenizer: WordPiece, args: argparse.Namespace) -> None:
-    """Write --out/adapter, or a whole model to --out/model.
+def save_result(model: nn.Module, tokenizer: WordPiece, args: argparse.Namespace, task: str) -> None:
+    """Write --out/adapter, or a whole model to --out/model. task: as PEFT names it.
 
     ## PEFT, asked for a sequence classifier (SEQ_CLS), trains the head whole and keeps it with the adapter, under
     ## modules_to_save. An adapter without its head would be of no use: so ours holds it too, and either reads the
     ## other's.
     """
     if args.method == "lora":
-        save_adapter(model, args.out / "adapter", model.config["name"], "", "SEQ_CLS", heads(model))
+        save_adapter(model, args.out / "adapter", model.config["name"], "", task, heads(model))
     else:
         tokenizer.save(args.out / "model")
         save_model(model, args.out / "model")
 
 
-def load_result(folder: Path, options: dict, labels: list[str], out: Path) -> tuple[Classifier, WordPiece]:
+def load_result(folder: Path, options: dict, out: Path, kind: type = Classifier, labels: list[str] | None = None
+                ) -> tuple[nn.Module, WordPiece]:
     """(model, tokenizer) that save_result wrote, from its files: an adapter on the base in folder, or the whole."""
     if options["method"] != "lora":
-        return open_bert(out / "model", "", Classifier)[:2]
-    model, tokenizer, _ = open_bert(folder, options["model"], Classifier, labels, pooling=options["pooling"])
+        return open_bert(out / "model", "", kind)[:2]
+    model, tokenizer, _ = open_bert(folder, options["model"], kind, labels, pooling=options.get("pooling"))
     load_adapter(model, out / "adapter", "", heads(model))
     return model.eval(), tokenizer
 
@@ -359,7 +357,7 @@ place = utils.name_or_path(*FILES, "stand-in", "sst2", "templates")  # what --mo
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     by_method = lambda i: ", ".join(f"{method} {values[i]:g}" for method, values in RECIPES.items())  # noqa: E731
     add("text", nargs="*", help="texts to classify with what was trained, each in quotes; without any, train")
@@ -394,19 +392,12 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs" / "classify", help="folder for what is written")
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("epochs", "limit", "batch_size", "lr", "head_lr", "grad_clip", "patience"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not 0 <= args.dropout < 1 or not args.weight_decay >= 0 or not 0 <= args.warmup < 1:
-        raise utils.InputError(f"--dropout {args.dropout} and --warmup {args.warmup} must be at least 0 and less than "
-                               f"1, and --weight-decay {args.weight_decay} at least 0.")
-    if args.adversarial is not None and not args.adversarial >= 0:
-        raise utils.InputError(f"--adversarial {args.adversarial} must be at least 0.")
+    args, given = utils.parse(parser)
+    utils.check(args, above_zero="epochs limit batch_size lr head_lr grad_clip patience",
+                not_negative="weight_decay adversarial", shares="dropout warmup")
     if args.max_length < 3:
         raise utils.InputError(f"--max-length {args.max_length} must be at least 3: [CLS], a token, [SEP].")
-    return args, {name: value for name, value in given.items() if value not in (None, [])}
+    return args, given
 
 
 def classify(args: argparse.Namespace, given: dict) -> None:
@@ -423,7 +414,7 @@ def classify(args: argparse.Namespace, given: dict) -> None:
         raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: python "
                                f"{SCRIPT} --resume --out {args.out}")
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
-    model, tokenizer = load_result(folder, options, labels, args.out)
+    model, tokenizer = load_result(folder, options, args.out, labels=labels)
     longest = min(options["max_length"], model.config["n_positions"])
     rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.text]
     print(f"{options['method']}, {options['model']}, learned from {options['data']}:")
@@ -439,9 +430,7 @@ def main() -> None:
     if args.text:
         return classify(args, given)
     checkpoint_path = args.out / "checkpoint.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"])
+    saved = utils.resume(args, given, SCRIPT)
     device = utils.pick_device(args.device)
     utils.check_writable(args.out)  # better now than in five minutes
     if args.dtype == "auto":
@@ -470,24 +459,19 @@ def main() -> None:
         raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
 
     total = utils.count_parameters(model)
-    prepare(model, args, dtype)
+    prepare(model, args, ALL_MATRICES, dtype)
     model.to(device).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type in ("cpu", "cuda"))
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_accuracy": -1.0}
     if saved:
-        if saved["trained"].keys() != trained.keys():
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
-                                   "--resume.")
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(saved["trained"][name])
+        load_trainable(model, saved["trained"], checkpoint_path)
         optimizer.load_state_dict(saved["optimizer"])
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses = [loss.to(device) for loss in saved["losses"]]
         torch.set_rng_state(saved["random_state"])
         if best["step"] == first_step > 0:
-            save_result(model, tokenizer, args)  # a kill may have come between checkpoint and result
+            save_result(model, tokenizer, args, "SEQ_CLS")  # a kill may have come between checkpoint and result
     step_model = torch.compile(model) if args.compile else model
 
     # sanity numbers before training
@@ -514,19 +498,16 @@ def main() -> None:
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the best so far, the result."""
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, {
             "script": SCRIPT, "base": args.model, "data": [data.name, len(train[0])], "stand_in": stand_in,
-            "labels": data.labels, "torch": str(torch.__version__), "options": options, "step": done,
+            "labels": data.labels, "torch": str(torch.__version__), "options": utils.plain(args), "step": done,
             "seconds": seconds, "history": history, "best": best, "losses": losses, "trained": trainable_state(model),
             "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
         if best["step"] == done:
-            save_result(model, tokenizer, args)
+            save_result(model, tokenizer, args, "SEQ_CLS")
 
-    ## As in chapter 05: Ctrl-C only leaves a note, which the loop reads where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     advice = "no file was touched since the last evaluation; start again with a smaller --lr."
@@ -560,7 +541,7 @@ def main() -> None:
             F.cross_entropy(logits, y).backward()
         nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
         losses.append(loss.detach())
 
         done = step + 1
@@ -591,10 +572,9 @@ def main() -> None:
             begun = time.perf_counter()
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     memory = peak_memory(device)
-    after, _ = load_result(folder, vars(args), data.labels, args.out)  # as anybody would load it
+    after, _ = load_result(folder, vars(args), args.out, labels=data.labels)  # as anybody would load it
     after.to(device)
     majority = torch.bincount(train[1], minlength=K).argmax()
     results = {"majority class": [torch.eye(K)[majority].log().expand(len(part[1]), K) for part in (val, test)],

@@ -28,7 +28,6 @@ import json
 import math
 import random
 import re
-import signal
 import string
 import sys
 import time
@@ -44,9 +43,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
-from bert import FILES, Spans, find_bert, open_bert, save_model  # noqa: E402
-from bert_classify import batches, schedule  # noqa: E402
-from lora import LoRA, add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
+from bert import FILES, Spans, find_bert, open_bert  # noqa: E402
+from bert_classify import batches, load_result, parameter_groups, prepare, save_result, schedule  # noqa: E402
+from lora import load_trainable, trainable_state  # noqa: E402
 from train import peak_memory  # noqa: E402
 from wordpiece import Encoding, WordPiece, pad  # noqa: E402
 
@@ -58,7 +57,6 @@ SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 ## (ParlAI among them). Were one wrong, the right file would be refused, but no wrong one used.
 SQUAD_SHA256 = {"train-v1.1.json": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
                 "dev-v1.1.json": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"}
-HEADS = ("qa_outputs",)  # trained whole by every method
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -404,63 +402,17 @@ def answer(model: Spans, questions: list[Question], windows: list[Window], pad_i
     return {q.id: q.context[best[n][1] : best[n][2]] for n, q in enumerate(questions)}
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
-def prepare(model: Spans, args: argparse.Namespace) -> None:
-    """Freeze what the method leaves alone, and add adapters where it is LoRA.
-
-    ## full: every weight. head: two scores from each token's vector as it is: pre-training alone has little to say of
-    ## questions. lora: small matrices beside the frozen ones (lora.py), and the head.
-    """
-    if args.method != "full":
-        model.requires_grad_(False)
-    if args.method == "lora":
-        family = model.config["model_type"]
-        targets = args.lora_targets or {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}[family]
-        add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
-        if isinstance(model.qa_outputs, LoRA):
-            raise utils.InputError("--lora-targets takes in qa_outputs, which is trained whole; leave it out.")
-    model.qa_outputs.requires_grad_()
-
-
-def parameter_groups(model: Spans, args: argparse.Namespace) -> list[dict]:
-    """AdamW's groups: the head has a rate of its own, and vectors (biases, norms) and tables are not decayed."""
-    groups: dict[tuple, list] = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            lr = args.head_lr if name.startswith(HEADS) else args.lr
-            decay = args.weight_decay if p.dim() > 1 and "embeddings" not in name else 0.0
-            groups.setdefault((lr, decay), []).append(p)
-    return [{"params": some, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), some in groups.items()]
-
-
-def save_result(model: Spans, tokenizer: WordPiece, args: argparse.Namespace) -> None:
-    """Write --out/adapter, with the head in it, or a whole model to --out/model."""
-    if args.method == "lora":
-        save_adapter(model, args.out / "adapter", model.config["name"], "", "QUESTION_ANS", HEADS)
-    else:
-        tokenizer.save(args.out / "model")
-        save_model(model, args.out / "model")
-
-
-def load_result(folder: Path, options: dict, out: Path) -> tuple[Spans, WordPiece]:
-    """(model, tokenizer) that save_result wrote, from its files: an adapter on the base in folder, or the whole."""
-    if options["method"] != "lora":
-        return open_bert(out / "model", "", Spans)[:2]
-    model, tokenizer, _ = open_bert(folder, options["model"], Spans)
-    load_adapter(model, out / "adapter", "", HEADS)
-    return model.eval(), tokenizer
-
-
 # ---------------------------------------------------------------------------------------------- options
 # Method -> (epochs, AdamW's peak learning rate, the head's)
 RECIPES = {"full": (4, 2e-4, 1e-3), "lora": (6, 2e-3, 2e-3), "head": (6, 1e-2, 1e-2)}
+QUERY_AND_VALUE = {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}
 SQUAD_LIMIT = 8000  # questions of SQuAD's 87,599 that are learned from without --limit
 place = utils.name_or_path(*FILES, "stand-in", "squad", "templates")  # what --model and --data take
 
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     by_method = lambda i: ", ".join(f"{method} {values[i]:g}" for method, values in RECIPES.items())  # noqa: E731
     add("--question", help="ask this of --context, with what was trained; without it, train")
@@ -497,19 +449,14 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs" / "qa", help="folder for everything written")
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("epochs", "limit", "batch_size", "lr", "head_lr", "max_answer", "grad_clip", "patience"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not 0 <= args.dropout < 1 or not args.weight_decay >= 0 or not 0 <= args.warmup < 1:
-        raise utils.InputError(f"--dropout {args.dropout} and --warmup {args.warmup} must be at least 0 and less than "
-                               f"1, and --weight-decay {args.weight_decay} at least 0.")
+    args, given = utils.parse(parser)
+    utils.check(args, above_zero="epochs limit batch_size lr head_lr max_answer grad_clip patience",
+                not_negative="weight_decay", shares="dropout warmup")
     if args.dev and args.data in (None, "squad", "templates"):
         raise utils.InputError("--dev goes with --data PATH; squad and templates have a test set of their own.")
     if (args.question is None) != (args.context is None) or args.question == "" or args.context == "":
         raise utils.InputError("--question and --context go together, and neither may be empty; without both, train.")
-    return args, {name: value for name, value in given.items() if value is not None}
+    return args, given
 
 
 def ask(args: argparse.Namespace, given: dict) -> None:
@@ -524,7 +471,7 @@ def ask(args: argparse.Namespace, given: dict) -> None:
         raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: python "
                                f"{SCRIPT} --resume --out {args.out}")
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
-    model, tokenizer = load_result(folder, options, args.out)
+    model, tokenizer = load_result(folder, options, args.out, Spans)
     asked = Question("", 0, args.context, args.question, ["?"], 0)
     windows = make_windows([asked], tokenizer, min(options["max_length"], model.config["n_positions"]),
                            options["stride"])
@@ -549,9 +496,7 @@ def main() -> None:
     if args.question:
         return ask(args, given)
     checkpoint_path = args.out / "checkpoint.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"])
+    saved = utils.resume(args, given, SCRIPT)
     device = utils.pick_device(args.device)
     utils.check_writable(args.out)  # better now than in five minutes
     if args.dtype == "auto":
@@ -577,24 +522,21 @@ def main() -> None:
         raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
 
     total = utils.count_parameters(model)
-    prepare(model, args)
+    ## The three methods are bert_classify.py's. `head` is two scores from each token's vector as pre-training left it,
+    ## which has little to say of questions.
+    prepare(model, args, QUERY_AND_VALUE, torch.float32)
     model.to(device).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type in ("cpu", "cuda"))
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_f1": -1.0}
     if saved:
-        if saved["trained"].keys() != trained.keys():
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
-                                   "--resume.")
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(saved["trained"][name])
+        load_trainable(model, saved["trained"], checkpoint_path)
         optimizer.load_state_dict(saved["optimizer"])
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses = [loss.to(device) for loss in saved["losses"]]
         torch.set_rng_state(saved["random_state"])
         if best["step"] == first_step > 0:
-            save_result(model, tokenizer, args)  # a kill may have come between checkpoint and result
+            save_result(model, tokenizer, args, "QUESTION_ANS")  # a kill may have come between checkpoint and result
     step_model = torch.compile(model) if args.compile else model
 
     # sanity numbers before training
@@ -626,19 +568,16 @@ def main() -> None:
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the best so far, the result."""
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, {
             "script": SCRIPT, "base": args.model, "data": [data.name, len(train)], "stand_in": stand_in,
-            "torch": str(torch.__version__), "options": options, "step": done, "seconds": seconds, "history": history,
-            "best": best, "losses": losses, "trained": trainable_state(model), "optimizer": optimizer.state_dict(),
-            "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
+            "torch": str(torch.__version__), "options": utils.plain(args), "step": done, "seconds": seconds,
+            "history": history, "best": best, "losses": losses, "trained": trainable_state(model),
+            "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
         if best["step"] == done:
-            save_result(model, tokenizer, args)
+            save_result(model, tokenizer, args, "QUESTION_ANS")
 
-    ## As in chapter 05: Ctrl-C only leaves a note, which the loop reads where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     advice = "no file was touched since the last evaluation; start again with a smaller --lr."
@@ -658,7 +597,7 @@ def main() -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
         losses.append(loss.detach())
 
         done = step + 1
@@ -688,10 +627,9 @@ def main() -> None:
             begun = time.perf_counter()
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     memory = peak_memory(device)
-    after, _ = load_result(folder, vars(args), args.out)  # as anybody would load it
+    after, _ = load_result(folder, vars(args), args.out, Spans)  # as anybody would load it
     after.to(device)
     answers = {"word overlap": [{q.id: overlap_answer(q.question, q.context) for q in some} for some in data[1:3]],
                args.method: [answer(after, some, windows, tokenizer.pad, dtype, args.max_answer)

@@ -19,7 +19,6 @@ TypeError. Left out on purpose: normalisation and dropout of merges, which GPT-2
 text.
 """
 
-import argparse
 import functools
 import json
 import re
@@ -372,11 +371,12 @@ def show(tokenizer: Tokenizer, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show how a text becomes tokens, or learn a vocabulary from one.")
-    parser.add_argument("text", nargs="?", default=SAMPLE, help="what to encode (default: a sample)")
+    parser = utils.parser(__doc__)
+    parser.add_argument("text", nargs="?", default=SAMPLE, help="what to encode")
     parser.add_argument("--file", help="count the tokens of this text file (or pydocs), first 90 %% and last 10 %%")
     parser.add_argument("--data", help="gpt2, a folder with vocab.json and merges.txt, or what to learn a vocabulary "
-                                       "from: pydocs or a text file (default: gpt2; pydocs without network)")
+                                       "from: pydocs or a text file; without it gpt2, or pydocs if that is out "
+                                       "of reach")
     parser.add_argument("--vocab-size", type=int, default=2000,
                         help="tokens to learn; more make a text shorter, and a model's embedding larger")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")

@@ -195,8 +195,7 @@ def compare_texts(args: argparse.Namespace, base: Base, dtype: torch.dtype, comm
         scores = [bleu(texts, [[truth] for truth in truths]) for texts in runs]
         mean = [statistics.mean(values) for values in zip(*(score["precisions"] for score in scores))]
         values = [100 * score["bleu"] for score in scores]
-        row = {"name": name, "bleu": values, "mean": statistics.mean(values),
-               "std": statistics.stdev(values) if len(values) > 1 else 0.0, "precisions": mean,
+        row = {"name": name, "bleu": values, **dict(zip(("mean", "std"), utils.mean_std(values))), "precisions": mean,
                "brevity_penalty": statistics.mean(score["brevity_penalty"] for score in scores)}
         rows.append(row)
         spread = f" ± {row['std']:.2f}" if len(values) > 1 else ""
@@ -232,7 +231,7 @@ def draw_scratch(rows: list[dict], label: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     parts = ["methods", "alpha", "targets", "scratch", "bleu"]
     add("--parts", nargs="+", choices=parts, default=parts, help="which tables to make")
@@ -290,8 +289,8 @@ def main() -> None:
                 first = done[tuple(options)][0]
                 per_nat = first["metrics"]["before_bits_per_character"] / first["metrics"]["before_val_loss"]
                 losses = [run["val_loss"] for run in runs]
-                row = {"name": name, "options": options, "losses": losses, "mean": statistics.mean(losses),
-                       "std": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+                row = {"name": name, "options": options, "losses": losses,
+                       **dict(zip(("mean", "std"), utils.mean_std(losses))),
                        "bits_per_character": statistics.mean(run["bits_per_character"] for run in runs),
                        "trained_parameters": runs[0]["trained_parameters"],
                        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),

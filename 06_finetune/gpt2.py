@@ -12,7 +12,6 @@ Writes: nothing; `save_model` writes folders that transformers opens. Left out o
 texts of different lengths; GPT-2's relatives with other attention or activation functions, which are refused.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -369,7 +368,7 @@ def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0,
 
 # ---------------------------------------------------------------------------------------------- as a script
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show GPT-2's sizes, and a text's way through the network.")
+    parser = utils.parser(__doc__)
     parser.add_argument("--model", type=Path, help="a folder with config.json and weights; without it, random weights")
     args = parser.parse_args()
     print(f"{'':12} layers  heads  channels     parameters   float32")

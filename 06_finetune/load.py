@@ -15,7 +15,6 @@ Writes: under DATA_DIR, what was downloaded or pre-trained; outputs/pretraining.
 on purpose: several texts or documents; removing duplicates from them.
 """
 
-import argparse
 import math
 import sys
 import sysconfig
@@ -237,10 +236,12 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
 
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(description="Look at a pre-trained model's files and at the text it will learn.")
+    parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder (default: gpt2; stand-in without network)")
-    add("--data", help="tinyshakespeare, python, pydocs or a text file (default: the first; python without network)")
+    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder; without it gpt2, or the stand-in if that is out "
+        "of reach")
+    add("--data", help="tinyshakespeare, python, pydocs or a text file; without it the first, or python if it is "
+        "out of reach")
     add("--sentence", default=SENTENCE, help="what to encode step by step")
     add("--steps", type=int, help=f"pre-train the stand-in anew, with so many steps (as it comes: {STAND_IN_STEPS})")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the pre-training's plot")

@@ -14,7 +14,6 @@ Writes: outputs/attention.png; with --save a folder that transformers opens. Lef
 prompts at once, several adapters at once.
 """
 
-import argparse
 import codecs
 import sys
 import time
@@ -117,7 +116,7 @@ def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, p
 
 def main() -> None:
     utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--model", help="a folder with an adapter or a model, gpt2, gpt2-medium, gpt2-large, gpt2-xl or stand-in; "
         "without it, what train.py wrote last")

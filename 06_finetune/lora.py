@@ -12,7 +12,6 @@ Left out on purpose: embeddings and convolutions; several adapters at once; a ra
 layers; DoRA, PiSSA and other relatives. An adapter that needs one of these is refused.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -204,8 +203,17 @@ def remove(model: nn.Module) -> None:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint needs beside the base, not copied; back with model.load_state_dict(state, strict=False)."""
+    """What a checkpoint needs beside the base: every parameter in training by its name, not copied."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trainable(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put trainable_state's parameters back; if those of the checkpoint at path are another model's: InputError."""
+    own = trainable_state(model)
+    if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
+        raise utils.InputError(f"{path} is of another model than this script builds; start anew without --resume.")
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
 
 
 # ---------------------------------------------------------------------------------------------- PEFT's files
@@ -319,7 +327,7 @@ def missing(matrix: Tensor) -> Tensor:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Show what a low-rank matrix can be, and LoRA on one layer.").parse_args()
+    utils.parser(__doc__).parse_args()
     torch.manual_seed(0)
     n = 768
     low, random = torch.randn(n, 8) @ torch.randn(8, n), torch.randn(n, n)

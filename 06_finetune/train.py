@@ -29,7 +29,6 @@ import contextlib
 import datetime
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -44,7 +43,7 @@ import bpe  # noqa: E402
 import utils  # noqa: E402
 from gpt2 import GPT2, SIZES, generate, loss_on, read_model, save_model, shrink  # noqa: E402
 from load import Base, batches, find_base, load_text, warn  # noqa: E402
-from lora import add_lora, load_adapter, save_adapter, trainable_state  # noqa: E402
+from lora import add_lora, load_adapter, load_trainable, save_adapter, trainable_state  # noqa: E402
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
 
@@ -143,7 +142,7 @@ place = utils.name_or_path(*SIZES, "stand-in", "tinyshakespeare", "python", "pyd
 
 def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--method", choices=LR, default="lora", help="what is trained: adapters, every weight, or the last block")
     add("--model", type=place, help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stand-in, or a folder with config.json, "
@@ -177,28 +176,19 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    for name in ("steps", "batch_size", "micro_batch_size", "block_size", "lr", "warmup", "grad_clip", "eval_every",
-                 "patience"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
-    if not 0 <= args.dropout < 1 or not args.weight_decay >= 0:
-        raise utils.InputError(f"--dropout {args.dropout} must be at least 0 and less than 1, and --weight-decay "
-                               f"{args.weight_decay} at least 0.")
+    args, given = utils.parse(parser)
+    utils.check(args, above_zero="steps batch_size micro_batch_size block_size lr warmup grad_clip eval_every patience",
+                not_negative="weight_decay", shares="dropout")
     if not args.prompt:
         raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
-    return args, {name: value for name, value in given.items() if value is not None}
+    return args, given
 
 
 def main() -> None:
     utils.keep_memory()
     args, given = parse_options()
     checkpoint_path = args.out / "checkpoint.pt"
-    saved = utils.load_checkpoint(checkpoint_path, SCRIPT) if args.resume else None
-    if saved:
-        utils.adopt_options(args, given, saved["options"],
-                            free=("micro_batch_size", "activation_checkpointing", "prompt"))
+    saved = utils.resume(args, given, SCRIPT, free=("micro_batch_size", "activation_checkpointing", "prompt"))
     device = utils.pick_device(args.device)
 
     ## Several processes, as in chapter 05: each holds the whole model, takes its share of every batch, and averages its
@@ -251,12 +241,7 @@ def main() -> None:
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_loss": math.inf}
     torch.manual_seed(args.seed + rank)  # all ranks have the same adapters by now, and need different dropout
     if saved:
-        if saved["trained"].keys() != trained.keys():
-            raise utils.InputError(f"{checkpoint_path} is of another model than this script builds; start anew without "
-                                   "--resume.")
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(saved["trained"][name])
+        load_trainable(model, saved["trained"], checkpoint_path)
         optimizer.load_state_dict(saved["optimizer"])
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses, before = [loss.to(device) for loss in saved["losses"]], saved["before"]
@@ -293,19 +278,16 @@ def main() -> None:
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the best so far, the result."""
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         utils.save_checkpoint(checkpoint_path, {
             "script": SCRIPT, "base": base.name, "text": [text.name, len(train)], "stand_in": base.stand_in,
-            "torch": str(torch.__version__), "options": options, "step": done, "seconds": seconds, "history": history,
-            "best": best, "before": before, "losses": losses, "trained": trainable_state(model),
+            "torch": str(torch.__version__), "options": utils.plain(args), "step": done, "seconds": seconds,
+            "history": history, "best": best, "before": before, "losses": losses, "trained": trainable_state(model),
             "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
         if best["step"] == done:
             save_result(model, base, args)
 
-    ## As in chapter 05: Ctrl-C only leaves a note, which the loop reads where everything fits together.
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda number, frame: interrupted.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
+    interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
     advice = "no file was touched since the last evaluation; start again with a smaller --lr."
@@ -335,7 +317,7 @@ def main() -> None:
             loss += part.detach()
         nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
         losses.append(loss)
 
         done = step + 1
@@ -379,8 +361,7 @@ def main() -> None:
             begun = time.perf_counter()
 
     # report
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signals()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

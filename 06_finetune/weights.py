@@ -13,7 +13,6 @@ pytorch_model.bin; big-endian machines, as the format is little-endian; a guard 
 while it is mapped, which kills this one, as with every memory map.
 """
 
-import argparse
 import contextlib
 import json
 import mmap
@@ -381,7 +380,7 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="List the tensors of a weight file.")
+    parser = utils.parser(__doc__)
     parser.add_argument("path", type=Path, help="a .safetensors file, an index.json, a .bin, or a folder that has one")
     parser.add_argument("--out", type=Path, help="a folder: write all tensors to model.safetensors in it")
     args = parser.parse_args()

@@ -18,7 +18,6 @@ pair, no character) raises utils.InputError, in transformers a TypeError. Left o
 vocabulary has capitals (tokenizer_config.json says it, or lowercase=False); cutting a long text from the left.
 """
 
-import argparse
 import functools
 import json
 import re
@@ -451,12 +450,13 @@ def show(tokenizer: WordPiece, text: str, pair: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show how a text becomes BERT's tokens, or learn a vocabulary.")
-    parser.add_argument("text", nargs="?", default=SAMPLE, help="what to encode (default: a sample)")
+    parser = utils.parser(__doc__)
+    parser.add_argument("text", nargs="?", default=SAMPLE, help="what to encode")
     parser.add_argument("--pair", help="a second text for the same sequence")
     parser.add_argument("--file", help="count the tokens of this text file (or pydocs), line by line")
     parser.add_argument("--data", help="minilm, a folder with vocab.txt or that file, or what to learn a vocabulary "
-                                       "from: pydocs or a text file (default: minilm; pydocs without network)")
+                                       "from: pydocs or a text file; without it minilm, or pydocs if that is out "
+                                       "of reach")
     parser.add_argument("--vocab-size", type=int, default=2000,
                         help="tokens to learn; more make a text shorter, and a model's embedding larger")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")

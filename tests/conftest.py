@@ -4,8 +4,12 @@ pytest.ini starts as many workers as there are cores (pytest-xdist), a test file
 cores would wait for each other most of the time, hence one thread each; scripts that a test starts inherit it.
 """
 
+import contextlib
+import hashlib
 import importlib.util
+import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +29,40 @@ def chapter(folder: str, *names: str):
     finally:
         sys.path.remove(str(ROOT / folder))
     return modules[0] if len(modules) == 1 else modules
+
+
+def run_script(path, *options, code=0, launcher=(), env=None, **kwargs):
+    """Run a script as a user does: return what it prints. A failure has to be one sentence, and no traceback."""
+    done = subprocess.run([*(launcher or [sys.executable]), str(path), *map(str, options)], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, **(env or {})}, **kwargs)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if code not in (0, 2):  # 2 is argparse's, with the options that there are
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+def call_main(module, *options):
+    """What a script's main prints, without the seconds that a new process takes."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", [module.__file__, *map(str, options)])
+        module.main()
+    return out.getvalue()
+
+
+def refusal(module, *options):
+    """What a script's main says of bad input: one sentence on one line."""
+    import utils
+
+    with pytest.raises(utils.InputError) as error:
+        call_main(module, *options)
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 500, message
+    return message
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 REAL = Path(os.environ.get("DATA_DIR", ROOT / "data"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, chapter, run_script
 from PIL import Image
 from torchvision.datasets import MNIST
 from torchvision.transforms import InterpolationMode
@@ -25,13 +25,8 @@ load, from_scratch, train, load_model, experiment = chapter(
 FOLDER = ROOT / "01_basics"
 
 
-def run(script, *options, code=0, **kwargs):
-    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
-    command = [sys.executable, str(FOLDER / script), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 # ---------------------------------------------------------------------------------------------- data

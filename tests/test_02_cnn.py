@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, chapter, run_script
 from PIL import Image
 
 import utils
@@ -25,13 +25,8 @@ load, from_scratch, train, load_model, experiment = chapter(
 FOLDER = ROOT / "02_cnn"
 
 
-def run(script, *options, code=0, **kwargs):
-    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
-    command = [sys.executable, str(FOLDER / script), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 def make_folder(root, classes=("cat", "dog"), n=12, size=(32, 32), mode="RGB"):

@@ -3,14 +3,13 @@
 import itertools
 import json
 import math
-import subprocess
 import sys
 from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, chapter, run_script
 
 import utils
 
@@ -18,14 +17,8 @@ load, from_scratch, train, load_model = chapter("03_lstm", "load", "from_scratch
 FOLDER = ROOT / "03_lstm"
 
 
-def run(script, *options, code=0):
-    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
-    done = subprocess.run([sys.executable, str(FOLDER / script), *map(str, options)], capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stdout + done.stderr
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 @pytest.fixture(scope="module")

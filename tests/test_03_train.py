@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, chapter, run_script
 
 import utils
 
@@ -26,14 +26,8 @@ SMALL = ["--horizon", "24", "--lookback", "48", "--segment", "24", "--hidden", "
          "--lr", "0.01", "--device", "cpu"]
 
 
-def run(script, *options, code=0, **kwargs):
-    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
-    command = [sys.executable, str(FOLDER / script), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stdout + done.stderr
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 @pytest.fixture

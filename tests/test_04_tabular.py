@@ -4,14 +4,13 @@ import csv
 import hashlib
 import io
 import itertools
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, chapter, run_script
 
 import utils
 
@@ -19,14 +18,8 @@ load, from_scratch, train, load_model = chapter("04_tabular", "load", "from_scra
 FOLDER = ROOT / "04_tabular"
 
 
-def run(script, *options, code=0):
-    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
-    command = [sys.executable, str(FOLDER / script), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stdout + done.stderr
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 def call(monkeypatch, capsys, module, *options, code=None):

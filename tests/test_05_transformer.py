@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, chapter, run_script
 
 import utils
 
@@ -39,20 +38,8 @@ SMALL = [
 ]
 
 
-def run(script, *options, code=0, env=None, launcher=(), **kwargs):
-    """Run a script as a user does; check its exit status and that only status 0 stays without a message."""
-    done = subprocess.run(
-        [*(launcher or [sys.executable]), str(FOLDER / script), *map(str, options)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(env or {})},
-        timeout=300,
-        **kwargs,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stdout + done.stderr
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 def small_gpt(**changes):

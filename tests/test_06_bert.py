@@ -33,14 +33,6 @@ SHAPES = {  # name: (family, what differs)
 LABELS = ["bad", "fair", "good"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_theirs(family="bert", ending="Model", dropout=0.0, attention="sdpa", **changes):
     """transformers' model with random values everywhere: gains of 1 and biases of 0 hide mistakes."""
     name = bert.FAMILIES[family]

@@ -1,10 +1,8 @@
 """06_finetune/bert_classify.py against scikit-learn, transformers and PEFT, and what fine-tuning promises."""
 
-import contextlib
 import functools
 import hashlib
 import http.server
-import io
 import itertools
 import json
 import math
@@ -23,7 +21,7 @@ import sklearn.linear_model
 import sklearn.metrics
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, call_main, chapter, digest, refusal
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -39,14 +37,6 @@ COMMON = ["--epochs", 4, "--patience", 4, "--batch-size", 16, "--lr", 3e-3, "--h
 METHODS = {"full": [], "head": ["--dropout", 0.0], "lora": ["--lora-rank", 4, "--lora-targets", "dense", "value"],
            "lora cls": ["--pooling", "cls"], "lora distil": ["--pooling", "cls"], "full cls": ["--pooling", "cls"]}
 warnings.filterwarnings("ignore", module="peft|transformers")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sentences(n, seed):
@@ -83,18 +73,12 @@ def small(tmp_path_factory):
 
 
 def call(*options):
-    """What the script's main prints, without the seconds that a new process takes."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
-        classify.main()
-    return out.getvalue()
+    return call_main(classify, *options)
 
 
 def refused(*options):
-    with pytest.raises(utils.InputError) as error:
-        call(*options)
-    message = str(error.value)
-    assert message.isprintable() and len(message) < 500 and ";" in message or "must be" in message, message
+    message = refusal(classify, *options)
+    assert ";" in message or "must be" in message, message
     return message
 
 
@@ -113,10 +97,6 @@ def runs(small, tmp_path_factory):
         return out, call(*options_of(small, method), "--out", out)
 
     return run
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -390,7 +370,7 @@ def test_peft_reads_our_adapter_and_head(small, runs, method, family):
     rows = [tokenizer.encode(text).ids for text, _ in sentences(30, 9)]
     ids, mask = wordpiece.pad(rows, tokenizer.pad)
     options = torch.load(out / "checkpoint.pt", weights_only=True)["options"]
-    ours, _ = classify.load_result(small / family, options, ["negative", "positive"], out)
+    ours, _ = classify.load_result(small / family, options, out, labels=["negative", "positive"])
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask.long()).logits
         assert torch.allclose(ours(ids, mask), expected, atol=1e-6) and expected.std() > 0.005
@@ -458,7 +438,7 @@ def test_reported_figures_are_those_of_the_files(small, runs):
         out, text = runs(method)
         saved = torch.load(out / "checkpoint.pt", weights_only=True)
         model, tokenizer = classify.load_result(small / ("distilbert" if "distil" in method else "bert"),
-                                                saved["options"], saved["labels"], out)
+                                                saved["options"], out, labels=saved["labels"])
         rows = [line.split("\t") for line in (small / "data" / "test.tsv").read_text().splitlines()]
         right = sum(int(model(torch.tensor([tokenizer.encode(text).ids])).argmax()) == int(y) for text, y in rows)
         name = method.split()[0]

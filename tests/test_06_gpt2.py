@@ -25,15 +25,6 @@ SHAPES = {"one layer, one head": {"n_layer": 1, "n_head": 1}, "three heads of 16
           "epsilon 0.5": {"layer_norm_epsilon": 0.5}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine two threads wait for each other longer than these small products take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_theirs(dropout=0.0, attention="sdpa", lively=False, **changes):
     """transformers' GPT-2 with random values everywhere: gains of 1, biases of 0 and timid matrices hide mistakes.
 

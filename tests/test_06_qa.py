@@ -1,9 +1,6 @@
 """06_finetune/bert_qa.py against SQuAD's own rules, transformers, PEFT, and what fine-tuning promises."""
 
-import contextlib
 import functools
-import hashlib
-import io
 import itertools
 import json
 import math
@@ -19,7 +16,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import ROOT, chapter
+from conftest import ROOT, call_main, chapter, digest, refusal
 from transformers import AutoModelForQuestionAnswering, BertTokenizerFast
 
 import utils
@@ -32,14 +29,6 @@ COMMON = ["--epochs", 3, "--patience", 3, "--batch-size", 16, "--lr", 3e-3, "--h
           "--stride", 6, "--max-answer", 4, "--device", "cpu", "--dtype", "float32"]
 METHODS = {"full": [], "head": [], "lora": ["--lora-rank", 4, "--lora-targets", "dense", "value"], "lora distil": []}
 warnings.filterwarnings("ignore", module="peft|transformers")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def as_squad(articles):
@@ -81,18 +70,12 @@ def small(tmp_path_factory):
 
 
 def call(*options):
-    """What the script's main prints, without the seconds that a new process takes."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
-        qa.main()
-    return out.getvalue()
+    return call_main(qa, *options)
 
 
 def refused(*options):
-    with pytest.raises(utils.InputError) as error:
-        call(*options)
-    message = str(error.value)
-    assert message.isprintable() and len(message) < 500 and (";" in message or "must be" in message), message
+    message = refusal(qa, *options)
+    assert ";" in message or "must be" in message, message
     return message
 
 
@@ -110,10 +93,6 @@ def runs(small, tmp_path_factory):
         return out, call(*options_of(small, method), "--out", out)
 
     return run
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def question(context, asked, answer, id="x"):
@@ -435,7 +414,7 @@ def test_reported_figures_are_those_of_the_files_and_of_predictions_json(small, 
         out, text = runs(method)
         saved = torch.load(out / "checkpoint.pt", weights_only=True)
         family = small / ("distilbert" if "distil" in method else "bert")
-        model, tokenizer = qa.load_result(family, saved["options"], out)
+        model, tokenizer = qa.load_result(family, saved["options"], out, qa.Spans)
         windows = qa.make_windows(asked, tokenizer, 24, 6)
         answers = qa.answer(model, asked, windows, tokenizer.pad, torch.float32, 4)
         assert answers == json.loads((out / "predictions.json").read_text())
@@ -456,7 +435,7 @@ def test_peft_and_transformers_give_our_scores(small, runs):
             theirs = peft.PeftModel.from_pretrained(theirs, out / "adapter").eval().base_model  # peft itself (0.21)
             # forgets token_type_ids on the way to it
         options = torch.load(out / "checkpoint.pt", weights_only=True)["options"]
-        ours, tokenizer = qa.load_result(small / family, options, out)
+        ours, tokenizer = qa.load_result(small / family, options, out, qa.Spans)
         ids, mask, types, allowed = qa.collate(qa.make_windows(asked, tokenizer, 24, 6), tokenizer.pad)
         more = {} if family == "distilbert" else {"token_type_ids": types}
         with torch.no_grad():

@@ -1,9 +1,7 @@
 """Chapter 06, load, train, load_model and experiment, against transformers, peft, and what fine-tuning promises."""
 
-import contextlib
 import hashlib
 import http.server
-import io
 import json
 import math
 import os
@@ -18,7 +16,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, chapter
+from conftest import ROOT, call_main, chapter, digest, refusal, run_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,23 +40,8 @@ def quiet():
     torch.set_num_threads(threads)
 
 
-def run(script, *options, code=0, env=None, launcher=()):
-    """Run a script as a user does; check its exit status, and that a failure is one sentence."""
-    command = [*(launcher or [sys.executable]), str(FOLDER / script), *map(str, options)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}  # one thread: these matrices are small
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stdout + done.stderr
-
-
-def call(script, *options):
-    """What a script's main prints: as `run`, without the seconds that a new process takes."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", [script.__file__, *map(str, options)])
-        script.main()
-    return out.getvalue()
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +67,8 @@ def runs(small, tmp_path_factory):
     made = {}
     for method, more in (("lora", LORA), ("full", ["--lr", 5e-3]), ("head", ["--lr", 5e-3])):
         out = tmp_path_factory.mktemp(method)
-        made[method] = out, call(train, *small[0], *STEPS, "--method", method, *more, "--out", out)
+        made[method] = out, call_main(train, *small[0], *STEPS, "--method", method, *more, "--out", out)
     return made
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- load.py
@@ -252,7 +231,7 @@ def test_parts_of_a_batch_and_checkpointing_change_nothing_but_memory(small, tmp
     options = [*small[0], "--steps", 6, "--eval-every", 3, "--dtype", "float32", "--method", "full", "--device", "cpu"]
     histories = []
     for i, more in enumerate(([], ["--micro-batch-size", 3], ["--activation-checkpointing", "--micro-batch-size", 8])):
-        call(train, *options, *more, "--out", tmp_path / str(i))
+        call_main(train, *options, *more, "--out", tmp_path / str(i))
         histories.append(json.loads((tmp_path / str(i) / "metrics.json").read_text())["history"])
     for other in histories[1:]:
         for a, b in zip(histories[0], other, strict=True):
@@ -295,7 +274,7 @@ def test_resume_refuses_other_options_and_other_text(small, runs, tmp_path):
 def test_two_processes_learn_as_one_does(small, tmp_path):
     options = [*small[0], "--steps", 10, "--eval-every", 5, "--dtype", "bfloat16", "--micro-batch-size", 2, "--device",
                "cpu", "--lr", 5e-3]
-    call(train, *options, "--out", tmp_path / "one")
+    call_main(train, *options, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29573"]
     run("train.py", *options, "--out", tmp_path / "two", launcher=torchrun)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("one", "two"))
@@ -306,7 +285,7 @@ def test_two_processes_learn_as_one_does(small, tmp_path):
 
 def test_early_stopping_keeps_the_best(small, tmp_path):
     options = ["--method", "full", "--steps", 400, "--eval-every", 10, "--lr", 1e-2, "--patience", 2, "--device", "cpu"]
-    text = call(train, *small[0], *options, "--out", tmp_path)
+    text = call_main(train, *small[0], *options, "--out", tmp_path)
     found = json.loads((tmp_path / "metrics.json").read_text())
     last, best = found["history"][-1]["step"], found["metrics"]["best_step"]
     assert last == best + 20 < 400 and f"full, step {best}" in text  # a short text, learned by heart
@@ -331,15 +310,6 @@ def test_schedule_rises_then_falls_to_a_tenth():
     assert all(a > b for a, b in zip(factors[10:], factors[11:])) and 0.1 < factors[-1] < 0.11
 
 
-def refused(monkeypatch, script, *options):
-    """What a script's main says of bad input, without the seconds that a new process takes."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, options)])
-    with pytest.raises(utils.InputError) as error:
-        script.main()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize("options, words", [
     (["--steps", 0], "--steps 0"), (["--dropout", 1], "--dropout"), (["--prompt", ""], "--prompt is empty"),
     (["--lora-targets", "attention"], "attn.c_attn"), (["--lora-rank", 64], "rank 64 is above"),
@@ -347,18 +317,18 @@ def refused(monkeypatch, script, *options):
     (["--device", "abacus"], "abacus"), (["--weight-decay", -1], "--weight-decay"),
     (["--seed", -1], "--seed"), (["--batch-size", 5000], "use a longer text"),
 ])
-def test_bad_input_gets_one_sentence(small, tmp_path, monkeypatch, options, words):
-    assert words in refused(monkeypatch, train, *small[0], *options, "--out", tmp_path)
+def test_bad_input_gets_one_sentence(small, tmp_path, options, words):
+    assert words in refusal(train, *small[0], *options, "--out", tmp_path)
 
 
-def test_files_that_do_not_belong_together_are_refused(small, tmp_path, monkeypatch):
+def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(small[1], folder)
     bpe.Tokenizer(*bpe.train_bpe("some other text, short", 260)).save(folder)
     assert "its vocabulary has" in run("train.py", *small[0], "--model", folder, "--out", tmp_path, code=1)
     short = tmp_path / "short.txt"
     short.write_text("too short a text")
-    assert "too few for windows" in refused(monkeypatch, train, *small[0], "--data", short, "--out", tmp_path)
+    assert "too few for windows" in refusal(train, *small[0], "--data", short, "--out", tmp_path)
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(small, runs, tmp_path):
@@ -374,7 +344,7 @@ def test_load_model_writes_draws_and_saves(small, runs, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(runs["lora"][0], out)
     options = ["--out", out, "--prompt", "The ", "--length", 40, "--dtype", "float32", "--device", "cpu"]
-    texts = [call(load_model, *options, *more) for more in (["--save", tmp_path / "merged"], ["--no-cache"],
+    texts = [call_main(load_model, *options, *more) for more in (["--save", tmp_path / "merged"], ["--no-cache"],
                                                             ["--model", tmp_path / "merged"])]
     written = [re.search(r"The .*?(?=\n[\d.,]+ tokens per second)", text, re.S)[0] for text in texts]
     assert len(set(written)) == 1 and len(written[0]) > 20  # the same text with and without cache, and merged to disk
@@ -400,17 +370,17 @@ def test_the_newest_result_is_taken(tmp_path):
     assert load_model.newest(tmp_path) == tmp_path / "adapter"
 
 
-def test_load_model_refuses(runs, tmp_path, monkeypatch):
+def test_load_model_refuses(runs, tmp_path):
     adapter = runs["lora"][0] / "adapter"
     options = ["--model", adapter, "--out", tmp_path]
     for more, words in ((["--top-p", 0], "--top-p"), (["--top-k", 0], "--top-k"), (["--temperature", "nan"], "--temp"),
                         (["--layer", 2], "--layer 2"), (["--prompt", ""], "--prompt is")):
-        assert words in refused(monkeypatch, load_model, *options, *more)
+        assert words in refusal(load_model, *options, *more)
     assert "neither adapter/ nor model/" in run("load_model.py", "--out", tmp_path, code=1)
     shutil.copytree(adapter, tmp_path / "far")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "far" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "far/away"}))
-    assert "'far/away'" in refused(monkeypatch, load_model, "--model", tmp_path / "far", "--out", tmp_path)
+    assert "'far/away'" in refusal(load_model, "--model", tmp_path / "far", "--out", tmp_path)
 
 
 def test_where_heads_look_on_weights_with_known_answers():

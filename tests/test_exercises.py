@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, chapter
+from conftest import ROOT, chapter, run_script
 
 import utils
 
@@ -28,14 +28,8 @@ def exercise(name, *chapter_scripts):
     return module
 
 
-def run(script, *options, code=0):
-    """Run a script as a user does; a failure is one sentence."""
-    done = subprocess.run([sys.executable, str(FOLDER / script), *map(str, options)], capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stdout + done.stderr
+def run(script, *options, **more):
+    return run_script(FOLDER / script, *options, **more)
 
 
 serve = exercise("serve", "01_basics", "load", "train", "load_model")

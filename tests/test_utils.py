@@ -5,6 +5,7 @@ import errno
 import hashlib
 import http.server
 import json
+import math
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ import threading
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -320,12 +322,67 @@ def test_a_resumed_run_finds_its_data_from_anywhere_and_keeps_its_options(tmp_pa
     place = utils.name_or_path("etth1", "station")
     assert place("etth1") == "etth1" and place("my.csv") == str(tmp_path / "my.csv") and place("no.csv") == "no.csv"
     saved = {"data": str(tmp_path / "my.csv"), "lr": 0.1, "tta": True, "out": "then", "device": "cuda", "compile": True}
-    args = argparse.Namespace(data=None, lr=0.5, tta=False, out="now", device="cpu", compile=False, resume=True)
-    utils.adopt_options(args, {"data": place("my.csv"), "tta": False}, saved, free=("tta",))
+    now = dict(data=None, lr=0.5, tta=False, out=tmp_path, device="cpu", compile=False)
+    assert utils.resume(argparse.Namespace(**now, resume=False), {}, "s.py") is None
+    args = argparse.Namespace(**now, resume=True)
+    with pytest.raises(utils.InputError, match="checkpoint.pt does not exist; make it with: python s.py"):
+        utils.resume(args, {}, "s.py")
+    utils.save_checkpoint(tmp_path / "checkpoint.pt", {"script": "s.py", "options": saved, "step": 7})
+    assert utils.resume(args, {"data": place("my.csv"), "tta": False}, "s.py", free=("tta",))["step"] == 7
     assert (args.data, args.lr) == (saved["data"], 0.1)
-    assert (args.tta, args.out, args.device, args.compile) == (False, "now", "cpu", False)
+    assert (args.tta, args.out, args.device, args.compile) == (False, tmp_path, "cpu", False)
+    assert utils.plain(args)["out"] == str(tmp_path) and utils.plain(args)["lr"] == 0.1
     for given in ({"lr": 0.2}, {"data": "etth1"}):
         with pytest.raises(utils.InputError, match="--resume goes on with a run that had"):
-            utils.adopt_options(args, given, saved, free=("tta",))
+            utils.resume(args, given, "s.py", free=("tta",))
     with pytest.raises(utils.InputError, match="--tta True, not --tta False"):
-        utils.adopt_options(args, {"tta": False}, saved)
+        utils.resume(args, {"tta": False}, "s.py")
+
+
+def test_options_given_and_their_ranges(monkeypatch):
+    parser = argparse.ArgumentParser()
+    for name in ("--lr", "--decay", "--dropout"):
+        parser.add_argument(name, type=float)
+    parser.add_argument("--flag", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("words", nargs="*")
+    parser.set_defaults(lr=0.1, dropout=0.0)
+    monkeypatch.setattr(sys, "argv", ["s.py", "--decay", "0", "--no-flag"])
+    args, given = utils.parse(parser)
+    assert (args.lr, args.decay, args.dropout, args.flag, args.words) == (0.1, 0.0, 0.0, False, [])
+    assert given == {"decay": 0.0, "flag": False}
+    ranges = dict(above_zero="lr", not_negative="decay", shares="dropout")
+    utils.check(args, **ranges)
+    args.decay = None  # not given, and without a default
+    utils.check(args, **ranges)
+    for name, value, message in (("lr", 0.0, "greater than zero"), ("lr", math.nan, "greater than zero"),
+                                 ("decay", -1.0, "at least 0"), ("dropout", 1.0, "at least 0 and less than 1"),
+                                 ("dropout", -0.1, "at least 0 and less than 1")):
+        with pytest.raises(utils.InputError, match=f"--{name} {value} must be {message}"):
+            utils.check(argparse.Namespace(**(vars(args) | {name: value})), **ranges)
+
+
+def test_weights_of_another_model_are_an_error():
+    one, other = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    saved = {"script": "s.py", "model": {name: p + 1 for name, p in one.state_dict().items()}}
+    utils.load_weights(one, saved, "c.pt")
+    assert torch.equal(one.weight, saved["model"]["weight"])
+    with pytest.raises(utils.InputError, match="c.pt is of another model than s.py builds; .* python s.py"):
+        utils.load_weights(other, saved, "c.pt")
+
+
+def test_signals_leave_a_note_until_they_are_restored():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    caught, restore = utils.catch_signals()
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert caught == [signal.SIGINT, signal.SIGTERM]
+    restore()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_mean_and_standard_deviation_are_numpys():
+    values = [1.0, 2.0, 4.0, 8.5]
+    assert utils.mean_std(values) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert utils.mean_std([3.0]) == (3.0, 0.0)

@@ -18,7 +18,6 @@ Writes: captions.png, metrics.json to --out. Left out on purpose: photographs; b
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections import Counter
@@ -30,27 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 import utils  # noqa: E402
-
-
-def chapter(folder: str, name: str):
-    """Import a chapter's script under a name of its own, as every chapter has a `train` and a `load`."""
-    sys.path.insert(0, str(ROOT / folder))
-    others = {module: sys.modules.pop(module, None) for module in ("load", "train")}
-    try:
-        spec = importlib.util.spec_from_file_location(f"{name}_of_{folder}", ROOT / folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)  # its own `from load import ...` finds the chapter's load
-        return module
-    finally:
-        sys.path.remove(str(ROOT / folder))
-        for other, before in others.items():
-            sys.modules.pop(other, None)
-            if before:
-                sys.modules[other] = before
-
+from chapters import chapter  # noqa: E402
 
 cnn, pictures, gpt = chapter("02_cnn", "train"), chapter("02_cnn", "load"), chapter("05_transformer", "train")
 
@@ -247,9 +228,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides weights and scenes")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for what is written")
     args = parser.parse_args()
-    for name in ("steps", "epochs", "batch_size", "tiles", "scenes"):
-        if not getattr(args, name) > 0:
-            raise utils.InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than zero.")
+    utils.check(args, above_zero="steps epochs batch_size tiles scenes")
     utils.check_writable(args.out)
     utils.set_seed(args.seed)
     ## Three parts, as everywhere: tiles that one part shows are in no other.

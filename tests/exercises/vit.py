@@ -14,7 +14,6 @@ Writes: metrics.json to --out. Left out on purpose: pre-training on more picture
 """
 
 import argparse
-import importlib.util
 import math
 import sys
 import time
@@ -25,27 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 import utils  # noqa: E402
-
-
-def chapter(folder: str, name: str):
-    """Import a chapter's script under a name of its own, as every chapter has a `train` and a `load`."""
-    sys.path.insert(0, str(ROOT / folder))
-    others = {module: sys.modules.pop(module, None) for module in ("load", "train")}
-    try:
-        spec = importlib.util.spec_from_file_location(f"{name}_of_{folder}", ROOT / folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)  # its own `from load import ...` finds the chapter's load
-        return module
-    finally:
-        sys.path.remove(str(ROOT / folder))
-        for other, before in others.items():
-            sys.modules.pop(other, None)
-            if before:
-                sys.modules[other] = before
-
+from chapters import chapter  # noqa: E402
 
 cnn, pictures, gpt = chapter("02_cnn", "train"), chapter("02_cnn", "load"), chapter("05_transformer", "train")
 
