@@ -1,4 +1,4 @@
-"""The few helpers that all six chapters share: errors, device, seed, download, progress, checkpoints, one plot.
+"""The few helpers that all six chapters share: errors, options, signals, device, seed, download, checkpoints, plots.
 
 Nothing here knows about any chapter, and no training loop lives here: those are lessons and stay in the chapters.
 To take a chapter into a project of your own, copy its folder and this file.
@@ -69,25 +69,30 @@ def notice(*lines: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- options
 def name_or_path(*names: str):
-    """A `type` for argparse: one of names stays as it is, a path becomes absolute, to be found again from anywhere."""
+    """A `type` for argparse: one of names stays as it is, a path that exists becomes absolute, to be found again."""
     return lambda text: text if text in names or not Path(text).exists() else str(Path(text).resolve())
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" would say less than the text before it
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose --help starts with the first line of doc, a script's docstring, and names every default."""
-    return argparse.ArgumentParser(description=doc.split("\n")[0],
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """A parser whose --help starts with the first line of doc, a script's docstring, and names the default values."""
+    return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=_Help)
 
 
-def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
+def parse(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave."""
-    args = parser.parse_args()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))
+    args = options.parse_args()
+    given = vars(options.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))
     return args, {name: value for name, value in given.items() if value not in (None, [])}
 
 
 def check(args: argparse.Namespace, above_zero: str = "", not_negative: str = "", shares: str = "") -> None:
-    """Raise InputError for the first of these options (names with spaces between) that is given and out of range."""
+    """Raise InputError for the first of these options (names with spaces between) that is not None and out of range."""
     for names, holds, what in ((above_zero, lambda x: x > 0, "greater than zero"),
                                (not_negative, lambda x: x >= 0, "at least 0"),
                                (shares, lambda x: 0 <= x < 1, "at least 0 and less than 1")):
@@ -103,10 +108,10 @@ def plain(args: argparse.Namespace) -> dict:
 
 
 def resume(args: argparse.Namespace, given: dict, script: str, free: tuple[str, ...] = ()) -> dict | None:
-    """With --resume: return checkpoint.pt in --out, which holds the run's `options`, and set args to these. Else None.
+    """With --resume: return what checkpoint.pt in --out holds, and set args to the run's options in it. Else None.
 
-    An option given with another value is an InputError. free: more options than these four that change nothing of what
-    is learned, and so may be another.
+    An option given with another value is an InputError. free: options besides --resume, --out, --device and --compile
+    that change nothing of what is learned, and so may be another.
     """
     if not args.resume:
         return None
@@ -121,6 +126,7 @@ def resume(args: argparse.Namespace, given: dict, script: str, free: tuple[str, 
     return saved
 
 
+# ---------------------------------------------------------------------------------------------- signals
 def catch_signals() -> tuple[list[int], Callable[[], None]]:
     """From here on Ctrl-C and SIGTERM only add to the list returned; the function returned undoes that.
 
@@ -133,7 +139,7 @@ def catch_signals() -> tuple[list[int], Callable[[], None]]:
     return caught, lambda: [signal.signal(number, handler) for number, handler in handlers.items()]
 
 
-# ---------------------------------------------------------------------------------------------- device, seed
+# ---------------------------------------------------------------------------------------------- device, seed, memory
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` takes the best device there is; a named one that is missing is an InputError."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -329,7 +335,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu") -> dict:
-    """Read what save_checkpoint wrote for `script`; anything else is an InputError, and no code in it is run."""
+    """Read what save_checkpoint wrote in `script`; anything else is an InputError, and no code in it is run."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; make it with: python {script}")
@@ -347,7 +353,7 @@ def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu")
 
 
 def load_weights(model: torch.nn.Module, saved: dict, path: Path) -> None:
-    """Put the weights of the checkpoint `saved`, read from path, into model; those of another model: InputError."""
+    """Put the weights that the checkpoint `saved`, read from path, holds into model; another model's: InputError."""
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
@@ -361,6 +367,7 @@ def save_metrics(path: Path, **fields) -> None:
     write_atomically(path, json.dumps({**fields, "versions": versions}, indent=1).encode())
 
 
+# ---------------------------------------------------------------------------------------------- figures
 def mean_std(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for one value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -259,7 +259,7 @@ def main() -> None:
     utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
+    add("--data", help="mnist or typeset; without it MNIST, or typeset if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     add("--seeds", type=int, default=5, help="runs per row, with seeds 0, 1, 2, ...")
@@ -267,8 +267,7 @@ def main() -> None:
         "limits: 1.2, 2 and 12 times as many")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for tables and plots")
     args = parser.parse_args()
-    if args.seeds < 1 or args.epochs < 1:
-        raise utils.InputError("--seeds and --epochs must be at least 1.")
+    utils.check(args, above_zero="seeds epochs")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     data = load_data(args.data)

@@ -93,7 +93,7 @@ def backward(p: Tensor, y: Tensor, params: list[Tensor], cache: tuple[Tensor, ..
 
 
 # ---------------------------------------------------------------------------------------------- checks
-def check(device: torch.device) -> dict[str, float]:
+def check_against_pytorch(device: torch.device) -> dict[str, float]:
     """Largest difference of our gradients to autograd's and, at 40 weights, to finite differences; in float64."""
     generator = torch.Generator().manual_seed(0)
     params = [p.to(device) for p in init((784, 128, 10), generator, torch.float64)]
@@ -131,7 +131,7 @@ def main() -> None:
     utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
+    add("--data", help="mnist or typeset; without it MNIST, or typeset if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps (whose lack of float64 leaves out the checks)")
     add("--seed", type=int, default=0, help="decides weights and batches")
     add("--epochs", type=int, default=10, help="passes over the training pictures")
@@ -141,10 +141,11 @@ def main() -> None:
     args = parser.parse_args()
     utils.check(args, above_zero="epochs batch_size lr")
     utils.check_writable(args.out)
+    utils.set_seed(args.seed)
     device = utils.pick_device(args.device)
     if device.type != "mps":  # which has no float64
-        print("largest difference to")
-        for name, difference in check(device).items():
+        print("against PyTorch, largest absolute difference in float64:")
+        for name, difference in check_against_pytorch(device).items():
             print(f"    {name:32}{difference:.1e}")
             assert difference < 1e-5, name
 

@@ -204,7 +204,7 @@ def as_characters(x: Tensor) -> str:
 def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
+    add("--data", help="mnist or typeset; without it MNIST, or typeset if that is out of reach")
     add("--seed", type=int, default=0, help="which samples are drawn")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
@@ -237,7 +237,7 @@ def main() -> None:
             a.imshow(data.train_x[i], cmap="gray_r", vmin=0, vmax=255)
         for a in row:
             a.axis("off")
-    figure.suptitle(f"training pictures ({label})")
+    figure.suptitle(f"Training pictures ({label})")
     utils.save_figure(figure, args.out / "samples.png")
     print(f"\nwrote {args.out / 'samples.png'}")
     if data.stand_in:

@@ -218,7 +218,7 @@ def main() -> None:
     model = SimpleNN(**saved["config"]).to(device)
     utils.load_weights(model, saved, args.model)
     trained_on = saved["data"] + ", stand-in" * saved["stand_in"]
-    if saved["stand_in"]:
+    if saved["stand_in"] and (args.image or args.data not in (None, saved["data"])):  # else load_data says so
         utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on MNIST.")
     model.eval()
 
@@ -233,9 +233,11 @@ def main() -> None:
         axes[0].axis("off")
         axes[1].bar(range(10), logits.softmax(0))
         axes[1].set(xticks=range(10), xlabel="digit", ylabel="probability")
-        figure.suptitle(f"what the network saw, and what it thinks (trained on {trained_on})")
+        figure.suptitle(f"What the network saw, and what it thinks (trained on {trained_on})")
         utils.save_figure(figure, args.out / "image.png")
         print(f"wrote {args.out / 'image.png'}")
+        if saved["stand_in"]:
+            utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on MNIST.")
         return
 
     data = load_data(args.data or saved["data"])

@@ -76,7 +76,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="mnist or typeset; without it MNIST, or typeset if it is out of reach")
+    add("--data", help="mnist or typeset; without it MNIST, or typeset if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seed", type=int, default=0, help="decides weights and batches")
     add("--epochs", type=int, default=10, help="passes over the training pictures; the learning rate ends at zero")

@@ -25,7 +25,8 @@ You should see (CIFAR-10 as JPEG of quality 75; 100,000 pictures a run, the deep
 The base is train.py's `simple` at half its width, without dropout, label smoothing 0.1. In two passes over the pictures
 little is learned by heart, and what works against that, augmentation, cutout and dropout, does not pay; whether it does
 in longer runs is not measured here.
-Writes to outputs/: experiment.json, experiment.png. Left out on purpose: tuning the learning rate of every row.
+Writes to outputs/: experiment.json, experiment.png; with --parts experiment_PART.json and .png. Left out on purpose:
+tuning the learning rate of every row.
 """
 
 import copy
@@ -244,7 +245,7 @@ def main() -> None:
     utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if it is out of reach")
+    add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     parts = {"ingredients": ingredients, "depth": depth, "transfer": transfer}
     add("--parts", nargs="+", choices=parts, default=list(parts), help="which tables to make")
@@ -252,15 +253,17 @@ def main() -> None:
     add("--pictures", type=int, default=100_000, help="pictures that each run sees; the deep networks see half as many")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
-    if args.seeds < 1 or args.pictures < 500:
-        raise utils.InputError("--seeds must be at least 1 and --pictures at least 500.")
+    utils.check(args, above_zero="seeds")
+    if args.pictures < 500:
+        raise utils.InputError(f"--pictures {args.pictures} must be at least 500.")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     dtype = utils.pick_dtype(device)
+    precision = str(dtype).removeprefix("torch.")
     data = load_data(args.data)
     label = data.name + ", stand-in" * data.stand_in
     data = data._replace(**{name: getattr(data, name).to(device) for name in ("train_x", "train_y", "val_x", "val_y")})
-    print(f"{label}; {dtype} on {device.type}; validation accuracy, mean ± std of {args.seeds} seeds")
+    print(f"{label}; {precision} on {device.type}; validation accuracy, mean ± std of {args.seeds} seeds")
 
     tables, stem = {}, "experiment" if len(args.parts) == len(parts) else "experiment_" + "_".join(args.parts)
     for part in args.parts:
@@ -272,7 +275,7 @@ def main() -> None:
             print(f"  {name:52}{mean:8.2%}" + f" ± {std:.2%}" * (len(found) > 1) + f"   {source}", flush=True)
             utils.write_atomically(args.out / f"{stem}.json", json.dumps({
                 "script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
-                "dtype": str(dtype), "torch": str(torch.__version__), "pictures": args.pictures,
+                "dtype": precision, "torch": str(torch.__version__), "pictures": args.pictures,
                 "tables": tables}, indent=1).encode())
 
     if not tables:

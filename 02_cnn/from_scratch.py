@@ -251,7 +251,7 @@ def main() -> None:
     utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if it is out of reach")
+    add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if that is out of reach")
     add("--epochs", type=int, default=2, help="passes over the training pictures")
     add("--batch-size", type=int, default=100, help="pictures per step")
     add("--lr", type=float, default=0.01, help="peak learning rate, falling linearly to zero")
@@ -260,6 +260,7 @@ def main() -> None:
     args = parser.parse_args()
     utils.check(args, above_zero="epochs batch_size lr")
     utils.check_writable(args.out)
+    utils.set_seed(args.seed)
 
     with torch.enable_grad():
         print("against PyTorch, largest absolute difference in float64:")
@@ -301,7 +302,7 @@ def main() -> None:
     bar.clear()
     seconds = time.perf_counter() - begun
     print(f"\ntest accuracy ({label}): most frequent class {majority_baseline(data):.1%}, "
-          f"linear model on pixels {linear:.1%}, this network {accuracy(test_x, test_y, w, running):.1%} after "
+          f"linear model on the pixels {linear:.1%}, this network {accuracy(test_x, test_y, w, running):.1%} after "
           f"{seconds:.0f} s")
 
     filters = w["conv1"]
@@ -310,7 +311,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(8, 4.4))
     axes.imshow(grid(F.pad(filters, (0, 1, 0, 1), value=1.0), 8))  # a white line between two
     axes.axis("off")
-    axes.set_title(f"the 32 filters of the first convolution, 3 x 3 pixels, in colour ({label})")
+    axes.set_title(f"The 32 filters of the first convolution, 3 x 3 pixels, in colour ({label})")
     utils.save_figure(figure, args.out / "from_scratch.png")
     print(f"wrote {args.out / 'from_scratch.png'}")
     if data.stand_in:

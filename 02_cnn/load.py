@@ -316,19 +316,26 @@ def augment(x: Tensor, pad: int = 2, cut: int = 0, mirrored: Tensor | None = Non
     return x
 
 
+def grid(x: Tensor, columns: int) -> Tensor:
+    """Pictures (N, C, H, W) side by side in rows of `columns`, as plt.imshow wants them: (rows * H, columns * W, C)."""
+    N, C, H, W = x.shape
+    x = F.pad(x, (0, 0) * 3 + (0, -N % columns))  # empty pictures fill the last row
+    return x.view(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C)
+
+
 def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
-        "shapes if it is out of reach")
+        "shapes if that is out of reach")
     add("--seed", type=int, default=0, help="which samples are drawn, and how they are augmented")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
     utils.check_writable(args.out)
     utils.set_seed(args.seed)
     data = load_data(args.data)
-    K = len(data.classes)
-    print(f"{data.name}: {len(data.train_y):,} pictures to train on, {len(data.val_y):,} to validate, "
+    K, label = len(data.classes), data.name + ", stand-in" * data.stand_in
+    print(f"{label}: {len(data.train_y):,} pictures to train on, {len(data.val_y):,} to validate, "
           f"{len(data.test_y):,} to test; {K} classes")
     print(f"one picture: {tuple(data.train_x[0].shape)} {data.train_x.dtype}; all training pictures: "
           f"{data.train_x.nbytes / 1e6:.0f} MB as bytes, {4 * data.train_x.nbytes / 1e6:.0f} MB as float32")
@@ -347,18 +354,11 @@ def main() -> None:
         a.imshow(grid(pictures, 15))
         a.set_title(title)
         a.axis("off")
-    figure.suptitle(f"training pictures ({data.name}{', stand-in' * data.stand_in})")
+    figure.suptitle(f"Training pictures ({label})")
     utils.save_figure(figure, args.out / "samples.png")
     print(f"\nwrote {args.out / 'samples.png'}")
     if data.stand_in:
         utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
-
-
-def grid(x: Tensor, columns: int) -> Tensor:
-    """Pictures (N, C, H, W) side by side in rows of `columns`, as plt.imshow wants them: (rows * H, columns * W, C)."""
-    N, C, H, W = x.shape
-    x = F.pad(x, (0, 0) * 3 + (0, -N % columns))  # empty pictures fill the last row
-    return x.view(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C)
 
 
 if __name__ == "__main__":

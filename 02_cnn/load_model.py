@@ -3,10 +3,12 @@
 You learn here: precision, recall and F1, and how to read a confusion matrix; that a network can be sure and wrong; what
 its first filters respond to; and Grad-CAM, which shows the places in a picture that a decision rests on.
 
+    python 02_cnn/train.py                               first, to have a model
     python 02_cnn/load_model.py                          the test part of what train.py was trained on
     python 02_cnn/load_model.py --image my_cat.jpg       one picture of your own
 
-Writes to outputs/: predictions.png, confusion.png, mistakes.png, filters.png, feature_maps.png, grad_cam.png.
+Writes to outputs/: predictions.png, confusion.png, mistakes.png, filters.png, feature_maps.png, grad_cam.png; with
+--image only the last.
 Left out on purpose: calibration, detection and segmentation.
 """
 
@@ -140,7 +142,8 @@ def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
-    add("--data", help="cifar10, shapes or a folder, whose test part is used; without it, what the model learned from")
+    add("--data", help="cifar10, shapes or a folder, whose test part is used; without it, what the model was "
+        "trained on")
     add("--image", type=Path, help="name this one picture instead")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
@@ -152,7 +155,8 @@ def main() -> None:
     K = len(classes)
     if saved["stand_in"]:
         label += ", stand-in"
-        utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on CIFAR-10.")
+        if args.image or args.data not in (None, saved["data"]):  # else load_data says so
+            utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on CIFAR-10.")
 
     if args.image:
         x = read_picture(args.image)[0][None]  # (1, 3, H, W)
@@ -163,11 +167,11 @@ def main() -> None:
         cams = [grad_cam(model, x.to(device), k[None].to(device), average).cpu() for average in (True, False)]
         draw_pictures(args.out / "grad_cam.png", x.repeat(3, 1, 1, 1),
                       [args.image.name, f"{classes[k]} {p[k]:.0%}\nGrad-CAM", "HiResCAM"],
-                      f"What speaks for {classes[k]} (learned from {label})",
+                      f"What speaks for {classes[k]} (trained on {label})",
                       torch.cat([torch.full_like(cams[0], torch.nan), *cams]))  # nan is not drawn
         print(f"wrote grad_cam.png to {args.out}")
         if saved["stand_in"]:
-            utils.notice(f"STAND-IN: this network learned from {saved['data']}, not from CIFAR-10.")
+            utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on CIFAR-10.")
         return
 
     data = load_data(args.data or saved["source"])
@@ -221,7 +225,8 @@ def main() -> None:
         axes.axis("off")
         axes.set_title(f"{title} ({label})")
         utils.save_figure(figure, args.out / name)
-    print(f"\nwrote predictions, confusion, mistakes, filters, feature_maps and grad_cam (.png) to {args.out}")
+    print(f"\nwrote predictions, confusion, {'mistakes, ' * bool(len(wrong))}filters, feature_maps and grad_cam (.png) "
+          f"to {args.out}")
     if saved["stand_in"] or data.stand_in:
         utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
 

@@ -308,7 +308,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--model", choices=PRESETS, default="resnet", help="the network; the defaults shown are resnet's")
     add("--data", type=utils.name_or_path("cifar10", "shapes"),
         help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
-        "shapes if it is out of reach")
+        "shapes if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--seed", type=int, default=0, help="decides weights, batches, augmentation and dropout")
@@ -349,7 +349,7 @@ def main() -> None:
     args, given = parse_options()
     checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
     saved = utils.resume(args, given, SCRIPT, free=("tta",))
-    utils.check_writable(args.out)  # better now than in ten minutes
+    utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     if args.dtype == "auto":
         args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
@@ -389,7 +389,7 @@ def main() -> None:
     steps = args.epochs * per_epoch
     print(f"{label}: {len(train_y):,} pictures to train on, {len(val_y):,} to validate, {len(test_y):,} to test\n"
           f"{args.model}: {utils.count_parameters(model):,} trainable parameters; {args.dtype} on {device.type}; "
-          f"{steps} steps")
+          f"{steps:,} steps")
     if saved:
         print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
     else:
@@ -452,7 +452,7 @@ def main() -> None:
 
         done = step + 1
         due = done % per_epoch == 0
-        if not due and done % 10 and not interrupted:  # looking at the loss makes a GPU wait: not at every step
+        if not due and done % 10 and not interrupted:  # looking at the loss makes a GPU wait, so not at every step
             continue
         if not math.isfinite(loss.item()):
             raise utils.InputError(f"the loss became {loss.item()} by step {done}; no file was touched since the last "
@@ -483,7 +483,7 @@ def main() -> None:
     majority, linear = majority_baseline(data), linear_baseline(data)
     metrics = {"test_accuracy": accuracy, "test_loss": loss, "val_accuracy": best["val_accuracy"],
                "best_epoch": best["epoch"], "majority_accuracy": majority, "linear_accuracy": linear}
-    print(f"\ntest accuracy ({label}): most frequent class {majority:.2%}, linear model on pixels {linear:.2%}, "
+    print(f"\ntest accuracy ({label}): most frequent class {majority:.2%}, linear model on the pixels {linear:.2%}, "
           f"{args.model} {accuracy:.2%} (epoch {best['epoch']}, loss {loss:.4f})")
     if args.tta:
         metrics["test_accuracy_six_views"] = score(predict(model, test_x, dtype, tta=True), test_y)[1]

@@ -11,7 +11,7 @@ mean ± standard deviation, and seconds of training (test: repeat last 1.294, NL
                                                   validation       test            seconds
     GRU, lookback 720, segment 48, hidden 64      .689 ± .003      .423 ± .003     8
     lookback 24, segment 24                       .756 ± .002      .483 ± .001     3
-    lookback 96                                   .713 ± .004      .432 ± .004     3
+    lookback 96                                   .713 ± .005      .432 ± .004     3
     lookback 192                                  .700 ± .004      .425 ± .004     4
     lookback 336                                  .693 ± .003      .425 ± .003     5
     normalisation off                             .746 ± .006      .433 ± .004     9
@@ -21,10 +21,10 @@ mean ± standard deviation, and seconds of training (test: repeat last 1.294, NL
     hidden 256                                    .640 ± .002      .362 ± .001    22
     recursive: each segment from the one before   .698 ± .000      .431 ± .001     6
     cell: LSTM                                    .686 ± .001      .419 ± .003     4
-    cell: plain tanh                              .751 ± .007      .487 ± .007     3
+    cell: plain tanh                              .751 ± .008      .488 ± .007     3
     cell: none, linear over the same 720 hours    .694 ± .001      .365 ± .001     1
     cell: LSTM over the last 96 hours, hourly     .911 ± .018      .656 ± .016     3
-    segment 12                                    .939 ± .015      .617 ± .008    15
+    segment 12                                    .939 ± .015      .616 ± .008    15
     segment 24                                    .688 ± .005      .424 ± .001     9
     segment 120                                   .685 ± .002      .421 ± .001     4
     loss: squared error                           .684 ± .003      .417 ± .003     6
@@ -54,8 +54,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import Data, load_data, windows  # noqa: E402
-from train import MODELS, Line, NLinear, SegmentGRU, batches, evaluate, repeat_last, schedule, set_dtype  # noqa: E402
-from train import LSTMForecaster, level_and_spread  # noqa: E402
+from train import MODELS, NLinear, SegmentGRU, batches, evaluate, repeat_last, schedule, set_dtype  # noqa: E402
+from train import LINEAR_LOOKBACK, LSTMForecaster, level_and_spread  # noqa: E402
 
 # Shapes: B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden units,
 #         W time steps of a segment, S segments read, Q segments predicted
@@ -89,6 +89,7 @@ CHANGES = [
 ]
 
 
+# ---------------------------------------------------------------------------------------------- one model, all switches
 class AnySegment(SegmentGRU):
     """train.py's SegmentGRU with the cell, and direct or recursive steps, as switches: (B, T, C) -> (B, P, C)."""
 
@@ -128,6 +129,20 @@ class AnySegment(SegmentGRU):
         return y.float().view(B, C, Q * W)[..., : self.horizon].mT * spread + level
 
 
+class Line(nn.Module):
+    """NLinear as published, trained by gradients: T hours to P, the same for all channels, (B, T, C) -> (B, P, C)."""
+
+    def __init__(self, lookback: int, horizon: int):
+        super().__init__()
+        self.out = nn.Linear(lookback, horizon)
+        nn.init.constant_(self.out.weight, 1 / lookback)  # it starts as the window's mean
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = x[:, -1:]
+        return self.out((x - level).mT).mT + level
+
+
 def make(recipe: dict, channels: int, horizon: int) -> nn.Module:
     """The net of one row."""
     if recipe["cell"] == "linear":
@@ -137,6 +152,7 @@ def make(recipe: dict, channels: int, horizon: int) -> nn.Module:
     return AnySegment(channels, horizon, recipe)
 
 
+# ---------------------------------------------------------------------------------------------- one run
 def run(recipe: dict, data: Data, longest: int, horizon: int, epochs: int, seed: int, device: torch.device,
         dtype: str) -> dict:
     """Train one row's net from the start: its validation and test MSE, and seconds of training.
@@ -171,13 +187,13 @@ def main() -> None:
     utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
+    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--horizon", type=int, default=96, help="rows to forecast")
     add("--epochs", type=int, default=2, help="passes over the training windows for every row")
     add("--seeds", type=int, default=3, help="runs per row, with seeds 0, 1, 2, ...")
     add("--hidden", type=int, default=BASE["hidden"], help="hidden units of every row that does not name them")
-    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; default: all")
+    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; without it all")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
     chosen = [(name, BASE | {"hidden": args.hidden} | change) for name, change in CHANGES
@@ -193,7 +209,7 @@ def main() -> None:
     data = load_data(args.data, longest, args.horizon)
     label = data.name + ", stand-in" * data.stand_in
     naive, line = (evaluate(f, data.test, longest, args.horizon)["mse"] for f in (
-        lambda x: repeat_last(x, args.horizon), NLinear(data.train, min(longest, 336), args.horizon)))
+        lambda x: repeat_last(x, args.horizon), NLinear(min(longest, LINEAR_LOOKBACK), args.horizon).fit(data.train)))
     ## Validation is what a choice may be made by. Test stands beside it to be read, and to see how far one season can
     ## be trusted to speak for another.
     print(f"{label}; {dtype} on {device.type}; MSE {args.horizon} rows ahead, mean ± std of {args.seeds} seeds, "

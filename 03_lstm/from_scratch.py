@@ -284,7 +284,7 @@ def squared_errors(forecast, part: Tensor, lookback: int, horizon: int) -> Tenso
 def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
+    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if that is out of reach")
     add("--lookback", type=int, default=96, help="rows that a forecast looks back on; each costs time")
     add("--horizon", type=int, default=24, help="rows to forecast")
     add("--hidden", type=int, default=64, help="units M of the LSTM: more learn more, and overfit sooner")

@@ -45,7 +45,7 @@ class Table(NamedTuple):
     columns: list[str]
     dates: list[datetime]  # N of them, equally far apart
     name: str  # "etth1", "station" or the file's name
-    stand_in: bool  # True where the real set was asked for and could not be had, or station was named
+    stand_in: bool  # True where station was named, or nothing was and the real set could not be had
 
 
 class Data(NamedTuple):
@@ -327,12 +327,10 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
 
     earlier: all three parts end so many rows earlier, and the training part is so much shorter.
 
-    ## Four months of validation are one season. A choice that holds in February, April and June alike, and
+    ## Four months of validation are one season. A choice that holds from March, from May and from July on alike, and
     ## each time learns from what lies before and is judged by what comes next, is worth more than one that was best
     ## once (rolling origins, Tashman 2000). And the test part stays out of it.
     """
-    if earlier < 0:
-        raise utils.InputError(f"--earlier {earlier} must be at least 0.")
     train_end, val_end, test_end = (end - earlier for end in split(table))
     N_train, N_val, N_test = train_end, val_end - train_end, test_end - val_end
     if N_train < lookback + horizon or min(N_val, N_test) < horizon:
@@ -418,7 +416,7 @@ def draw_series(table: Table, label: str, day: int, path: Path) -> None:
         a.set(title=f"{n * (table.dates[1] - table.dates[0])} from {table.dates[start]} ({label})")
     N = len(few) // day * day
     axes[2].plot(table.dates[:N:day], few[:N].view(-1, day, few.shape[1]).mean(1), lw=0.9)
-    axes[2].set(title=f"all {len(few):,} rows, each point the mean of {day} ({label})")
+    axes[2].set(title=f"All {len(few):,} rows, each point the mean of {day} ({label})")
     for first, last, part in ((0, train_end, "train"), (train_end, val_end, "validation"), (val_end, test_end, "test")):
         axes[2].axvline(table.dates[first], color="black", ls="--", lw=0.8)
         axes[2].text(table.dates[(first + last) // 2], 1.0, part, transform=axes[2].get_xaxis_transform(), ha="center",
@@ -458,7 +456,7 @@ def draw_window(x: Tensor, y: Tensor, data: Data, label: str, path: Path) -> Non
 def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
+    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if that is out of reach")
     add("--lookback", type=int, default=336, help="rows that a forecast may look back on")
     add("--horizon", type=int, default=96, help="rows to forecast")
     add("--seed", type=int, default=0, help="which training window is shown")

@@ -181,7 +181,7 @@ def main() -> None:
     model, saved = load_forecaster(args.model, device)
     set_dtype(model, saved["dtype"])
     T, P, columns = saved["lookback"], saved["horizon"], saved["columns"]
-    table = read_series(args.data or saved["data"])
+    table = read_series(args.data or saved["source"])
     if saved["stand_in"] and not table.stand_in:
         utils.notice(f"STAND-IN: this model was trained on {saved['data']}, and not on {table.name}.")
     if table.columns != columns:
@@ -191,7 +191,7 @@ def main() -> None:
         raise utils.InputError(f"--channels {unknown[0]}: there is {', '.join(columns)}.")
     period = prepare(table, T, P).period  # and the checks that go with it
     label = table.name + ", stand-in" * table.stand_in
-    if table.name != Path(saved["data"]).name:
+    if table.name != saved["data"]:
         label += f", trained on {Path(saved['data']).name}" + ", stand-in" * saved["stand_in"]
     title = f"{saved['kind']}, {P} rows ahead, {label}"
 

@@ -44,11 +44,10 @@ import utils  # noqa: E402
 from load import load_data, windows  # noqa: E402
 
 # Shapes: B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden units,
-#         W time steps of a segment, S segments read, Q segments predicted, E members
+#         W time steps of a segment, S segments read, Q segments predicted, E nets
 
 SCRIPT = "03_lstm/train.py"
 LINEAR_LOOKBACK = 336  # NLinear's, as published
-FAR, FAR_EPOCHS = 336, 3  # beyond this horizon the segment model trains for so many epochs
 ## What suits each model. A recurrent step takes time however little it computes, so the two that step hour by hour look
 ## back a week, and the one that steps two days at a time a month.
 ## Chosen on ETTh1 with one run of each (seed 0). By the validation part alone: `last`, `revin` and the line together,
@@ -62,8 +61,8 @@ FAR, FAR_EPOCHS = 336, 3  # beyond this horizon the segment model trains for so 
 ## the three seasons would rather do without `last`: `revin` and the line alone have .597, .737, .894 and 1.091 with 3
 ## epochs. They were asked last, and the members stayed. So the figures above flatter this model a little.
 MODELS = {
-    "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["last", "revin"], linear=True,
-                    teacher_forcing=0.0, epochs=5, batch_size=32, lr=1e-3, keep="last"),
+    "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["revin"], linear=True,
+                    teacher_forcing=0.0, epochs=3, batch_size=32, lr=1e-3, keep="last"),
     "lstm": dict(lookback=168, segment=0, hidden=128, dropout=0.2, norm=["last"], linear=False,
                  teacher_forcing=0.0, epochs=10, batch_size=32, lr=2e-3, keep="best"),
     "seq2seq": dict(lookback=168, segment=0, hidden=128, dropout=0.2, norm=["last"], linear=False,
@@ -205,24 +204,48 @@ class SegmentGRU(nn.Module):
         return y.flatten(2)[..., : self.horizon].mT * spread + level  # (B, P, C)
 
 
-class Line(nn.Module):
-    """A linear map from T hours to P, the same for all channels: NLinear (Zeng et al. 2022), (B, T, C) -> (B, P, C)."""
+class NLinear(nn.Module):
+    """The straight line of Zeng et al. (2022), "Are Transformers Effective for Time Series Forecasting?"
+
+    ##     y - last = A (x - last) + b        A (P, T), b (P,): the same for every channel
+    ## Two weeks of hours, a weight for each of them and each hour to come, and no hidden unit. The paper trains it with
+    ## Adam. But the sum of squares of a linear model has one minimum, which the normal equations name:
+    ##     A = (sum y x^T) (sum x x^T)^-1         with a 1 appended to each x, for b
+    ## Solved exactly, it comes out better than published.
+    """
 
     def __init__(self, lookback: int, horizon: int):
         super().__init__()
-        self.out = nn.Linear(lookback, horizon)
-        nn.init.constant_(self.out.weight, 1 / lookback)  # it starts as the window's mean
-        nn.init.zeros_(self.out.bias)
+        self.lookback = lookback
+        self.register_buffer("weight", torch.zeros(lookback + 1, horizon))  # (T + 1, P); a buffer: saved, not trained
+
+    def fit(self, train: Tensor) -> "NLinear":
+        """Solve for all windows of train (N, C), in float64 on the CPU."""
+        T, P = self.lookback, self.weight.shape[1]
+        xx, xy = torch.zeros(T + 1, T + 1, dtype=torch.float64), torch.zeros(T + 1, P, dtype=torch.float64)
+        for x, y in zip(*(side.split(1024) for side in windows(train.cpu().double(), T, P))):
+            last = x[:, -1:]
+            x = F.pad((x - last).mT.flatten(0, 1), (0, 1), value=1.0)  # (B C, T + 1)
+            xx += x.T @ x
+            xy += x.T @ (y - last).mT.flatten(0, 1)
+        ## x holds x[last] - last, which is always 0, so the matrix can't be inverted. A tiny number on the diagonal
+        ## (ridge) makes it so.
+        xx.diagonal().add_(1e-9 * xx.trace())
+        self.weight.copy_(torch.linalg.solve(xx, xy))
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        level = x[:, -1:]
-        return self.out((x - level).mT).mT + level
+        """(B, at least T, C) -> (B, P, C)."""
+        last = x[:, -1:]
+        z = F.pad((x[:, -self.lookback :] - last).mT, (0, 1), value=1.0)  # (B, C, T + 1)
+        return (z @ self.weight).mT + last
 
 
 class SegmentRNN(nn.Module):
-    """The mean of several members: one SegmentGRU for each way to bring windows to a level, and perhaps a Line.
+    """The mean of several members: one SegmentGRU for each way to bring windows to a level, and perhaps a line.
 
-    ## Forecasts that go wrong in different ways are better averaged than chosen from (Bates & Granger 1969).
+    ## Forecasts that go wrong in different ways are better averaged than chosen from (Bates & Granger 1969), and a net
+    ## and a straight line do go wrong in different ways.
     """
 
     def __init__(self, channels: int, lookback: int, horizon: int, segment: int, hidden: int, dropout: float,
@@ -230,15 +253,15 @@ class SegmentRNN(nn.Module):
         super().__init__()
         self.nets = nn.ModuleList(SegmentGRU(channels, lookback, horizon, segment, hidden, dropout, norm)
                                   for norm in norms)
-        if linear:
-            self.nets.append(Line(lookback, horizon))
+        self.line = NLinear(min(lookback, LINEAR_LOOKBACK), horizon) if linear else None
 
-    def members(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (E, B, P, C)."""
+    def trained(self, x: Tensor) -> Tensor:
+        """What each of the nets forecasts: (B, T, C) -> (E, B, P, C)."""
         return torch.stack([net(x) for net in self.nets])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.members(x).mean(0)
+        members = [*self.trained(x)] if self.line is None else [*self.trained(x), self.line(x)]
+        return torch.stack(members).mean(0)
 
 
 def build(model: str, config: dict) -> nn.Module:
@@ -268,38 +291,6 @@ def same_hour_yesterday(x: Tensor, horizon: int, period: int) -> Tensor:
     """The last day again and again: (B, T, C) -> (B, P, C). period: rows in a day, at most T of which are there."""
     steps = torch.arange(horizon, device=x.device) % min(period, x.shape[1])  # (P,)
     return x[:, steps - min(period, x.shape[1])]
-
-
-class NLinear:
-    """The straight line of Zeng et al. (2022), "Are Transformers Effective for Time Series Forecasting?"
-
-    ##     y - last = A (x - last) + b        A (P, T), b (P,): the same for every channel
-    ## Two weeks of hours, a weight for each of them and each hour to come, and no hidden unit. The paper trains it with
-    ## Adam. But the sum of squares of a linear model has one minimum, which the normal equations name:
-    ##     A = (sum y x^T) (sum x x^T)^-1         with a 1 appended to each x, for b
-    ## Solved exactly, it comes out better than published.
-    """
-
-    def __init__(self, train: Tensor, lookback: int, horizon: int):
-        """Fit on all windows of train (N, C), in float64."""
-        self.lookback = lookback
-        xx = train.new_zeros(lookback + 1, lookback + 1, dtype=torch.float64)
-        xy = train.new_zeros(lookback + 1, horizon, dtype=torch.float64)
-        for x, y in zip(*(side.split(1024) for side in windows(train.double(), lookback, horizon))):
-            last = x[:, -1:]
-            x = F.pad((x - last).mT.flatten(0, 1), (0, 1), value=1.0)  # (B C, T + 1)
-            xx += x.T @ x
-            xy += x.T @ (y - last).mT.flatten(0, 1)
-        ## x holds x[last] - last, which is always 0, so the matrix can't be inverted. A tiny number on the diagonal
-        ## (ridge) makes it so.
-        xx.diagonal().add_(1e-9 * xx.trace())
-        self.weight = torch.linalg.solve(xx, xy).float()  # (T + 1, P)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, at least T, C) -> (B, P, C)."""
-        last = x[:, -1:]
-        z = F.pad((x[:, -self.lookback :] - last).mT, (0, 1), value=1.0)  # (B, C, T + 1)
-        return (z @ self.weight).mT + last
 
 
 # ---------------------------------------------------------------------------------------------- small functions
@@ -353,7 +344,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument
     add("--model", choices=MODELS, default="segment", help="what forecasts; decides the defaults of those below")
     add("--data", type=utils.name_or_path("etth1", "station"),
-        help="etth1, station or a CSV file; without it ETTh1, or station if it is out of reach")
+        help="etth1, station or a CSV file; without it ETTh1, or station if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="segment only; auto: the faster here")
     add("--seed", type=int, default=0, help="decides weights, batches and dropout")
@@ -366,10 +357,9 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--dropout", type=float, help="share of hidden units zeroed before the last layer: against overfitting")
     add("--norm", nargs="+", choices=["none", "last", "mean", "revin"], metavar="NORM", help="what a window is brought "
         "to: none, last, mean or revin; segment takes several, one net for each")
-    add("--linear", action=argparse.BooleanOptionalAction, help="segment only: a straight line as one more member")
+    add("--linear", action=argparse.BooleanOptionalAction, help="segment only: average with a straight line (NLinear)")
     add("--teacher-forcing", type=float, help="seq2seq only: share of batches whose decoder reads the true values")
-    add("--epochs", type=int, help="passes over the training windows; the learning rate ends at zero; segment's "
-        f"default is {FAR_EPOCHS} beyond a horizon of {FAR}")
+    add("--epochs", type=int, help="passes over the training windows; the learning rate ends at zero")
     add("--batch-size", type=int, help="windows per step; larger: fewer steps, each by a smoother gradient")
     add("--lr", type=float, help="AdamW's highest learning rate; too large, and the loss stays high")
     add("--weight-decay", type=float, default=0.0, help="share of every weight taken per step, times the rate")
@@ -382,20 +372,17 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     parser.set_defaults(**MODELS["segment"])  # for --help
     parser.set_defaults(**MODELS[parser.parse_known_args()[0].model])
     args, given = utils.parse(parser)
-    if args.model == "segment" and args.horizon > FAR and "epochs" not in given:
-        args.epochs = FAR_EPOCHS
     utils.check(args, above_zero="horizon lookback hidden epochs batch_size lr grad_clip patience",
-                not_negative="weight_decay", shares="dropout")
+                not_negative="weight_decay earlier", shares="dropout")
     if not 0 <= args.teacher_forcing <= 1:
         raise utils.InputError(f"--teacher-forcing {args.teacher_forcing} must be from 0 to 1.")
-    if args.model != "segment":
-        if len(args.norm) > 1:
-            raise utils.InputError(f"--norm {' '.join(args.norm)}: {args.model} is one net and takes one of them.")
-        for name in ("segment", "linear"):
-            if name in given and given[name]:
-                raise utils.InputError(f"--{name} is for --model segment; leave it out.")
-    if args.model != "seq2seq" and given.get("teacher_forcing"):
-        raise utils.InputError("--teacher-forcing is for --model seq2seq, whose decoder reads values; leave it out.")
+    if args.model != "segment" and len(args.norm) > 1:
+        raise utils.InputError(f"--norm {' '.join(args.norm)}: {args.model} is one net and takes one of them.")
+    of = {"segment": "segment", "linear": "segment", "dtype": "segment", "teacher_forcing": "seq2seq"}
+    for name in given.keys() & of.keys():
+        if not args.resume and args.model != of[name] and given[name] not in (False, "auto", "float32"):
+            raise utils.InputError(f"--{name.replace('_', '-')} is for --model {of[name]}, not for {args.model}; leave "
+                                   "it out.")
     return args, given
 
 
@@ -427,6 +414,8 @@ def main() -> None:
     else:
         config |= dict(norm=args.norm[0])
     model = build(args.model, config).to(device)
+    if args.model == "segment" and args.linear and not saved:
+        model.line.fit(train)
     set_dtype(model, args.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"epoch": 0, "step": 0, "val_mse": math.inf}
@@ -450,14 +439,15 @@ def main() -> None:
         ## A net that starts small says little more than the level it was given, the window's last value or its mean. So
         ## its error is near that of repeating the last value, or below it where several levels are averaged. Far
         ## above: its first weights are too large.
-        before, naive = (evaluate(f, val, T, P)["mse"] for f in (model, lambda x: repeat_last(x, P)))
+        untrained = (lambda x: model.trained(x).mean(0)) if args.model == "segment" else model
+        before, naive = (evaluate(f, val, T, P)["mse"] for f in (untrained, lambda x: repeat_last(x, P)))
         print(f"before training: validation MSE {before:.4f} (repeat last: {naive:.4f})\n")
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the ones to keep, the model."""
         state = {"script": SCRIPT, "kind": args.model, "config": config, "lookback": T, "horizon": P,
                  "dtype": args.dtype, "columns": data.columns, "mean": data.mean, "std": data.std,
-                 "period": data.period, "data": args.data, "stand_in": data.stand_in,
+                 "period": data.period, "data": data.name, "source": args.data, "stand_in": data.stand_in,
                  "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
         if best["step"] == done:
             utils.save_checkpoint(model_path, state)
@@ -481,10 +471,10 @@ def main() -> None:
         x, y = inputs[rows.to(device)], targets[rows.to(device)]  # (B, T, C), (B, P, C)
         optimizer.zero_grad()
         model.train()
-        ## Each member is held to the targets by itself: f (E, B, P, C). The error of their mean would be another thing:
-        ## it asks only for the crowd to be right, and lets members lean on each other's mistakes.
+        ## Each net is held to the targets by itself: f (E, B, P, C). The error of their mean would be another thing: it
+        ## asks only for the crowd to be right, and lets one lean on another's mistakes.
         if args.model == "segment":
-            f = model.members(x)
+            f = model.trained(x)
         elif args.model == "seq2seq" and torch.rand(()) < args.teacher_forcing:
             f = model(x, y)[None]
         else:
@@ -504,7 +494,7 @@ def main() -> None:
             continue
         if not math.isfinite(loss.sum().item()):
             raise utils.InputError(f"the loss became {loss.sum().item()} by step {done}; no file was touched since the "
-                                   "last epoch; start again with a smaller --lr.")
+                                   "last epoch's end; start again with a smaller --lr.")
         bar.update(done, f"loss {loss.mean().item():.3f}", args.batch_size)
         if due or interrupted:
             seconds += time.perf_counter() - begun
@@ -527,13 +517,12 @@ def main() -> None:
     # report
     restore_signals()
     model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # the ones that --keep names
-    line = NLinear(train, min(T, LINEAR_LOOKBACK), P)
+    line = NLinear(min(T, LINEAR_LOOKBACK), P).fit(train).to(device)
     forecasters = {"repeat last": lambda x: repeat_last(x, P),
                    "same hour yesterday": lambda x: same_hour_yesterday(x, P, data.period),
                    f"NLinear ({line.lookback})": line}
     if args.model == "segment":
-        forecasters |= {f"its member {i}, {name}": net
-                        for i, (name, net) in enumerate(zip([*args.norm, "line"], model.nets), 1)}
+        forecasters |= {f"its net {i}, {name}": net for i, (name, net) in enumerate(zip(args.norm, model.nets), 1)}
     ## The test part is used here, once in a run. It chooses nothing: not the epoch, not an option.
     table = {name: evaluate(f, test, T, P) for name, f in (forecasters | {
         f"{args.model}, epoch {best['epoch']}": model}).items()}

@@ -149,6 +149,7 @@ class AnyNet(TabularNet):
         return torch.cat([looked_up, curves.flatten(2)], 2)
 
 
+# ---------------------------------------------------------------------------------------------- one run
 def run(recipe: dict, data: Data, device: torch.device, seed: int) -> Tensor:
     """Train one recipe from the start, without early stopping: logits (E, N) of the validation rows after the end."""
     utils.set_seed(seed)
@@ -176,13 +177,13 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seeds", type=int, default=5, help="runs per row, with seeds 0, 1, 2, ...")
     add("--epochs", type=int, default=BASE["epochs"], help="passes over the training rows in each run")
-    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; default: all")
+    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; without it all")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
     chosen = [row for row in CHANGES if not args.rows or any(word in row[0] for word in args.rows)]
     if not chosen:
-        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; the names are in "
-                               "the first lines of this script.")
+        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; there is: "
+                               f"{'; '.join(name for name, _ in CHANGES)}.")
     utils.check(args, above_zero="seeds epochs")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)

@@ -29,7 +29,7 @@ import utils  # noqa: E402
 from load import KNOWN, Part, fit_standard, load_data, majority_baseline, roc_auc, standardise  # noqa: E402
 
 # Shapes: N rows, B batch, F numeric columns, K category columns, V values of all category columns together, D width of
-# an embedding, I inputs (F + K * D), M hidden units
+#         an embedding, I inputs (F + K * D), M hidden units
 
 
 # ---------------------------------------------------------------------------------------------- embedding

@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 
 # Shapes: N rows, F numeric columns, K category columns, V values of one column (with the two extra), Q quantiles,
-# J bins, I inputs side by side
+#         J bins, I inputs side by side
 
 URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
 SHA256 = {

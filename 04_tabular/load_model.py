@@ -10,7 +10,8 @@ share out a probability among the values that made it; and that one accuracy can
 
 You should see (Adult, test rows, after train.py with seed 0): accuracy .8756 and F1 .718 at threshold 0.5, .8655 and
 .726 at 0.40, which validation chose for F1; probabilities off by 0.6 % on average; accuracy .844 for men and .940 for
-women, of whom 30 % and 11 % are above 50K; capital-gain and marital-status moving AUC most; 72 % for the person above.
+women, of whom 30 % and 11 % are above 50K; capital-gain and marital-status moving AUC
+most (validation rows); 72 % for the person above.
 Writes to outputs/: curves.png, importance.png, embeddings.png; with --person: person.png. Left out on purpose: making
 a model fair; this only shows where it is not.
 """
@@ -32,7 +33,7 @@ from load import logistic_baseline, read_csv, roc_auc  # noqa: E402
 from train import SCRIPT, TabularNet, measures, predict  # noqa: E402
 
 # Shapes: N rows, F numeric columns, K category columns, C = F + K columns, G groups of columns, S samples, V values of
-# one column, E members, D width of an embedding
+#         one column, E members, D width of an embedding
 
 
 def load_tabular(path: Path, device: torch.device) -> tuple[TabularNet, dict]:
@@ -48,9 +49,9 @@ def data_of(saved: dict, path: str | None) -> Data:
 
     The columns' types come from the model's schema, whatever was asked for or inferred at training time.
     """
-    name, schema = path or saved["data"], saved["schema"]
-    if name not in ("adult", "census") and path is None:
-        raise utils.InputError(f"the model was trained on {name}; say where that file is with --data.")
+    name, schema = path or saved["source"], saved["schema"]
+    if name not in ("adult", "census") and not Path(name).exists():
+        raise utils.InputError(f"{name}, which the model was trained on, is not there; say where it is with --data.")
     columns = COLUMNS if name in ("adult", "census") else read_csv(Path(name)).columns
     kinds = {**dict.fromkeys(schema["numeric"], "numeric"), **dict.fromkeys(schema["categorical"], "category")}
     if not {*kinds, schema["target"]} <= {*columns}:

@@ -16,7 +16,7 @@ torch 2.15), mean ± standard deviation:
     one member                  .8747 ± .0004      .9293 ± .0001
     all 16 members              .8752 ± .0003      .9297 ± .0001      .2714 ± .0002
     with the seeds              .8756 .8754 .8748 .8753 .8749 and .9297 .9297 .9297 .9298 .9296
-after 13 to 18 s of training where the core was free. tests/benchmark.py sets boosted trees beside it.
+after 13 to 20 s of training. tests/benchmark.py sets boosted trees beside it.
 Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
 Left out on purpose: attention over columns (FT-Transformer), retrieval of similar rows, a search over options.
 """
@@ -280,7 +280,7 @@ def main() -> None:
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the best so far, the model."""
-        state = {"script": SCRIPT, "config": config, "schema": data.schema, "data": data.name,
+        state = {"script": SCRIPT, "config": config, "schema": data.schema, "data": data.name, "source": args.data,
                  "stand_in": data.stand_in, "torch": str(torch.__version__), "model": model.state_dict(),
                  "metrics": best}
         if best["step"] == done:
@@ -314,11 +314,11 @@ def main() -> None:
 
         done = step + 1
         due = done % per_epoch == 0
-        if not due and done % 10:  # looking at the loss makes a GPU wait, so not at every step
+        if not due and done % 10 and not interrupted:  # looking at the loss makes a GPU wait, so not at every step
             continue
         if not math.isfinite(loss.sum().item()):
             raise utils.InputError(f"the loss became {loss.sum().item()} by step {done}; no file was touched since the "
-                                   "last epoch; start again with a smaller --lr.")
+                                   "last epoch's end; start again with a smaller --lr.")
         bar.update(done, f"loss {loss.mean().item():.3f}", args.batch_size)
         if due or interrupted:
             seconds += time.perf_counter() - begun

@@ -243,28 +243,30 @@ def main() -> None:
     utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of "
+        "reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seeds", type=int, default=3, help="runs per row and budget, with seeds 0, 1, 2, ...")
     add("--seconds", type=float, default=30, help="the equal wall-clock: training time of each run")
     add("--characters", type=int, default=500_000, help="the equal number of characters that each run reads")
-    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; default: all")
+    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; without it all")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
     args = parser.parse_args()
     chosen = [row for row in recipes() if not args.rows or any(word in row[0] for word in args.rows)]
     if not chosen:
-        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; the names are in "
-                               "the first lines of this script.")
+        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; there is: "
+                               f"{'; '.join(row[0] for row in recipes())}.")
     utils.check(args, above_zero="seeds seconds")
     if args.characters < CHARACTERS_PER_STEP:
         raise utils.InputError(f"--characters {args.characters} must be at least {CHARACTERS_PER_STEP}, one step's.")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     dtype = utils.pick_dtype(device)
+    precision = str(dtype).removeprefix("torch.")
     data = load_data(args.data, max(change.get("block_size", 0) for _, _, change, _ in CHANGES))
     label = data.name + ", stand-in" * data.stand_in
-    print(f"{label}; {dtype} on {device.type}; whole-validation loss in nats per character, mean ± std of {args.seeds} "
-          f"seeds\n{'':56}characters/s   after {args.characters:,} characters   after {args.seconds:g} s")
+    print(f"{label}; {precision} on {device.type}; whole-validation loss in nats per character, mean ± std of "
+          f"{args.seeds} seeds\n{'':56}characters/s   after {args.characters:,} characters   after {args.seconds:g} s")
 
     ## Equal wall-clock: as many steps as a recipe makes in the given seconds, by its speed beside the others'. The
     ## learning rate falls to nearly zero in every run, so none is cut off in the middle of its schedule.
@@ -280,7 +282,7 @@ def main() -> None:
         print(f"{name + '  (not kept)' * (not kept):56}{speed:12,.0f}"
               + "".join(f"{mean:15.4f} ± {std:.4f}" for mean, std in means), flush=True)
         table = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
-                 "dtype": str(dtype), "torch": str(torch.__version__), "characters": args.characters,
+                 "dtype": precision, "torch": str(torch.__version__), "characters": args.characters,
                  "seconds": args.seconds, "rows": rows}
         utils.write_atomically(args.out / "experiment.json", json.dumps(table, indent=1).encode())
 

@@ -182,7 +182,8 @@ def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) ->
 def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of "
+        "reach")
     add("--seed", type=int, default=0, help="decides weights and batches")
     add("--steps", type=int, default=1000, help="updates; more lower the loss a little further")
     add("--batch-size", type=int, default=32, help="windows per step; larger is steadier")
@@ -190,23 +191,24 @@ def main() -> None:
     add("--n-embd", type=int, default=128, help="width C")
     add("--n-head", type=int, default=4, help="heads; each has n_embd / n_head channels")
     add("--lr", type=float, default=3e-3, help="Adam's learning rate")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
     utils.check(args, above_zero="steps batch_size block_size n_embd n_head lr")
     if args.n_embd % args.n_head:
         raise utils.InputError(f"--n-embd {args.n_embd} must be divisible by --n-head {args.n_head}.")
 
     utils.check_writable(args.out)
+    utils.set_seed(args.seed)
     print("against PyTorch, largest absolute difference in float64:")
     for name, error in check_against_pytorch().items():
         print(f"  {name:20} {error:.1e}")
 
     data = load_data(args.data, args.block_size)
-    V = len(data.vocab)
+    V, label = len(data.vocab), data.name + ", stand-in" * data.stand_in
     ## The baseline that everything must beat looks one character back: a table of how often b follows a (load.py).
     log_probs = bigram_log_probs(data.train, V)  # (V, V)
     bigram = bigram_loss(data.train, data.val, V)
-    print(f"\nbigram model on {data.name}: {bigram:.4f} nats per character (uniform guessing: {math.log(V):.4f})")
+    print(f"\nbigram model on {label}: {bigram:.4f} nats per character (uniform guessing: {math.log(V):.4f})")
     generator = torch.Generator().manual_seed(args.seed)
     ids = [0]
     for _ in range(150):  # a sample: draw from the row of the last character, again and again
@@ -215,12 +217,13 @@ def main() -> None:
 
     ## Now one layer of attention, trained with the gradients above. The optimizer is PyTorch's: Adam is chapter 04's
     ## lesson. It only needs a tensor and its gradient, and does not care who computed the gradient.
-    utils.set_seed(args.seed)
     w = init_model(V, args.block_size, args.n_embd)
     optimizer = torch.optim.Adam(w.values(), lr=args.lr)
-    bar, history, start = utils.Progress(args.steps, "steps"), [], time.perf_counter()
+    bar, history, begun = utils.Progress(args.steps, "steps"), [], time.perf_counter()
     for step, (x, y) in zip(range(args.steps), batches(data.train, args.block_size, args.batch_size, args.seed)):
         loss, saved = forward(w, x, y, args.n_head)
+        if not math.isfinite(loss):
+            raise utils.InputError(f"the loss became {loss} at step {step + 1}; start again with a smaller --lr.")
         for name, gradient in backward(w, saved).items():
             w[name].grad = gradient
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
@@ -228,7 +231,7 @@ def main() -> None:
         history.append({"step": step, "attention": loss, "bigram": bigram})
         bar.update(step + 1, f"loss {loss:.3f}")
     bar.clear()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begun
     final = evaluate(w, data.val, args.block_size, args.n_head)
     print(
         f"one attention layer, {sum(t.numel() for t in w.values()):,} weights: {final:.4f} nats per character after "
@@ -246,17 +249,15 @@ def main() -> None:
         lw=0.8,
         label="one attention layer (train batches)",
     )
-    axes[0].axhline(bigram, color="#D55E00", ls="--", label="bigram (validation)")
-    axes[0].axhline(final, color="#009E73", ls="-.", label="one attention layer (validation)")
-    axes[0].set(
-        title=f"Nats per character ({data.name}{', stand-in' if data.stand_in else ''})", xlabel="step", ylabel="loss"
-    )
+    axes[0].axhline(bigram, color=utils.COLORS[1], ls="--", label="bigram (validation)")
+    axes[0].axhline(final, color=utils.COLORS[2], ls="-.", label="one attention layer (validation)")
+    axes[0].set(title=f"One layer of attention ({label})", xlabel="step", ylabel="loss, nats per character")
     axes[0].legend()
     axes[1].imshow(p[0].numpy(), cmap="viridis", vmin=0)
     labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in decode(x[0], data.vocab)]
     axes[1].set_xticks(range(n), labels, fontsize=6)
     axes[1].set_yticks(range(n), labels, fontsize=6)
-    axes[1].set(title="Head 0: who (row) looks at what (column)")
+    axes[1].set(title=f"Head 0: who (row) looks at what (column) ({label})")
     axes[1].grid(False)
     utils.save_figure(figure, args.out / "from_scratch.png")
     print(f"wrote {args.out / 'from_scratch.png'}")

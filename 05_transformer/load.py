@@ -33,6 +33,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 UNKNOWN = "\ufffd"  # stands for every character that the training part never shows
 
 
+# ---------------------------------------------------------------------------------------------- the text
 class Data(NamedTuple):
     train: Tensor  # (N_train,) int64 character ids
     val: Tensor  # (N_val,)
@@ -116,6 +117,7 @@ def load_data(data: str | None = None, block_size: int = 1) -> Data:
     return Data(encode(train_text, vocab), encode(val_text, vocab), vocab, name, stand_in)
 
 
+# ---------------------------------------------------------------------------------------------- windows
 def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (inputs, targets), (B, T) int64 each, for ever: (N,) cut into windows, shuffled anew for every pass.
 
@@ -144,6 +146,7 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
             yield windows[:, :-1], windows[:, 1:]
 
 
+# ---------------------------------------------------------------------------------------------- baselines
 def frequency_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
     """Nats per character on val when each character is predicted by its share of train (one is added to each count)."""
     counts = torch.bincount(train, minlength=n_vocab).double() + 1  # (V,)
@@ -169,18 +172,20 @@ def bigram_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
 def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of "
+        "reach")
     add("--block-size", type=int, default=32, help="characters in one window")
     add("--seed", type=int, default=0, help="which windows the example batch shows")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
     args = parser.parse_args()
-    if args.block_size < 1:
-        raise utils.InputError(f"--block-size {args.block_size}: a window has at least one character.")
-
+    utils.check(args, above_zero="block_size")
+    utils.check_writable(args.out)
+    utils.set_seed(args.seed)
     data = load_data(args.data, args.block_size)
+    label = data.name + ", stand-in" * data.stand_in
     vocab, total = data.vocab, len(data.train) + len(data.val)
     print(
-        f"{data.name}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
+        f"{label}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
         f"last 10 % validation {len(data.val):,}"
     )
     print(f"vocabulary: {decode(range(len(vocab)), vocab)!r}\n")
@@ -201,9 +206,7 @@ def main() -> None:
     counts = Counter(decode(data.train, vocab)).most_common(60)
     figure, axes = plt.subplots(figsize=(10, 3))
     axes.bar([{" ": "␣", "\n": "\\n"}.get(c, c) for c, _ in counts], [k / len(data.train) for _, k in counts])
-    axes.set(
-        title=f"How often each character occurs ({data.name}{', stand-in' if data.stand_in else ''})", ylabel="share"
-    )
+    axes.set(title=f"How often each character occurs ({label})", ylabel="share")
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", visible=False)
     utils.save_figure(figure, args.out / "characters.png")

@@ -5,8 +5,8 @@ values makes it fast; how to read attention weights, and that the future gets no
 
     python 05_transformer/load_model.py --prompt "ROMEO:" --temperature 0.8      after: python 05_transformer/train.py
 
-You should see: text streaming at about 2,000 characters per second on one core that is shared with other work (2 cores
-of an AMD EPYC, torch 2.15), 93 with --no-cache, and a table of what each head looks at.
+You should see: text streaming at about 2,000 characters per second on one core of an AMD EPYC that ran other programs
+besides (torch 2.15), 93 with --no-cache, and a table of what each head looks at.
 Writes: outputs/attention.png. Left out on purpose: beam search and batches of prompts.
 """
 
@@ -179,12 +179,11 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides what is drawn")
     add("--out", type=Path, default=folder, help="folder for the plot")
     args = parser.parse_args()
-    top_k, top_p = 1 if args.top_k is None else args.top_k, 1.0 if args.top_p is None else args.top_p
-    if args.length < 1 or args.temperature < 0 or top_k < 1 or not 0 < top_p <= 1:
-        raise utils.InputError(
-            "--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and at most 1."
-        )
+    utils.check(args, above_zero="length top_k top_p", not_negative="temperature")
+    if args.top_p is not None and args.top_p > 1:
+        raise utils.InputError(f"--top-p {args.top_p} must be at most 1.")
     utils.check_writable(args.out)
+    utils.set_seed(args.seed)
     device = utils.pick_device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # one character is too little work to share
@@ -201,12 +200,12 @@ def main() -> None:
     )
 
     print(prompt, end="", flush=True)
-    written, start = [], time.perf_counter()
+    written, begun = [], time.perf_counter()
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in generate(model, ids, args.length, args.temperature, args.top_k, args.top_p, not args.no_cache, generator):
         written.append(i)
         print(vocab[i], end="", flush=True)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begun
     print(f"\n\n{len(written) / seconds:,.0f} characters per second\n")
 
     ## The same text, read by the model in one pass, with all weights kept.
@@ -243,6 +242,8 @@ def main() -> None:
     figure.tight_layout()
     utils.save_figure(figure, args.out / "attention.png")
     print(f"\nwrote {args.out / 'attention.png'}")
+    if saved["stand_in"]:
+        utils.notice(f"STAND-IN: this model was trained on {saved['data']}, not on Tiny Shakespeare.")
 
 
 if __name__ == "__main__":

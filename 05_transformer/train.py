@@ -12,7 +12,7 @@ You should see (Tiny Shakespeare; two cores of an AMD EPYC with AVX512-BF16, no 
     validation loss 1.413 ± 0.005 nats per character (1.409, 1.412, 1.418), perplexity 4.11, 2.04 bits per character,
     after 304, 326 and 378 s of training, the machine slowing down from 20,000 characters per second to 16,000; below
     1.88, which nanoGPT's README names for its CPU recipe, at the first evaluation (25 s)
-Writes to outputs/: model.pt (the best weights), checkpoint.pt (for --resume), metrics.json, history.png.
+Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
 Left out on purpose: subwords (chapter 06), gradient accumulation, mixture of experts, anything that needs a cluster.
 """
 
@@ -232,7 +232,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--preset", choices=PRESETS, default="small", help="small: for two CPU cores; large: for a GPU, 10.7 M "
         "parameters, each step over 40 times the arithmetic of small's; not yet timed on a GPU")
     add("--data", type=utils.name_or_path("tinyshakespeare", "pydocs"),
-        help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if it is out of reach")
+        help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--seed", type=int, default=0, help="decides weights, batches and dropout")
@@ -273,7 +273,7 @@ def main() -> None:
     ## others', so that all take the very step that one process would take with the whole batch.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
-        utils.check_writable(args.out)  # better now than in five minutes
+        utils.check_writable(args.out)
     if world > 1:
         if args.batch_size % world:
             raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
@@ -282,10 +282,10 @@ def main() -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.dtype == "auto":
-        dtype = [str(utils.pick_dtype(device)).removeprefix("torch.")]
+        names = [str(utils.pick_dtype(device)).removeprefix("torch.")]
         if world > 1:
-            dist.broadcast_object_list(dtype)  # a matter of timing, on which ranks could disagree
-        args.dtype = dtype[0]
+            dist.broadcast_object_list(names)  # a matter of timing, on which ranks could disagree
+        args.dtype = names[0]
 
     # data
     if rank > 0:
@@ -330,7 +330,7 @@ def main() -> None:
         x, y = next(batches(data.train, args.block_size, 1, args.seed))
         print(f"a window:         {decode(x[0, :50], vocab)!r}\nits targets:      {decode(y[0, :50], vocab)!r}")
         if saved:
-            print(f"resumed after step {first_step} and {seconds:.0f} s of training")
+            print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
         else:
             ## The head starts small, so the first loss is close to ln V: all characters about equally likely. Anything
             ## else is a mistake in head or loss. A leak of targets into inputs shows later, as a loss too good to be

@@ -10,7 +10,8 @@ families of weight files call the same parts; what a head is, and what a vector 
 You should see: bert-base-uncased 109,482,240, distilbert-base-uncased 66,362,880, minilm 22,713,216 parameters; that a
 sentence gets the same vectors alone and beside a longer one, to 1e-5; and, with MiniLM, that of sixteen sentences the
 one about a doctor is nearest to "I have the flu", with which it shares no word (cosine 0.350).
-Writes: under DATA_DIR, what was downloaded or pre-trained; `save_model` writes folders that transformers opens.
+Writes: under DATA_DIR, what was downloaded or pre-trained; with --steps, outputs/bert_pretraining.png. `save_model`
+writes folders that transformers opens.
 Left out on purpose: the heads of pre-training; relatives with other activations or positions, which are refused.
 """
 
@@ -570,6 +571,7 @@ def main() -> None:
     if args.steps is not None:
         if args.model != "stand-in" or args.steps < 1:
             raise utils.InputError("--steps must be at least 1, and goes with --model stand-in, which it makes anew.")
+        utils.check_writable(args.out)
         pretrain(utils.DATA_DIR / "bert-stand-in", args.steps, args.out / "bert_pretraining.png")
     texts = [line for line in (read_text(str(args.sentences)) if args.sentences else SENTENCES).splitlines()
              if line.strip()]

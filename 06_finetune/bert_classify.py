@@ -16,13 +16,14 @@ Each run replaces the one before; name another folder with --out to keep both.
 You should see (SST-2, the 1,821 test sentences; torch 2.15, bfloat16, one core of an AMD EPYC; seeds 0, 1, 2), mean ±
 standard deviation, in %; then validation accuracy, seconds of training and GB of memory:
                           trained weights    accuracy        F1        validation     seconds    GB
-    the more frequent class                    49.92
+    majority class                    49.92
     bag of words                               81.66        81.89
     full                        22,566,146   89.42 ± 0.27    89.44 ± 0.22    89.11     410 to 440     2.5
     lora                           664,322   89.49 ± 0.11    89.49 ± 0.08    88.30     418 to 503     2.8
     head                               770   80.40 ± 0.24    80.61 ± 0.15    79.32      95 to 114     1.2
-Writes to outputs/classify/: adapter/ (LoRA and head, in PEFT's format) or model/ (a folder that transformers opens),
-each with the best weights by validation; checkpoint.pt (for --resume and for classifying), metrics.json, history.png.
+Writes to outputs/classify/: adapter/ (--method lora: the adapter with its head, in PEFT's format) or model/ (a folder
+that transformers opens), each with the best weights by validation; checkpoint.pt (for --resume and for classifying),
+metrics.json, history.png.
 Left out on purpose: several processes, sums of gradients over parts of a batch (train.py has both); texts longer than
 the model's positions, which are cut.
 """
@@ -89,9 +90,9 @@ def load_data(name: str | None = None) -> Data:
             if name or half:
                 raise utils.InputError(f"{error} Use --data templates to work without a network.") from error
             print(error)
-        utils.notice("STAND-IN: in place of SST-2 this run uses reviews made from templates. Its figures can't be",
-                     "compared with SST-2's.")
     if name in (None, "templates"):
+        utils.notice("STAND-IN: in place of SST-2 this run uses reviews made from templates.",
+                     "Its figures are not SST-2's and can't be compared with them.")
         return template_reviews()
     folder = Path(name)
     if not folder.is_dir():
@@ -391,7 +392,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--patience", type=int, default=2, help="stop after so many epochs without a new best (early stopping)")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs" / "classify", help="folder for what is written")
+    add("--out", type=Path, default=Path(__file__).parent / "outputs" / "classify",
+        help="folder for everything written")
     args, given = utils.parse(parser)
     utils.check(args, above_zero="epochs limit batch_size lr head_lr grad_clip patience",
                 not_negative="weight_decay adversarial", shares="dropout warmup")
@@ -415,6 +417,7 @@ def classify(args: argparse.Namespace, given: dict) -> None:
                                f"{SCRIPT} --resume --out {args.out}")
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
     model, tokenizer = load_result(folder, options, args.out, labels=labels)
+    model.to(utils.pick_device(args.device))
     longest = min(options["max_length"], model.config["n_positions"])
     rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.text]
     print(f"{options['method']}, {options['model']}, learned from {options['data']}:")
@@ -431,8 +434,8 @@ def main() -> None:
         return classify(args, given)
     checkpoint_path = args.out / "checkpoint.pt"
     saved = utils.resume(args, given, SCRIPT)
+    utils.check_writable(args.out)
     device = utils.pick_device(args.device)
-    utils.check_writable(args.out)  # better now than in five minutes
     if args.dtype == "auto":
         args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
     dtype = getattr(torch, args.dtype)
@@ -458,10 +461,11 @@ def main() -> None:
     if saved and (saved["base"], saved["data"]) != (args.model, [data.name, len(train[0])]):
         raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
 
+    # model and optimizer
     total = utils.count_parameters(model)
     prepare(model, args, ALL_MATRICES, dtype)
     model.to(device).train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type in ("cpu", "cuda"))
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_accuracy": -1.0}
     if saved:
@@ -484,14 +488,14 @@ def main() -> None:
     print(f"{label}: {len(data.train.texts):,} / {len(data.val.texts):,} / {len(data.test.texts):,} texts, "
           f"{data.labels[-1]}: {shares}\n"
           f"{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); {args.dtype} on "
-          f"{device.type}; {steps} steps")
+          f"{device.type}; {steps:,} steps")
     stream = batches([len(row) for row in train[0]], args.batch_size, args.seed)
     rows = next(batches([len(row) for row in train[0]], args.batch_size, args.seed))
     ids, mask = pad([train[0][i] for i in rows], tokenizer.pad)
     print(f"a batch, {tuple(ids.shape)}, {1 - mask.float().mean():.1%} padding; its first text:\n"
           f"{' '.join(tokenizer.names[i] for i in ids[0].tolist())}  -> {data.labels[train[1][rows[0]]]}")
     if saved:
-        print(f"resumed after step {first_step} and {seconds:.0f} s of training")
+        print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
     else:
         before = F.nll_loss(predict(model, val[0], tokenizer.pad, dtype), val[1]).item()
         print(f"before training: validation loss {before:.4f}; guessing uniformly, ln {K}: {math.log(K):.4f}")
@@ -502,7 +506,8 @@ def main() -> None:
             "script": SCRIPT, "base": args.model, "data": [data.name, len(train[0])], "stand_in": stand_in,
             "labels": data.labels, "torch": str(torch.__version__), "options": utils.plain(args), "step": done,
             "seconds": seconds, "history": history, "best": best, "losses": losses, "trained": trainable_state(model),
-            "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
+            "optimizer": optimizer.state_dict(),
+            "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
         if best["step"] == done:
             save_result(model, tokenizer, args, "SEQ_CLS")
 
@@ -510,7 +515,7 @@ def main() -> None:
     interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
-    advice = "no file was touched since the last evaluation; start again with a smaller --lr."
+    advice = "no file was touched since the last epoch's end; start again with a smaller --lr."
     bar, begun = utils.Progress(steps, "texts", first_step), time.perf_counter()
     for step, rows in zip(range(steps), stream):
         if step < first_step:
@@ -539,7 +544,7 @@ def main() -> None:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = step_model(ids, mask, None, push)
             F.cross_entropy(logits, y).backward()
-        nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)
+        nn.utils.clip_grad_norm_(trained, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
         losses.append(loss.detach())
@@ -584,11 +589,6 @@ def main() -> None:
              for name, both in results.items()}
     metrics = {"best_epoch": best["epoch"], "val_accuracy": best["val_accuracy"], "trained_parameters": n_trained,
                "peak_memory_bytes": memory, "test": {name: test for name, (_, test) in table.items()}}
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, model=args.model,
-                       stand_in=stand_in, device=device.type, seed=args.seed, seconds=seconds, parameters=total,
-                       metrics=metrics, history=history)
-    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"], f"{args.method}: {label}",
-                       x="epoch", y="nats per text")
     of = data.labels[1] if K == 2 else "mean over classes"
     print(f"\n{'':18}validation   test accuracy   precision   recall      F1   ({label}; the last three: {of})")
     for name, (on_val, on_test) in table.items():
@@ -605,8 +605,13 @@ def main() -> None:
         print(f"  {log_p[i].max().exp():6.1%} {data.labels[log_p[i].argmax()]}, but {data.labels[test[1][i]]}: "
               f"{' '.join(data.test.texts[i].split())[:160]}")
     held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
-    print(f"\n{seconds:.0f} s of training, {held}\n"
-          f"wrote {'adapter' if args.method == 'lora' else 'model'}/, checkpoint.pt, metrics.json and history.png to "
+    print(f"\n{seconds:.0f} s of training, {held}")
+    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, model=args.model,
+                       stand_in=stand_in, device=device.type, seed=args.seed, seconds=seconds, parameters=total,
+                       metrics=metrics, history=history)
+    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"], f"{args.method}: {label}",
+                       x="epoch", y="nats per text")
+    print(f"wrote {'adapter' if args.method == 'lora' else 'model'}/, checkpoint.pt, metrics.json and history.png to "
           f"{args.out}")
     if stand_in:
         names = [name for name, there in (("model", "stand_in" in config), ("reviews", data.stand_in)) if there]

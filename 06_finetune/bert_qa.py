@@ -17,8 +17,8 @@ match and F1 on the test questions, in %, and seconds of training:
     lora, 74,498 trained weights                  91.3    92.4     332
     head, 770 trained weights                     14.0    17.8     203
 Not measured: SQuAD itself, which can't be had here.
-Writes to outputs/qa/: adapter/ (LoRA and head, in PEFT's format) or model/ (a folder that transformers opens),
-predictions.json, checkpoint.pt (for --resume and for answering), metrics.json, history.png.
+Writes to outputs/qa/: adapter/ (--method lora: the adapter with its head, in PEFT's format) or model/ (a folder that
+transformers opens), predictions.json, checkpoint.pt (for --resume and for answering), metrics.json, history.png.
 Left out on purpose: questions that have no answer (SQuAD 2.0); several processes.
 """
 
@@ -96,9 +96,9 @@ def load_data(name: str | None = None, dev: str | None = None) -> Data:
             if name or half:
                 raise utils.InputError(f"{error} Use --data templates to work without a network.") from error
             print(error)
-        utils.notice("STAND-IN: in place of SQuAD this run uses passages made from templates. Its figures can't be",
-                     "compared with SQuAD's.")
     if name in (None, "templates"):
+        utils.notice("STAND-IN: in place of SQuAD this run uses passages made from templates.",
+                     "Its figures are not SQuAD's and can't be compared with them.")
         return template_passages()
     return split(read_squad(Path(name)), read_squad(Path(dev)) if dev else None, Path(name).stem)
 
@@ -472,6 +472,7 @@ def ask(args: argparse.Namespace, given: dict) -> None:
                                f"{SCRIPT} --resume --out {args.out}")
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
     model, tokenizer = load_result(folder, options, args.out, Spans)
+    model.to(utils.pick_device(args.device))
     asked = Question("", 0, args.context, args.question, ["?"], 0)
     windows = make_windows([asked], tokenizer, min(options["max_length"], model.config["n_positions"]),
                            options["stride"])
@@ -497,8 +498,8 @@ def main() -> None:
         return ask(args, given)
     checkpoint_path = args.out / "checkpoint.pt"
     saved = utils.resume(args, given, SCRIPT)
+    utils.check_writable(args.out)
     device = utils.pick_device(args.device)
-    utils.check_writable(args.out)  # better now than in five minutes
     if args.dtype == "auto":
         args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
     dtype = getattr(torch, args.dtype)
@@ -521,12 +522,13 @@ def main() -> None:
     if saved and (saved["base"], saved["data"]) != (args.model, [data.name, len(train)]):
         raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
 
+    # model and optimizer
     total = utils.count_parameters(model)
     ## The three methods are bert_classify.py's. `head` is two scores from each token's vector as pre-training left it,
     ## which has little to say of questions.
     prepare(model, args, QUERY_AND_VALUE, torch.float32)
     model.to(device).train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type in ("cpu", "cuda"))
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_f1": -1.0}
     if saved:
@@ -548,7 +550,7 @@ def main() -> None:
     print(f"{label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in {len(train):,} / "
           f"{len(val):,} / {len(test):,} windows; {len({w.question for w in train if w.target != (0, 0)}):,} of those "
           f"to learn from have their answer in one\n{args.method}: {n_trained:,} trained parameters of {whole:,} "
-          f"({n_trained / whole:.4%}); {args.dtype} on {device.type}; {steps} steps")
+          f"({n_trained / whole:.4%}); {args.dtype} on {device.type}; {steps:,} steps")
     order = batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed)
     some = [train[i] for i in next(batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed))]
     ids, mask, types, allowed = collate(some, tokenizer.pad)
@@ -556,7 +558,7 @@ def main() -> None:
     print(f"a batch, {tuple(ids.shape)}, {1 - mask.float().mean():.1%} padding; its first window:\n"
           f"{' '.join(names[:40])} ...  -> {' '.join(names[first.target[0] : first.target[1] + 1])}")
     if saved:
-        print(f"resumed after step {first_step} and {seconds:.0f} s of training")
+        print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
     else:
         model.eval()
         with torch.inference_mode():
@@ -572,7 +574,8 @@ def main() -> None:
             "script": SCRIPT, "base": args.model, "data": [data.name, len(train)], "stand_in": stand_in,
             "torch": str(torch.__version__), "options": utils.plain(args), "step": done, "seconds": seconds,
             "history": history, "best": best, "losses": losses, "trained": trainable_state(model),
-            "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
+            "optimizer": optimizer.state_dict(),
+            "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
         if best["step"] == done:
             save_result(model, tokenizer, args, "QUESTION_ANS")
 
@@ -580,7 +583,7 @@ def main() -> None:
     interrupted, restore_signals = utils.catch_signals()
 
     # ------------------------------------------------------------------------------------------ the loop
-    advice = "no file was touched since the last evaluation; start again with a smaller --lr."
+    advice = "no file was touched since the last epoch's end; start again with a smaller --lr."
     bar, begun = utils.Progress(steps, "windows", first_step), time.perf_counter()
     for step, rows in zip(range(steps), order):
         if step < first_step:
@@ -595,14 +598,14 @@ def main() -> None:
             start, end = step_model(ids, mask, types)  # (B, T) each
         loss = loss_of(start, end, allowed, torch.tensor([w.target for w in some], device=device))
         loss.backward()
-        nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)
+        nn.utils.clip_grad_norm_(trained, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
         losses.append(loss.detach())
 
         done = step + 1
         due = done % per_epoch == 0
-        if due and not all(p.isfinite().all() for p in trained.values()):
+        if due and not all(p.isfinite().all() for p in trained):
             raise utils.InputError(f"the weights became nan by step {done}; {advice}")
         if device.type == "cuda" and not due and done % 10:
             continue  # looking at the loss makes a GPU wait
@@ -640,11 +643,6 @@ def main() -> None:
     metrics = {"best_epoch": best["epoch"], "val_em": best["val_em"], "val_f1": best["val_f1"],
                "trained_parameters": n_trained, "peak_memory_bytes": memory,
                "test": {name: both[1] for name, both in table.items()}}
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, model=args.model, stand_in=stand_in,
-                       device=device.type, seed=args.seed, seconds=seconds, parameters=total, metrics=metrics,
-                       history=history)
-    utils.plot_history(args.out / "history.png", history, ["val_em", "val_f1"], f"{args.method}: {label}", x="epoch",
-                       y="percent")
     print(f"\n{'':18}validation EM       F1     test EM       F1   ({label})")
     for name, (on_val, on_test) in table.items():
         print(f"{name:18}{on_val['em']:13.2f}{on_val['f1']:9.2f}{on_test['em']:12.2f}{on_test['f1']:9.2f}")
@@ -653,8 +651,13 @@ def main() -> None:
     for q in random.Random(0).sample(wrong, min(5, len(wrong))):
         print(f"  {q.question} {answers[args.method][1][q.id]!r:.60}, but {q.answers[0]!r:.60}")
     held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
-    print(f"\n{seconds:.0f} s of training, {held}\n"
-          f"wrote {'adapter' if args.method == 'lora' else 'model'}/, checkpoint.pt, predictions.json, metrics.json, "
+    print(f"\n{seconds:.0f} s of training, {held}")
+    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, model=args.model, stand_in=stand_in,
+                       device=device.type, seed=args.seed, seconds=seconds, parameters=total, metrics=metrics,
+                       history=history)
+    utils.plot_history(args.out / "history.png", history, ["val_em", "val_f1"], f"{args.method}: {label}", x="epoch",
+                       y="percent")
+    print(f"wrote {'adapter' if args.method == 'lora' else 'model'}/, checkpoint.pt, predictions.json, metrics.json, "
           f"history.png to {args.out}")
     if stand_in:
         names = [name for name, there in (("model", "stand_in" in config), ("passages", data.stand_in)) if there]

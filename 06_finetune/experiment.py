@@ -6,8 +6,8 @@ numbers matter; what pre-training was worth; and what BLEU, a score for text aga
     python 06_finetune/experiment.py                       all tables (GPT-2 if it can be had, else the stand-in)
     python 06_finetune/experiment.py --parts scratch       one of: methods alpha targets scratch bleu
 
-You should see (the stand-in on Tiny Shakespeare; 300 steps of 4 x 256 tokens; two cores of an AMD EPYC, torch 2.15,
-bfloat16; seeds 0 and 1; 40 s a run), validation loss in nats per token, mean ± standard deviation:
+You should see, with --seeds 2 (the stand-in on Tiny Shakespeare; 300 steps of 4 x 256 tokens; two cores of an AMD EPYC,
+torch 2.15, bfloat16; seeds 0 and 1; 40 s a run), validation loss in nats per token, mean ± standard deviation:
                       trained parameters        loss           bits per character   memory   seconds
     full                       3,737,088   3.739 ± 0.025              2.78         1.01 GB     30
     last block alone             790,272   4.178 ± 0.018              3.10         0.93 GB     16
@@ -27,16 +27,17 @@ Part bleu (seeds 0 and 1; 100 held-out passages, 64 tokens to read, 32 to write;
                                         BLEU    words shared    runs of four words shared
     the true continuation              100.0         100.0 %                      100.0 %
     its words, shuffled                  3.5         100.0                          0.2
-    another passage's continuation       0.9          13.4                          0.1
+    another passage's continuation       0.8          13.4                          0.1
+    the prompt's end, again              0.0          16.8                          0.0
     before fine-tuning                   0.0           7.5                          0.0
     LoRA, rank 8                         0.0          14.8                          0.0
     last block alone                     0.0          15.7                          0.0
     full                                 0.0          15.9                          0.0
-Without one run of four words in common BLEU is 0, so it can't tell the last four apart: one reference is too few where
+Without one run of four words in common BLEU is 0, so it can't tell the last five apart: one reference is too few where
 a text may go on in many ways.
-Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json,
-experiment.png (all parts but bleu), scratch.png (part scratch), experiment_bleu.json. Left out on purpose: a search for
-each row's best learning rate; what BLEU lacks, synonyms above all, and later scores have.
+Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json
+and experiment.png, with --parts experiment_PART.json and .png; scratch.png. Left out on purpose: a search for each
+row's best learning rate; what BLEU lacks, synonyms above all, and later scores have.
 """
 
 import argparse
@@ -245,8 +246,9 @@ def main() -> None:
     add("--passages", type=int, default=100, help="how many held-out passages are continued (part bleu)")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for tables and plots")
     args = parser.parse_args()
-    if args.seeds < 1 or args.steps < 1 or args.passages < 2:
-        raise utils.InputError("--seeds and --steps must be at least 1, and --passages at least 2.")
+    utils.check(args, above_zero="seeds steps batch_size block_size")
+    if args.passages < 2:
+        raise utils.InputError(f"--passages {args.passages} must be at least 2.")
     utils.check_writable(args.out)
     base = find_base(args.model)  # made or downloaded here, once
     text, text_stand_in = read_text(args.data)[1:]

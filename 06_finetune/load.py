@@ -11,7 +11,7 @@ GPT-2 can't be downloaded, how such files come to be: a small GPT-2 is pre-train
 You should see: 52 tensors with 3,737,088 numbers in the stand-in; 498,553 and 57,389 tokens of Tiny Shakespeare in its
 vocabulary of 2,000, and 301,966 and 36,059 in GPT-2's of 50,257. Pre-training the stand-in takes 150 s (two cores of an
 AMD EPYC, torch 2.15, bfloat16) and ends at 4.36 nats per token of the manual's last tenth.
-Writes: under DATA_DIR, what was downloaded or pre-trained; outputs/pretraining.png where the stand-in is made. Left out
+Writes: under DATA_DIR, what was downloaded or pre-trained; with --steps, outputs/pretraining.png. Left out
 on purpose: several texts or documents; removing duplicates from them.
 """
 
@@ -139,9 +139,9 @@ def read_text(name: str | None = None) -> tuple[str, str, bool]:
             if name:
                 raise utils.InputError(f"{error} Use --data python to work without a network.") from error
             print(error)
-            utils.notice("STAND-IN: in place of Tiny Shakespeare this run uses `python`, source code of Python's own",
-                         "library. Its figures can't be compared with Tiny Shakespeare's.")
     if name in (None, "python"):
+        utils.notice("STAND-IN: in place of Tiny Shakespeare this run uses `python`, source code of Python's own",
+                     "library. Its figures are not Tiny Shakespeare's and can't be compared with them.")
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         return "\n\n".join(file.read_text(encoding="utf-8") for file in files[:60])[:1_000_000], "python", True
     text = bpe.read_text(name)
@@ -240,7 +240,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder; without it gpt2, or the stand-in if that is out "
         "of reach")
-    add("--data", help="tinyshakespeare, python, pydocs or a text file; without it the first, or python if it is "
+    add("--data", help="tinyshakespeare, python, pydocs or a text file; without it the first, or python if that is "
         "out of reach")
     add("--sentence", default=SENTENCE, help="what to encode step by step")
     add("--steps", type=int, help=f"pre-train the stand-in anew, with so many steps (as it comes: {STAND_IN_STEPS})")
@@ -249,6 +249,7 @@ def main() -> None:
     if args.steps is not None:
         if args.model != "stand-in" or args.steps < 1:
             raise utils.InputError("--steps must be at least 1, and goes with --model stand-in, which it makes anew.")
+        utils.check_writable(args.out)
         pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps, args.out / "pretraining.png")
     if not args.sentence:
         raise utils.InputError("--sentence is empty; give one of a few words.")

@@ -148,7 +148,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--model", type=place, help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stand-in, or a folder with config.json, "
         "model.safetensors, vocab.json and merges.txt; without it gpt2, or the stand-in if that is out of reach")
     add("--data", type=place, help="tinyshakespeare, python, pydocs or a text file; without it the first, or python "
-        "if it is out of reach")
+        "if that is out of reach")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--seed", type=int, default=0, help="decides adapters, batches, dropout and samples")
@@ -195,7 +195,7 @@ def main() -> None:
     ## gradients with the others'.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
-        utils.check_writable(args.out)  # better now than in five minutes
+        utils.check_writable(args.out)
     if world > 1:
         if args.batch_size % world:
             raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
@@ -235,8 +235,8 @@ def main() -> None:
     total = utils.count_parameters(model)
     prepare(model, args, dtype)
     model.to(device).train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
                                   fused=device.type in ("cpu", "cuda"))
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_loss": math.inf}
     torch.manual_seed(args.seed + rank)  # all ranks have the same adapters by now, and need different dropout
@@ -256,17 +256,17 @@ def main() -> None:
     step_model = DistributedDataParallel(step_model) if world > 1 else step_model
 
     # sanity numbers before training
-    n_trained = utils.count_parameters(model)
+    n_trained, whole = utils.count_parameters(model), sum(p.numel() for p in model.parameters())
     if rank == 0:
         print(f"{label}: {len(train):,} tokens to train on, {len(val):,} to validate on\n"
-              f"{args.method}: {n_trained:,} trained parameters of {total + n_trained * (args.method == 'lora'):,} "
-              f"({n_trained / (total + n_trained * (args.method == 'lora')):.4%}); {args.dtype} on {device.type}; "
+              f"{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); "
+              f"{args.dtype} on {device.type}; "
               f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
         x, y = next(batches(text.train, args.block_size, args.batch_size, args.seed))
         print(f"a window:     {base.tokenizer.decode(x[0, :16].tolist())!r}\n"
               f"its targets:  {base.tokenizer.decode(y[0, :16].tolist())!r}")
         if saved:
-            print(f"resumed after step {first_step} and {seconds:.0f} s of training")
+            print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
         else:
             ## Unlike in all other chapters the model knows something already, and the loss before training is below
             ## ln V. If it is not, a wrong vocabulary is the likeliest reason.
@@ -282,7 +282,8 @@ def main() -> None:
             "script": SCRIPT, "base": base.name, "text": [text.name, len(train)], "stand_in": base.stand_in,
             "torch": str(torch.__version__), "options": utils.plain(args), "step": done, "seconds": seconds,
             "history": history, "best": best, "before": before, "losses": losses, "trained": trainable_state(model),
-            "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()})  # of the CPU; see chapter 05
+            "optimizer": optimizer.state_dict(),
+            "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
         if best["step"] == done:
             save_result(model, base, args)
 
@@ -315,7 +316,7 @@ def main() -> None:
                     part = step_model(a, targets=b) * (len(a) / len(x))  # ()
                 part.backward()
             loss += part.detach()
-        nn.utils.clip_grad_norm_(trained.values(), args.grad_clip)
+        nn.utils.clip_grad_norm_(trained, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
         losses.append(loss)
@@ -375,12 +376,6 @@ def main() -> None:
                "bits_per_character": bits(best["val_loss"]), "last_val_loss": history[-1]["val_loss"],
                "before_val_loss": before, "before_bits_per_character": bits(before), "trained_parameters": n_trained,
                "peak_memory_bytes": memory}
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=text.name, model=base.name,
-                       stand_in=base.stand_in or text.stand_in, device=device.type, seed=args.seed, seconds=seconds,
-                       parameters=total, metrics=metrics, history=history)
-    start = [{"step": 0, "val_loss": before}]
-    utils.plot_history(args.out / "history.png", start + history, ["train_loss", "val_loss"], f"{args.method}: {label}",
-                       y="nats per token")
     rows = (("guessing uniformly", math.log(V)), ("before training", before),
             (f"{args.method}, step {best['step']}", best["val_loss"]))
     print(f"\n{'':24}nats per token   perplexity   bits per character   ({label}, validation)")
@@ -392,6 +387,12 @@ def main() -> None:
     print(f"{seconds:.0f} s of training, {held}\n\nit writes:")
     after = load_result(base, args.out, args.method).to(device)  # as anybody would load it
     print(sample(after, base, args.prompt, 200, dtype, args.seed) + "\n")
+    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=text.name, model=base.name,
+                       stand_in=base.stand_in or text.stand_in, device=device.type, seed=args.seed, seconds=seconds,
+                       parameters=total, metrics=metrics, history=history)
+    start = [{"step": 0, "val_loss": before}]
+    utils.plot_history(args.out / "history.png", start + history, ["train_loss", "val_loss"], f"{args.method}: {label}",
+                       y="nats per token")
     result = "adapter/" if args.method == "lora" else "model/"
     print(f"wrote {result}, checkpoint.pt, metrics.json and history.png to {args.out}")
     warn(base, text)

@@ -1,6 +1,6 @@
 """Side by side with the usual way: ours, the peer's and the ratio, from one run on one machine.
 
-    python tests/benchmark.py                 all rows (about ten minutes on two cores)
+    python tests/benchmark.py                 all rows (half an hour on two cores, `pictures` a third of it)
     python tests/benchmark.py --rows training generation
 
 The two sides take turns (A B A B ...), so that a machine that slows down slows both; figures are medians. The peers

@@ -118,7 +118,7 @@ def test_nlinear_is_the_least_squares_solution():
     linear = pytest.importorskip("sklearn.linear_model")
     torch.manual_seed(0)
     series = torch.randn(600, C).cumsum(0) * 0.1 + torch.sin(torch.arange(600) / 4)[:, None]  # it wanders and swings
-    line = train.NLinear(series, T, P)
+    line = train.NLinear(T, P).fit(series)
     x, y = load.windows(series.double(), T, P)
     last = x[:, -1:]
     flat = lambda side: (side - last).mT.reshape(-1, side.shape[1]).numpy()  # noqa: E731
@@ -136,7 +136,7 @@ def test_nlinear_is_the_least_squares_solution():
 def test_nlinear_on_etth1_is_better_than_published(monkeypatch, horizon, published):
     monkeypatch.setattr(utils, "DATA_DIR", REAL)
     data = load.load_data("etth1", train.LINEAR_LOOKBACK, horizon)
-    line = train.NLinear(data.train, train.LINEAR_LOOKBACK, horizon)
+    line = train.NLinear(train.LINEAR_LOOKBACK, horizon).fit(data.train)
     assert published - 0.02 < train.evaluate(line, data.test, train.LINEAR_LOOKBACK, horizon)["mse"] < published
 
 
@@ -195,10 +195,24 @@ def test_segment_gru_is_nn_gru_asked_the_long_way(horizon):
 def test_the_forecast_of_segments_is_the_mean_of_its_members():
     model = small("segment").eval()
     x = torch.randn(4, T, C)
-    assert len(model.nets) == 3 and model.members(x).shape == (3, 4, P, C)
-    torch.testing.assert_close(model(x), (model.nets[0](x) + model.nets[1](x) + model.nets[2](x)) / 3)
-    line = model.nets[2]  # it starts as the mean of the window
-    torch.testing.assert_close(line(x), x.mean(1, keepdim=True).expand(-1, P, -1), atol=1e-5, rtol=1e-4)
+    model.line.fit(torch.randn(300, C).cumsum(0))
+    assert len(model.nets) == 2 and model.trained(x).shape == (2, 4, P, C)
+    torch.testing.assert_close(model(x), (model.nets[0](x) + model.nets[1](x) + model.line(x)) / 3)
+    alone = small("segment", norms=["last"], linear=False).eval()
+    torch.testing.assert_close(alone(x), alone.nets[0](x))
+
+
+def test_the_line_is_solved_before_training_saved_with_the_model_and_never_trained():
+    model = small("segment")
+    model.line.fit(torch.randn(300, C).cumsum(0))
+    solved = model.line.weight.clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.trained(torch.randn(4, T, C)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model.line.weight, solved) and solved.abs().max() > 0
+    other = small("segment")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.line.weight, solved)
 
 
 def test_segment_in_bfloat16_is_close_to_float32():
@@ -248,7 +262,7 @@ def test_no_forecast_changes_with_what_came_after_the_window():
     part = torch.randn(300, C)
     later = part.clone()
     later[200:] = torch.randn(100, C)
-    models = [small(kind).eval() for kind in KINDS] + [train.NLinear(part[:200], T, P)]
+    models = [small(kind).eval() for kind in KINDS] + [train.NLinear(T, P).fit(part[:200])]
     models += [lambda x: train.repeat_last(x, P), lambda x: train.same_hour_yesterday(x, P, 24)]
     for model in models:
         seen = []
@@ -267,7 +281,7 @@ def test_a_batch_can_be_learned_by_heart(kind):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     first = (model(x) - y).abs().mean().item()
     for _ in range(400):
-        f = model.members(x) if kind == "segment" else model(x, y)[None] if kind == "seq2seq" else model(x)[None]
+        f = model.trained(x) if kind == "segment" else model(x, y)[None] if kind == "seq2seq" else model(x)[None]
         loss = (f - y).abs().mean((1, 2, 3)).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -402,7 +416,7 @@ def test_a_long_gradient_is_cut(table, tmp_path, inside):
     torch.manual_seed(0)
     utils.set_seed(0)
     config = utils.load_checkpoint(tmp_path / "1.0" / "model.pt", train.SCRIPT)["config"]
-    for name, p in train.build("segment", config).state_dict().items():
+    for name, p in train.build("segment", config).named_parameters():
         assert torch.allclose(p, still[name], atol=1e-5) and not torch.allclose(p, moved[name], atol=1e-3), name
 
 

@@ -340,9 +340,9 @@ def test_a_resumed_run_finds_its_data_from_anywhere_and_keeps_its_options(tmp_pa
 
 
 def test_options_given_and_their_ranges(monkeypatch):
-    parser = argparse.ArgumentParser()
+    parser = utils.parser("What it does.\n\nMore of it.")
     for name in ("--lr", "--decay", "--dropout"):
-        parser.add_argument(name, type=float)
+        parser.add_argument(name, type=float, help="a number")
     parser.add_argument("--flag", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("words", nargs="*")
     parser.set_defaults(lr=0.1, dropout=0.0)
@@ -350,6 +350,8 @@ def test_options_given_and_their_ranges(monkeypatch):
     args, given = utils.parse(parser)
     assert (args.lr, args.decay, args.dropout, args.flag, args.words) == (0.1, 0.0, 0.0, False, [])
     assert given == {"decay": 0.0, "flag": False}
+    text = parser.format_help()
+    assert "What it does." in text and "More" not in text and "a number (default: 0.1)" in text and "None" not in text
     ranges = dict(above_zero="lr", not_negative="decay", shares="dropout")
     utils.check(args, **ranges)
     args.decay = None  # not given, and without a default
