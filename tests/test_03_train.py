@@ -440,6 +440,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(table, tmp_path
         (["--teacher-forcing", 2], "--teacher-forcing 2.0"),
         (["--teacher-forcing", 1], "for --model seq2seq"),
         (["--model", "lstm", "--segment", 24], "for --model segment"),
+        (["--model", "lstm", "--dtype", "bfloat16"], "for --model segment, not for lstm"),
         (["--model", "lstm", "--norm", "last", "mean"], "takes one"),
         (["--data", "TABLE", "--lookback", 48, "--segment", 49], "--segment 49"),
         (["--data", "TABLE", "--lookback", 48, "--hidden", 7], "--hidden"),
