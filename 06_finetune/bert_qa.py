@@ -12,7 +12,7 @@ a text longer than the model is read in overlapping windows; and how an answer i
 
 You should see (--data templates with MiniLM's weights; torch 2.15, bfloat16, one core of an AMD EPYC; seed 0), exact
 match and F1 on the test questions, in %, and seconds of training:
-    the best overlap of words                      3.7    13.0
+    word overlap                                   3.7    13.0
     full, 22,566,146 trained weights              96.3    96.8     306
     lora, 74,498 trained weights                  91.3    92.4     332
     head, 770 trained weights                     14.0    17.8     203
