@@ -331,6 +331,8 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
     ## each time learns from what lies before and is judged by what comes next, is worth more than one that was best
     ## once (rolling origins, Tashman 2000). And the test part stays out of it.
     """
+    if earlier < 0:
+        raise utils.InputError(f"--earlier {earlier} must be at least 0.")
     train_end, val_end, test_end = (end - earlier for end in split(table))
     N_train, N_val, N_test = train_end, val_end - train_end, test_end - val_end
     if N_train < lookback + horizon or min(N_val, N_test) < horizon:

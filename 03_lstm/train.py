@@ -376,7 +376,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     parser.set_defaults(**MODELS[parser.parse_known_args()[0].model])
     args, given = utils.parse(parser)
     utils.check(args, above_zero="horizon lookback hidden epochs batch_size lr grad_clip patience",
-                not_negative="weight_decay earlier", shares="dropout")
+                not_negative="weight_decay", shares="dropout")
     if not 0 <= args.teacher_forcing <= 1:
         raise utils.InputError(f"--teacher-forcing {args.teacher_forcing} must be from 0 to 1.")
     if args.model != "segment" and len(args.norm) > 1:

@@ -462,7 +462,7 @@ def test_experiment_runs_every_part(tmp_path):
         assert row["std"] == pytest.approx(np.std(row["accuracy"], ddof=1)) and row["name"] in out
     assert (tmp_path / "o" / "experiment.png").stat().st_size > 1000
     out = run("experiment.py", "--data", tmp_path / "data", "--seeds", 0, "--out", tmp_path / "o", code=1)
-    assert "--seeds must be at least 1" in out
+    assert "--seeds 0 must be greater than zero" in out
 
 
 def test_plain_and_residual_networks_have_the_same_weights_and_differ_by_the_skip():

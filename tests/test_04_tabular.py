@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import itertools
+import os
 import sys
 
 import numpy as np
@@ -844,7 +845,11 @@ def test_a_model_of_a_csv_file_needs_that_file(tmp_path, monkeypatch, capsys):
     assert "00103" in out and "(missing)" in out
     assert "probability of sold yes" in call(monkeypatch, capsys, load_model, *options, "--data", path, "--person",
                                              "zip=00103, color=?")
-    assert "say where that file is with --data" in call(monkeypatch, capsys, load_model, *options, code=1)
+    assert "(missing)" in call(monkeypatch, capsys, load_model, *options, "--by", "color")  # found where it was
+    moved = tmp_path / "moved.csv"
+    os.rename(path, moved)
+    assert "say where it is with --data" in call(monkeypatch, capsys, load_model, *options, code=1)
+    assert "(missing)" in call(monkeypatch, capsys, load_model, *options, "--data", moved, "--by", "color")
     other = write(tmp_path / "b.csv", *shop(300, seed=1))
     assert "is not the table that the model was trained on; give a.csv" in call(
         monkeypatch, capsys, load_model, *options, "--data", other, code=1)

@@ -142,5 +142,5 @@ def test_the_part_bleu_of_the_script(small, tmp_path, monkeypatch, capsys):
     assert "6 held-out passages" in text and all(name in text for name in rows)
     for bad in (["--passages", 1], ["--passages", 0]):
         monkeypatch.setattr("sys.argv", ["experiment.py", *map(str, [*options, *bad])])
-        with pytest.raises(utils.InputError, match="--passages at least 2"):
+        with pytest.raises(utils.InputError, match="--passages . must be at least 2"):
             experiment.main()

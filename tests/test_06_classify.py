@@ -557,7 +557,7 @@ def test_the_script_as_a_user_runs_it_with_stand_ins(small, tmp_path, runs):
                "--epochs", "1", "--batch-size", "256", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("STAND-IN") == 2 and "of stand-ins (reviews)" in done.stdout
+    assert done.stdout.count("STAND-IN") == 3 and "of stand-ins (reviews)" in done.stdout
     assert "stand-in, on templates, stand-in: 3,000 / 500 / 500 texts" in done.stdout
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["stand_in"] is True
     assert "STAND-IN" in call("so what", "--out", tmp_path / "out")

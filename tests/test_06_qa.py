@@ -537,7 +537,7 @@ def test_the_script_as_a_user_runs_it_with_stand_ins(small, tmp_path):
     done = subprocess.run([sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True, env=env,
                           timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("STAND-IN") == 2 and "stand-in, on templates, stand-in" in done.stdout
+    assert done.stdout.count("STAND-IN") == 3 and "stand-in, on templates, stand-in" in done.stdout
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["stand_in"] and found["data"] == "templates" and found["model"] == "stand-in"
     assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["stand_in"] == 1

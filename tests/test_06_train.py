@@ -112,7 +112,7 @@ def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path,
               env={"DATA_DIR": str(tmp_path)})
     folder = tmp_path / "gpt2-stand-in"
     assert {p.name for p in folder.iterdir()} == {"config.json", "merges.txt", "model.safetensors", "vocab.json"}
-    assert "h.3.mlp.c_proj.weight" in out and "wpe.weight" in out and out.count("STAND-IN") == 2
+    assert "h.3.mlp.c_proj.weight" in out and "wpe.weight" in out and out.count("STAND-IN") == 3
     assert (tmp_path / "out" / "pretraining.png").exists()
     reference, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
