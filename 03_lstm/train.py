@@ -60,9 +60,10 @@ LINEAR_LOOKBACK = 336  # NLinear's, as published
 ## also says what no test figure would: across seasons the line alone is as good as this model, to within 0.3 %.
 ## The test part's own season likes the nets better. Before, this file's default was `last`, `revin` and a trained line,
 ## with 5 epochs up to 336 rows ahead and 3 beyond: .3499, .3892, .4169 and .4313. Of that, the epochs and keeping the
-## last weights had been decided with test figures in view, and validation has .800 for it. A first rule, three seasons
-## of nets and the trained line, named revin and that line (.3512 .3941 .4233 .4302); one that let lines be two of three
-## members named revin and exact lines over one and two weeks (.3597 .3977 .4259 .4332).
+## last weights had been decided with test figures in view, and validation has .800 for it. Nor is this the first rule.
+## One of three seasons named revin and the trained line (.3512 .3941 .4233 .4302); one of five, in which lines might be
+## two of three members, revin and exact lines over one and two weeks (.3597 .3977 .4259 .4332). That the lines may be
+## half at most was decided after that.
 MODELS = {
     "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["revin"], linear=True,
                     teacher_forcing=0.0, epochs=3, batch_size=32, lr=1e-3, keep="last"),

@@ -322,6 +322,74 @@ def pictures() -> None:
             row(f"02 {name} training, pictures/s", ours, theirs, note)
 
 
+class Windows(torch.utils.data.Dataset):
+    """Windows one by one, cut from the series as the published forecasting code does."""
+
+    def __init__(self, series: torch.Tensor, lookback: int, horizon: int):
+        self.series, self.lookback, self.horizon = series.numpy(), lookback, horizon
+
+    def __len__(self) -> int:
+        return len(self.series) - self.lookback - self.horizon + 1
+
+    def __getitem__(self, i: int):
+        middle = i + self.lookback
+        return self.series[i:middle], self.series[middle : middle + self.horizon]
+
+
+class UsualSegRNN(torch.nn.Module):
+    """SegRNN as its authors build it: nn.GRU for both halves, the state and the places repeated for each other."""
+
+    def __init__(self, channels: int, horizon: int, segment: int, hidden: int, dropout: float):
+        super().__init__()
+        self.segment, self.Q = segment, horizon // segment
+        self.embed = torch.nn.Sequential(torch.nn.Linear(segment, hidden), torch.nn.ReLU())
+        self.rnn = torch.nn.GRU(hidden, hidden, batch_first=True)
+        self.place = torch.nn.Parameter(torch.randn(self.Q, hidden // 2))
+        self.channel = torch.nn.Parameter(torch.randn(channels, hidden // 2))
+        self.out = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(hidden, segment))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        level, spread = x.mean(1, keepdim=True), x.std(1, keepdim=True, correction=0) + 1e-3
+        z = ((x - level) / spread).permute(0, 2, 1).reshape(B * C, -1, self.segment)
+        _, h = self.rnn(self.embed(z))  # (1, B C, M)
+        asked = torch.cat([self.place.repeat(C, 1), self.channel.repeat_interleave(self.Q, 0)], 1)  # (C Q, M)
+        h = h.repeat_interleave(self.Q, 1)  # (1, B C Q, M)
+        _, h = self.rnn(asked.repeat(B, 1)[:, None], h)
+        y = self.out(h[0]).view(B, C, -1).permute(0, 2, 1)  # (B, P, C)
+        return y * spread + level
+
+
+def forecasting(horizon: int = 96, steps: int = 40) -> None:
+    """Windows per second in training of chapter 03's default net, on a stand-in of ETTh1's size."""
+    lstm_load, lstm_train = chapter("03_lstm", "load", "train")
+    recipe = lstm_train.MODELS["segment"]
+    T, batch = recipe["lookback"], recipe["batch_size"]
+    data = lstm_load.load_data("station", T, horizon)
+    inputs, targets = lstm_load.windows(data.train, T, horizon)
+    C, shape = inputs.shape[2], {name: recipe[name] for name in ("segment", "hidden", "dropout")}
+    config = dict(channels=C, horizon=horizon, lookback=T, norms=recipe["norm"], linear=False)
+    model = lstm_train.build("segment", config | shape)
+    lstm_train.set_dtype(model, str(utils.pick_dtype(torch.device("cpu"))).removeprefix("torch."))
+    peer = UsualSegRNN(C, horizon, **shape)
+
+    def once(batches, module, optimizer):
+        start = time.perf_counter()
+        for _, (x, y) in zip(range(steps), batches):
+            optimizer.zero_grad()
+            (module(x) - y).abs().mean().backward()
+            optimizer.step()
+        return steps * batch / (time.perf_counter() - start)
+
+    rows = lstm_train.batches(len(inputs), batch, 0)
+    loader = DataLoader(Windows(data.train, T, horizon), batch, shuffle=True)
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=True), torch.optim.AdamW(peer.parameters())]
+    ours, theirs = alternate(lambda: once(((inputs[some], targets[some]) for some in rows), model, optimizers[0]),
+                             lambda: once(loader, peer, optimizers[1]), 7)
+    row("03 windows per second in training", ours, theirs, f"the same net and batch {batch}; nn.GRU twice, DataLoader, "
+        "float32")
+
+
 def gpt2_folder(folder: Path) -> None:
     """Random weights of GPT-2's 124 M shape, and an adapter of rank 8 for c_attn, in the files of hub and PEFT."""
     gpt2, lora = chapter("06_finetune", "gpt2", "lora")
@@ -581,6 +649,7 @@ def row(name: str, ours: float, peer: float, note: str, lower: bool = False) -> 
 ROWS = {
     "epoch": epoch,
     "pictures": pictures,
+    "forecasting": forecasting,
     "training": training,
     "attention": attention,
     "generation": generation,
