@@ -10,8 +10,8 @@ share out a probability among the values that made it; and that one accuracy can
 
 You should see (Adult, test rows, after train.py with seed 0): accuracy .8756 and F1 .718 at threshold 0.5, .8655 and
 .726 at 0.40, which validation chose for F1; probabilities off by 0.6 % on average; accuracy .844 for men and .940 for
-women, of whom 30 % and 11 % are above 50K; capital-gain and marital-status moving AUC
-most (validation rows); 72 % for the person above.
+women, of whom 30 % and 11 % are above 50K; capital-gain and marital-status moving AUC most (validation rows); 72 % for
+the person above.
 Writes to outputs/: curves.png, importance.png, embeddings.png; with --person: person.png. Left out on purpose: making
 a model fair; this only shows where it is not.
 """

@@ -16,7 +16,7 @@ Each run replaces the one before; name another folder with --out to keep both.
 You should see (SST-2, the 1,821 test sentences; torch 2.15, bfloat16, one core of an AMD EPYC; seeds 0, 1, 2), mean ±
 standard deviation, in %; then validation accuracy, seconds of training and GB of memory:
                           trained weights    accuracy        F1        validation     seconds    GB
-    majority class                    49.92
+    majority class                             49.92
     bag of words                               81.66        81.89
     full                        22,566,146   89.42 ± 0.27    89.44 ± 0.22    89.11     410 to 440     2.5
     lora                           664,322   89.49 ± 0.11    89.49 ± 0.08    88.30     418 to 503     2.8
@@ -620,8 +620,8 @@ def main() -> None:
 
 
 ## Try this. Each was run once (SST-2, seed 0, one core), test accuracy; as it is, LoRA: 89.62 %; --method full: 89.29.
-##   --lora-targets query value        87.97 %   148,226 trained weights, not 664,322: in how many matrices matters
-##   --method full --adversarial 0     88.69 %   without the push, in about half of the time
+##   --lora-targets query value        87.97 %   148,226 trained weights instead of 664,322
+##   --method full --adversarial 0     88.69 %   without the push
 ##   --method full --epochs 1          86.88 %   one pass is most of the way
 ##   --method head --pooling cls       76.06 %   MiniLM was trained for the mean (80.29), not for [CLS]
 

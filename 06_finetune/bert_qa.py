@@ -665,7 +665,7 @@ def main() -> None:
 
 
 ## Try this. Each was run once (templates, seed 0, one core), test EM and F1; as it is, every weight: 96.3 and 96.8.
-##   --epochs 2      91.7 and 92.0   half of the time, and most of it is there
+##   --epochs 2      91.7 and 92.0   half of the steps, and most of it is there
 ##   --limit 500     85.0 and 86.4   learned from 500 questions
 ##   --lr 2e-5       62.0 and 67.0   the rate usual for BERT, which is wider and saw more questions
 
