@@ -50,8 +50,8 @@ SCRIPT = "03_lstm/train.py"
 LINEAR_LOOKBACK = 336  # NLinear's, as published
 ## What suits each model. A recurrent step takes time however little it computes, so the two that step hour by hour look
 ## back a week, and the one that steps two days at a time a month.
-## The segment model's members were chosen on ETTh1 by validation alone, in five seasons (--earlier 0, 720, 1440, 2160
-## and 2880; seed 0, three epochs), by the geometric mean of the error over these and the papers' four horizons:
+## The segment model's members were chosen by validation alone (tests/seasons.py) in five seasons of ETTh1 (--earlier 0,
+## 720, 1440, 2160 and 2880; seed 0, three epochs), by the geometric mean of the error over these and four horizons:
 ##     revin, exact line                 .790        exact line alone (NLinear, 336)     .792
 ##     revin, dropout 0.7, exact line    .790        trained line alone (720 hours)      .806
 ##     revin and last, exact line        .795        revin alone                         .837
