@@ -354,11 +354,21 @@ def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu")
 
 def load_weights(model: torch.nn.Module, saved: dict, path: Path) -> None:
     """Put the weights that the checkpoint `saved`, read from path, holds into model; another model's: InputError."""
+    rebuild(lambda: model, saved, path)
+
+
+def rebuild(build: Callable[[], torch.nn.Module], saved: dict, path: Path) -> torch.nn.Module:
+    """The model that build() makes from what `saved`, read from path, says of it, with its weights; else InputError.
+
+    ## A file that another version of the script wrote may lack an option of the model, or name one that is gone.
+    """
     try:
+        model = build()
         model.load_state_dict(saved["model"])
-    except RuntimeError as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{path} is of another model than {saved['script']} builds; make a new one with: python "
                          f"{saved['script']}") from error
+    return model
 
 
 def save_metrics(path: Path, **fields) -> None:

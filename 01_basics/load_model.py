@@ -215,8 +215,7 @@ def main() -> None:
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     saved = utils.load_checkpoint(args.model, SCRIPT, device)
-    model = SimpleNN(**saved["config"]).to(device)
-    utils.load_weights(model, saved, args.model)
+    model = utils.rebuild(lambda: SimpleNN(**saved["config"]), saved, args.model).to(device)
     trained_on = saved["data"] + ", stand-in" * saved["stand_in"]
     if saved["stand_in"] and (args.image or args.data not in (None, saved["data"])):  # else load_data says so
         utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on MNIST.")

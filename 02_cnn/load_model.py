@@ -33,9 +33,8 @@ from train import SCRIPT, ResNet, Simple, build, predict  # noqa: E402
 def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """Rebuild the network that train.py saved; also return the checkpoint, for its classes and its data."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
-    model = build(saved["config"], saved["mean"], saved["std"]).to(device)
-    utils.load_weights(model, saved, path)
-    return model.eval(), saved
+    model = utils.rebuild(lambda: build(saved["config"], saved["mean"], saved["std"]), saved, path)
+    return model.to(device).eval(), saved
 
 
 # ---------------------------------------------------------------------------------------------- counting

@@ -282,6 +282,7 @@ def squared_errors(forecast, part: Tensor, lookback: int, horizon: int) -> Tenso
 
 @torch.no_grad()  # no autograd: every gradient here is our own
 def main() -> None:
+    utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if that is out of reach")

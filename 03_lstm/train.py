@@ -276,13 +276,8 @@ def build(model: str, config: dict) -> nn.Module:
 def load_forecaster(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """The model in a model.pt, ready to forecast scaled windows (B, T, C) -> (B, P, C), and all else the file holds."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
-    try:
-        model = build(saved["kind"], saved["config"]).to(device)
-    except (KeyError, TypeError) as error:
-        raise utils.InputError(f"{path} is of a model that {SCRIPT} does not know; make a new one with: python {SCRIPT}"
-                               ) from error
-    utils.load_weights(model, saved, path)
-    return model.eval(), saved
+    model = utils.rebuild(lambda: build(saved["kind"], saved["config"]), saved, path)
+    return model.to(device).eval(), saved
 
 
 # ---------------------------------------------------------------------------------------------- baselines

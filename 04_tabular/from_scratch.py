@@ -277,6 +277,7 @@ def measure(z: Tensor, y: Tensor) -> tuple[float, float, float]:
 
 
 def main() -> None:
+    utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")

@@ -33,15 +33,14 @@ from load import logistic_baseline, read_csv, roc_auc  # noqa: E402
 from train import SCRIPT, TabularNet, measures, predict  # noqa: E402
 
 # Shapes: N rows, F numeric columns, K category columns, C = F + K columns, G groups of columns, S samples, V values of
-#         one column, E members, D width of an embedding
+#         one column, E members, D width of an embedding, T thresholds
 
 
 def load_tabular(path: Path, device: torch.device) -> tuple[TabularNet, dict]:
     """Rebuild the model that train.py saved; also return the checkpoint, for its schema and data name."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
-    model = TabularNet(**saved["config"]).to(device)
-    utils.load_weights(model, saved, path)
-    return model.eval(), saved
+    model = utils.rebuild(lambda: TabularNet(**saved["config"]), saved, path)
+    return model.to(device).eval(), saved
 
 
 def data_of(saved: dict, path: str | None) -> Data:

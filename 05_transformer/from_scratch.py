@@ -180,6 +180,7 @@ def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) ->
 
 
 def main() -> None:
+    utils.keep_memory()
     parser = utils.parser(__doc__)
     add = parser.add_argument
     add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of "

@@ -32,9 +32,8 @@ from train import GPT, SCRIPT, norm, rotary_tables, rotate  # noqa: E402
 def load_gpt(path: Path, device: torch.device) -> tuple[GPT, dict]:
     """Rebuild the model that train.py saved; also return the checkpoint, for its vocab and data name."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
-    model = GPT(**saved["config"]).to(device)
-    utils.load_weights(model, saved, path)
-    return model.eval(), saved
+    model = utils.rebuild(lambda: GPT(**saved["config"]), saved, path)
+    return model.to(device).eval(), saved
 
 
 # ---------------------------------------------------------------------------------------------- sampling

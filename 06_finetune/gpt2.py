@@ -328,20 +328,20 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return torch.empty_like(logits).scatter_(-1, order, values)
 
 
-def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
          generator: torch.Generator | None = None) -> int:
     """One token id from logits (V,). temperature 0 is greedy: always the likeliest."""
     if temperature == 0:
         return logits.argmax().item()
     logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
     logits = logits if top_k is None else keep_top_k(logits, top_k)
-    logits = logits if top_p >= 1 else keep_top_p(logits, top_p)
+    logits = logits if top_p is None else keep_top_p(logits, top_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).item()
 
 
 @torch.inference_mode()
 def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float = 1.0, stop: int | None = None, cache: bool = True,
+             top_p: float | None = None, stop: int | None = None, cache: bool = True,
              generator: torch.Generator | None = None) -> Iterator[int]:
     """Yield up to `length` ids that continue ids (at least one), until `stop` is drawn.
 

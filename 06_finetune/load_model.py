@@ -126,7 +126,7 @@ def main() -> None:
     add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as the model believes; above "
         "that: wilder")
     add("--top-k", type=int, help="draw from the k likeliest only")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to p only")
+    add("--top-p", type=float, help="draw from the likeliest that sum to p only")
     add("--no-cache", action="store_true", help="compute everything again for every token, to see the difference")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
     add("--layer", type=int, default=0, help="whose heads are drawn")
@@ -135,10 +135,9 @@ def main() -> None:
     add("--seed", type=int, default=0, help="decides what is drawn")
     add("--out", type=Path, default=OUTPUTS, help="folder for the plot, and of what train.py wrote")
     args = parser.parse_args()
-    top_k = 1 if args.top_k is None else args.top_k
-    if args.length < 1 or not 0 <= args.temperature < 1e6 or top_k < 1 or not 0 < args.top_p <= 1:
-        raise utils.InputError("--length and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and "
-                               "at most 1.")
+    utils.check(args, above_zero="length top_k top_p", not_negative="temperature")
+    if args.top_p is not None and args.top_p > 1:
+        raise utils.InputError(f"--top-p {args.top_p} must be at most 1.")
     utils.set_seed(args.seed)
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)

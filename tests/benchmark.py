@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from conftest import ROOT, chapter
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import transforms
+from torchvision import datasets, transforms
 
 import utils
 
@@ -243,14 +243,17 @@ def epoch() -> None:
     model, peer = mlp_train.SimpleNN(), mlp_train.SimpleNN()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     peer_optimizer = torch.optim.AdamW(peer.parameters())
+    # The class that the usual loop reads MNIST with, holding our pictures: __init__ would look for files.
+    usual_set = datasets.MNIST.__new__(datasets.MNIST)
+    usual_set.data, usual_set.targets, usual_set.transform, usual_set.target_transform = x, y, usual, None
     for workers in (0, 2):
-        loader = DataLoader(Pictures(x[:, None], y, usual), 64, shuffle=True, num_workers=workers)
+        loader = DataLoader(usual_set, 64, shuffle=True, num_workers=workers)
         ours, theirs = alternate(
             lambda: once(mlp_train.epoch_batches(normal, y, 64, 0), model, optimizer),
             lambda loader=loader: once(loader, peer, peer_optimizer),
             3,
         )
-        note = f"same model and batch 64; DataLoader, {workers} workers, ToTensor, Normalize"
+        note = f"same model and batch 64; torchvision's MNIST, DataLoader, {workers} workers, ToTensor, Normalize"
         row("01 seconds of one epoch", ours, theirs, note, lower=True)
 
 

@@ -627,9 +627,9 @@ def test_draw_draws_from_transformers_distribution(monkeypatch, temperature, k, 
 def test_frequencies_of_draw_follow_the_softmax():
     logits, n = torch.tensor([1.0, -1.0, 0.0, 2.0, -math.inf]), 2000
     generator = torch.Generator().manual_seed(0)
-    for temperature, top_k, top_p in ((1.0, None, 1.0), (2.0, None, 1.0), (2.0, 3, 1.0), (1.0, None, 0.9)):
+    for temperature, top_k, top_p in ((1.0, None, None), (2.0, None, None), (2.0, 3, None), (1.0, None, 0.9)):
         chances = (logits / temperature).softmax(-1)
-        if top_k or top_p < 1:  # here both leave 3, 0 and 2
+        if top_k or top_p:  # here both leave 3, 0 and 2
             chances[1] = 0
         chances = chances / chances.sum()
         counts = torch.zeros(5)

@@ -372,6 +372,20 @@ def test_weights_of_another_model_are_an_error():
         utils.load_weights(other, saved, "c.pt")
 
 
+@pytest.mark.parametrize("config", [{"in_features": 2, "widths": 3}, {"in_features": 2}, {"out_features": "many"}])
+def test_a_model_whose_options_are_those_of_another_version_is_refused(config):
+    saved = {"model": torch.nn.Linear(2, 3).state_dict(), "config": config, "script": "s.py"}
+    with pytest.raises(utils.InputError, match="c.pt is of another model than s.py builds; .* python s.py"):
+        utils.rebuild(lambda: torch.nn.Linear(**saved["config"]), saved, "c.pt")
+
+
+def test_a_model_is_rebuilt_from_its_options_with_its_weights():
+    layer = torch.nn.Linear(2, 3)
+    saved = {"model": layer.state_dict(), "config": {"in_features": 2, "out_features": 3}, "script": "s.py"}
+    again = utils.rebuild(lambda: torch.nn.Linear(**saved["config"]), saved, "c.pt")
+    assert torch.equal(again.weight, layer.weight) and torch.equal(again.bias, layer.bias)
+
+
 def test_signals_leave_a_note_until_they_are_restored():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     caught, restore = utils.catch_signals()
