@@ -28,7 +28,6 @@ Left out on purpose: calendar features, which the published figures do without; 
 """
 
 import argparse
-import itertools
 import math
 import sys
 import time
@@ -66,8 +65,8 @@ LINEAR_LOOKBACK = 336  # NLinear's, as published
 ## two of three members, revin and exact lines over one and two weeks (.3597 .3977 .4259 .4332). That the lines may be
 ## half at most was decided after that.
 MODELS = {
-    "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["revin", "last"], linear=True,
-                    teacher_forcing=0.0, epochs=5, batch_size=32, lr=1e-3, keep="last"),
+    "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["revin"], linear=True,
+                    teacher_forcing=0.0, epochs=3, batch_size=32, lr=1e-3, keep="last"),
     "lstm": dict(lookback=168, segment=0, hidden=128, dropout=0.2, norm=["last"], linear=False,
                  teacher_forcing=0.0, epochs=10, batch_size=32, lr=2e-3, keep="best"),
     "seq2seq": dict(lookback=168, segment=0, hidden=128, dropout=0.2, norm=["last"], linear=False,
@@ -247,10 +246,10 @@ class NLinear(nn.Module):
 
 
 class SegmentRNN(nn.Module):
-    """A weighted mean of members: one SegmentGRU for each way to bring windows to a level, and perhaps a line.
+    """The mean of several members: one SegmentGRU for each way to bring windows to a level, and perhaps a line.
 
-    ## Forecasts that go wrong in different ways are better averaged than chosen from, and a net and a straight line do go
-    ## wrong in different ways. How much each may say is decided by its errors on validation (Bates & Granger 1969).
+    ## Forecasts that go wrong in different ways are better averaged than chosen from (Bates & Granger 1969), and a net
+    ## and a straight line do go wrong in different ways.
     """
 
     def __init__(self, channels: int, lookback: int, horizon: int, segment: int, hidden: int, dropout: float,
@@ -259,50 +258,14 @@ class SegmentRNN(nn.Module):
         self.nets = nn.ModuleList(SegmentGRU(channels, lookback, horizon, segment, hidden, dropout, norm)
                                   for norm in norms)
         self.line = NLinear(min(lookback, LINEAR_LOOKBACK), horizon) if linear else None
-        self.lookback, E = lookback, len(norms) + linear
-        self.register_buffer("weights", torch.full((E,), 1 / E))  # until validation has been asked: all alike
 
     def trained(self, x: Tensor) -> Tensor:
         """What each of the nets forecasts: (B, T, C) -> (E, B, P, C)."""
         return torch.stack([net(x) for net in self.nets])
 
-    def members(self, x: Tensor) -> Tensor:
-        """What nets and line forecast: (B, T, C) -> (E, B, P, C)."""
-        return self.trained(x) if self.line is None else torch.cat([self.trained(x), self.line(x)[None]])
-
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tensordot(self.weights, self.members(x), 1)  # (B, P, C)
-
-    @torch.no_grad()
-    def weigh(self, part: Tensor) -> None:
-        """Set the weights so that the MSE over all windows of part (N, C) is as small as it can be."""
-        self.eval()
-        G = torch.zeros(len(self.weights), len(self.weights), dtype=torch.float64)
-        for x, y in zip(*(side.split(512) for side in windows(part, self.lookback, self.nets[0].horizon))):
-            e = (self.members(x) - y).flatten(1)  # (E, B P C)
-            G += (e @ e.T).cpu().double()
-        self.weights.copy_(best_weights(G))
-
-
-def best_weights(G: Tensor) -> Tensor:
-    """Weights (E,), none below 0, sum 1, of the mean with the smallest error. G (E, E): sums of e_i e_j, e the errors.
-
-    ## As the weights w sum to 1, the weighted mean's error is the weighted mean of the errors, so that its square is
-    ##     w^T G w        smallest at    w = G^-1 1 / (1^T G^-1 1)
-    ## There a member may get a weight below 0: a bet that it will be wrong in the same way again. So of all groups of
-    ## members whose own best weights are at least 0, the best one speaks, and the others are silent.
-    """
-    best, lowest = torch.full((len(G),), 1 / len(G), dtype=G.dtype), math.inf
-    for n in range(1, len(G) + 1):
-        for some in itertools.combinations(range(len(G)), n):
-            g = G[some, :][:, some]  # (n, n)
-            w = torch.linalg.pinv(g).sum(1)  # G^-1 1; pinv, since two members may be one and the same
-            w = w / w.sum()
-            error = w @ g @ w
-            if (w >= 0).all() and error < lowest:
-                best, lowest = torch.zeros_like(best), error
-                best[list(some)] = w
-    return best
+        members = [*self.trained(x)] if self.line is None else [*self.trained(x), self.line(x)]
+        return torch.stack(members).mean(0)
 
 
 def build(model: str, config: dict) -> nn.Module:
@@ -535,8 +498,6 @@ def main() -> None:
         if due or interrupted:
             seconds += time.perf_counter() - begun
             if due:
-                if args.model == "segment":
-                    model.weigh(val)
                 figures = evaluate(model, val, T, P)
                 row = {"step": done, "epoch": done // per_epoch, "seconds": seconds,
                        f"train_{args.loss}": torch.stack(losses).sum().item() / len(inputs)} | {
@@ -570,9 +531,6 @@ def main() -> None:
         print(f"{name:40}" + "".join(f"{value:10.4f}" for value in figures.values()))
     if data.noise_floor is not None:
         print(f"{'the best possible forecast':40}{data.noise_floor:10.4f}")
-    if args.model == "segment":
-        names = [*args.norm, *["line"] * args.linear]
-        print("weights: " + ", ".join(f"{name} {w:.2f}" for name, w in zip(names, model.weights.tolist())))
     print(f"{seconds:.0f} s of training")
     metrics = {f"test_{name}": value for name, value in ours.items()} | {
         "val_mse": best["val_mse"], "best_epoch": best["epoch"], "noise_floor": data.noise_floor,

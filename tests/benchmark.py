@@ -364,14 +364,14 @@ class UsualSegRNN(torch.nn.Module):
 
 
 def forecasting(horizon: int = 96, steps: int = 40) -> None:
-    """Windows per second in training of a net of chapter 03's default model, on a stand-in of ETTh1's size."""
+    """Windows per second in training of chapter 03's default net, on a stand-in of ETTh1's size."""
     lstm_load, lstm_train = chapter("03_lstm", "load", "train")
     recipe = lstm_train.MODELS["segment"]
     T, batch = recipe["lookback"], recipe["batch_size"]
     data = lstm_load.load_data("station", T, horizon)
     inputs, targets = lstm_load.windows(data.train, T, horizon)
     C, shape = inputs.shape[2], {name: recipe[name] for name in ("segment", "hidden", "dropout")}
-    config = dict(channels=C, horizon=horizon, lookback=T, norms=["revin"], linear=False)
+    config = dict(channels=C, horizon=horizon, lookback=T, norms=recipe["norm"], linear=False)
     model = lstm_train.build("segment", config | shape)
     lstm_train.set_dtype(model, str(utils.pick_dtype(torch.device("cpu"))).removeprefix("torch."))
     peer = UsualSegRNN(C, horizon, **shape)

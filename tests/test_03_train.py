@@ -202,38 +202,6 @@ def test_the_forecast_of_segments_is_the_mean_of_its_members():
     torch.testing.assert_close(alone(x), alone.nets[0](x))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_weights_are_the_best_that_sum_to_one_and_none_is_negative(seed):
-    optimize = pytest.importorskip("scipy.optimize")
-    torch.manual_seed(seed)
-    model = small("segment", norms=["last", "revin", "mean"]).eval()
-    part = torch.randn(300, C).cumsum(0)
-    model.line.fit(part[:150])
-    for k, net in enumerate(model.nets):  # from useless to useful, so that some get nothing
-        net.out.weight.data *= 4.0 * ((k + seed) % 3)
-    model.weigh(part)
-    x, y = load.windows(part, T, P)
-    with torch.no_grad():
-        f, y = model.members(x).flatten(1).double().numpy(), y.flatten().double().numpy()
-        torch.testing.assert_close(model(x).flatten().double().numpy(), model.weights.numpy() @ f, atol=1e-5, rtol=1e-5)
-    mse = lambda w: ((w @ f - y) ** 2).mean()  # noqa: E731
-    theirs = optimize.minimize(mse, np.full(4, 0.25), method="SLSQP", bounds=[(0, 1)] * 4, tol=1e-12,
-                               constraints={"type": "eq", "fun": lambda w: w.sum() - 1})
-    w = model.weights.numpy()
-    assert w.min() >= 0 and w.sum() == pytest.approx(1, abs=1e-6)
-    assert mse(w) <= mse(theirs.x) * (1 + 1e-6) and np.abs(w - theirs.x).max() < 1e-3
-
-
-def test_weights_are_set_where_members_are_one_and_the_same_or_just_one():
-    model = small("segment", norms=["last", "last"], linear=False)
-    model.nets[1].load_state_dict(model.nets[0].state_dict())
-    model.weigh(torch.randn(200, C))
-    assert model.weights.sum().item() == pytest.approx(1) and (model.weights >= 0).all()
-    alone = small("segment", norms=["last"], linear=False)
-    alone.weigh(torch.randn(200, C))
-    assert alone.weights.tolist() == [1.0]
-
-
 def test_the_line_is_solved_before_training_saved_with_the_model_and_never_trained():
     model = small("segment")
     model.line.fit(torch.randn(300, C).cumsum(0))
