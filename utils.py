@@ -258,7 +258,8 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
     if wrong:
         raise InputError(f"{wrong} sent a file with the wrong hash for {path.name}; nothing was kept, so try again "
                          f"later or put the right file at {path} yourself.")
-    raise ConnectionError(f"{path.name} could not be downloaded ({'; '.join(dict.fromkeys(failures))}).")
+    raise ConnectionError(f"{path.name} could not be downloaded ({'; '.join(dict.fromkeys(failures))}); its place, if "
+                          f"you fetch it elsewhere, is {path}.")
 
 
 def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:

@@ -83,7 +83,7 @@ def read_mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             if "corrupted" in str(error):
                 raise utils.InputError("a mirror sent files that are not MNIST's; nothing was kept, so try again later "
                                        "or put the right ones into " + str(folder)) from error
-            raise ConnectionError("MNIST could not be downloaded; by hand: its four files, from "
+            raise ConnectionError("MNIST could not be downloaded; by hand: its four files, unpacked, from "
                                   f"{MNIST.mirrors[0]}, into {folder}.") from error
         finally:
             socket.setdefaulttimeout(None)
