@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -53,7 +55,10 @@ def run(main) -> None:
         sys.exit(1)
     except InputError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        ## A GPU's allocator has an error of its own; a CPU's only a sentence, in which it names itself.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
         sys.exit("error: the device ran out of memory; try a smaller --batch-size, or what else --help says of memory.")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right and "
@@ -118,7 +123,7 @@ def resume(args: argparse.Namespace, given: dict, script: str, free: tuple[str, 
     saved = load_checkpoint(args.out / "checkpoint.pt", script)
     for name, value in saved["options"].items():
         if name not in ("resume", "out", "device", "compile", *free):
-            if str(given.get(name, value)) != str(value):
+            if str(given.get(name, value)) not in (str(value), "auto"):  # auto has become a value by now
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"--resume goes on with a run that had {option} {value}, not {option} {given[name]}; "
                                  "leave the option out, or start anew without --resume.")
@@ -146,7 +151,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
     kind, _, index = name.partition(":")
-    if not available.get(kind, False) or index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not available.get(kind, False) or index and not (index.isdigit() and int(index) < count):
         raise InputError(f"--device {name}: this machine has no such device; use --device auto.")
     return torch.device(name)
 
@@ -184,7 +190,8 @@ def keep_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # no glibc (macOS, Windows, musl): nothing to tune
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+        if not libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+            libc.mallopt(-3, 2**25)  # the most that a glibc before 2.35 takes
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -198,7 +205,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, start: int = 0):
         self.total, self.unit, self.first, self.begun, self.shown = total, unit, start, time.perf_counter(), 0.0
-        self.tty = sys.stdout.isatty()
+        self.tty, self.width = sys.stdout.isatty(), min(100, shutil.get_terminal_size().columns - 1)
 
     def update(self, done: int, text: str = "", per: float = 1.0) -> None:
         """done: how many of total; per: how many units of throughput one of them is."""
@@ -208,14 +215,14 @@ class Progress:
             return
         self.shown = now if self.tty else share
         rate = (done - self.first) / max(now - self.begun, 1e-9)
-        eta = (self.total - done) / rate if rate else 0.0
-        line = f"{share:4.0%}  {text}  {rate * per:,.0f} {self.unit}/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}"
-        print(f"\r{line:<100.100}", end="", flush=True) if self.tty else print(line, flush=True)
+        eta = round((self.total - done) / rate) if rate else 0
+        line = f"{share:4.0%}  {text}  {rate * per:,.0f} {self.unit}/s  ETA {eta // 60}:{eta % 60:02}"
+        print(f"\r{line[: self.width]:<{self.width}}", end="", flush=True) if self.tty else print(line, flush=True)
 
     def clear(self) -> None:
         """Make room for an ordinary print."""
         if self.tty:
-            print("\r" + " " * 100 + "\r", end="", flush=True)
+            print("\r" + " " * self.width + "\r", end="", flush=True)
 
 
 def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, float] = (10, 30)) -> Path:
@@ -280,7 +287,8 @@ def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:
             for block in reply.iter_content(1 << 16):
                 file.write(block)
                 have += len(block)
-                bar.update(have, part.stem, per=1e-6)
+                if length:  # else nobody said how much is to come
+                    bar.update(have, part.stem, per=1e-6)
     bar.clear()
     if length and have < bar.total:  # requests does not always notice that the other side hung up early
         raise requests.ConnectionError(f"connection cut after {have} of {bar.total} bytes")
@@ -321,6 +329,11 @@ def write_atomically(path: Path, data) -> None:
             for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
                 if time.time() - left.stat().st_mtime > 3600:
                     left.unlink()
+
+
+def go_on(script: str, out: Path) -> str:
+    """The command that goes on with a stopped run, to be pasted into a shell."""
+    return f"python {script} --resume --out {shlex.quote(str(out))}"
 
 
 def check_writable(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Handwritten digits as numbers: what MNIST is, and how a picture becomes something a network can multiply.
 
 You learn here: that a picture is a table of bytes; how data is split so that a figure can be believed; what normalising
-does and on which part its two numbers are fitted; and that its 55,000 training pictures are one tensor of 43 MB, small
-enough to stay in memory.
+does and on which part its two numbers are fitted; and that MNIST's 55,000 training pictures are one tensor of 43 MB,
+small enough to stay in memory.
 
     python 01_basics/load.py                     MNIST (downloaded once, 12 MB)
     python 01_basics/load.py --data typeset      the stand-in: digits drawn with the fonts that ship with matplotlib

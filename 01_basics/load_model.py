@@ -104,9 +104,10 @@ def keep_digit(ink: Tensor, path: Path) -> Tensor:
         if torch.equal(grown, label):
             break
         label = grown
-    ## What touches the border is the edge of the paper or of a table, unless there is nothing else.
+    ## What touches the border is the edge of the paper or of a table, unless there is nothing else but specks.
     edge = torch.cat([label[0], label[-1], label[:, 0], label[:, -1]]).unique()
-    if not torch.isin(label[mask], edge).all():
+    inside = label[mask & ~torch.isin(label, edge)].unique(return_counts=True)[1]
+    if len(inside) and inside.max() > max(9, 0.0005 * label.numel()):
         label = torch.where(torch.isin(label, edge), 0.0, label)
     numbers, counts = label[label > 0].unique(return_counts=True)
     numbers = numbers[counts >= 0.1 * counts.max()]  # the rest are specks

@@ -171,9 +171,9 @@ def main() -> None:
             ##    weight moves a little, and what doesn't change has no slope.
             loss = F.cross_entropy(logits, y)  # ()
             ## 4. Backward. The chain rule, walked along the record from the loss to the parameters: afterwards each
-            ##    `.grad`, of its parameter's shape, says how much the loss would grow per unit by which that number
-            ##    grew, for a very small growth. Nothing has changed yet, and the record is
-            ##    freed. from_scratch.py does this by hand.
+            ##    `.grad` has its parameter's shape and holds one slope per number: raise that number by a very small d,
+            ##    and the loss grows by d times the slope. Nothing has changed yet, and the record is freed.
+            ##    from_scratch.py does this by hand.
             loss.backward()
             ## 5. Step. Now the numbers change, all of them a little, each roughly against its gradient. Only this line
             ##    learns. It never sees the loss or the data: all it hears of them is `.grad`.
@@ -193,8 +193,7 @@ def main() -> None:
         print(f"epoch {epoch + 1:2}  {seconds:5.1f} s  train {train_loss:.4f}  validation {val_loss:.4f}, "
               f"{val_accuracy:.2%}", flush=True)
         if interrupted:
-            raise KeyboardInterrupt(f"Saved after epoch {epoch + 1}; go on with: python {SCRIPT} --resume --out "
-                                    f"{args.out}")
+            raise KeyboardInterrupt(f"Saved after epoch {epoch + 1}; go on with: {utils.go_on(SCRIPT, args.out)}")
 
     # report
     restore_signals()

@@ -150,7 +150,7 @@ def main() -> None:
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     model, saved = load_network(args.model, device)
-    classes, dtype, label = saved["classes"], utils.pick_dtype(device), saved["data"]
+    classes, dtype, label = saved["classes"], getattr(torch, saved["dtype"]), saved["data"]
     K = len(classes)
     if saved["stand_in"]:
         label += ", stand-in"
@@ -190,7 +190,7 @@ def main() -> None:
         wrong = confusion[k].clone()
         wrong[k] = 0
         print(f"{name:14}{precision[k]:10.1%}{recall[k]:10.1%}{f1[k]:10.1%}   "
-              f"{classes[wrong.argmax()]} ({wrong.max()})")
+              + (f"{classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "nothing else"))
     print(f"{'mean':14}{precision.mean():10.1%}{recall.mean():10.1%}{f1.mean():10.1%}")
 
     def captions(rows):
@@ -218,7 +218,7 @@ def main() -> None:
     for name, pictures, title in (
             ("filters.png", stretch(filters.detach().float().cpu()), "The filters of the first convolution"),
             ("feature_maps.png", stretch(maps[0].detach().float().cpu()[:, None]).repeat(1, 3, 1, 1),
-             f"What they make of the first test picture ({classes[y[0]]})")):
+             f"What they make of predictions.png's first picture ({classes[y[0]]})")):
         figure, axes = plt.subplots(figsize=(9, 9 * -(-len(pictures) // 12) / 12 + 0.6))
         axes.imshow(grid(F.pad(pictures, (0, 1, 0, 1), value=1.0), 12))  # a white line between two
         axes.axis("off")

@@ -10,7 +10,7 @@ PyTorch's own. Then the LSTM made of these parts learns to forecast a day, again
 You should see (ETTh1, 96 hours -> the next 24 of all channels; two cores of an AMD EPYC with AVX512-BF16, no AMX, of
 which this used one; torch 2.15; seeds 0, 1, 2): test MSE on scaled values 0.383 ± 0.007 (0.390, 0.382, 0.377), same
 hour yesterday 0.424, repeat last 1.222; differences from PyTorch's of 2e-14 at most (float64).
-Writes: outputs/from_scratch.png. Left out on purpose: several layers, and the encoder-decoder; they are train.py's.
+Writes: outputs/from_scratch.png. Left out on purpose: several layers; encoder and decoder, train.py's --model seq2seq.
 """
 
 import math
@@ -86,7 +86,7 @@ def lstm_cell(z_x: Tensor, h: Tensor, c: Tensor, W_h: Tensor) -> tuple[Tensor, T
     ## and a tanh at every step but only added to. What is added, what is kept and what is shown is decided by gates:
     ## numbers from 0 to 1, computed from the input and the last output.
     ##     i = sigmoid(x W_xi + h W_hi + b_i)     input gate: how much of the candidate is written
-    ##     f = sigmoid(x W_xf + h W_hf + b_f)     forget gate: how much of the memory stays (Gers et al. 2000; 1997: 1)
+    ##     f = sigmoid(x W_xf + h W_hf + b_f)     forget gate: how much of the memory stays (Gers et al. 2000)
     ##     g = tanh   (x W_xg + h W_hg + b_g)     candidate: what could be written
     ##     o = sigmoid(x W_xo + h W_ho + b_o)     output gate: how much of the memory is shown
     ##     c' = f * c + i * g

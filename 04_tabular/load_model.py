@@ -50,7 +50,9 @@ def data_of(saved: dict, path: str | None) -> Data:
     """
     name, schema = path or saved["source"], saved["schema"]
     if name not in ("adult", "census") and not Path(name).exists():
-        raise utils.InputError(f"{name}, which the model was trained on, is not there; say where it is with --data.")
+        raise utils.InputError(f"--data {path}: no such file; give {saved['data']}, which the model was trained on." if
+                               path else f"{name}, which the model was trained on, is not there; say where it is with "
+                               "--data.")
     columns = COLUMNS if name in ("adult", "census") else read_csv(Path(name)).columns
     kinds = {**dict.fromkeys(schema["numeric"], "numeric"), **dict.fromkeys(schema["categorical"], "category")}
     if not {*kinds, schema["target"]} <= {*columns}:
@@ -199,6 +201,7 @@ def pca(x: Tensor) -> tuple[Tensor, Tensor]:
     ## by how far the rows of x spread along them, and S^2 says how far. The places along the first two are
     ## x W_2 = U_2 S_2.
     """
+    x = torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[1])))  # of one number wide, the second direction is empty
     U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     return (U * S)[:, :2], S[:2].square() / S.square().sum().clamp(min=1e-30)
 
@@ -262,7 +265,8 @@ def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
             same = (train[:, known] == row[known]).all(1)
             if known and c not in words and same.any():
                 row[c] = train[same][0, c]
-                words[c] = f"{row[c]:g}" if c < n else schema["values"][c - n][int(row[c]) - KNOWN]
+                words[c] = f"{row[c]:g}" if c < n else ["(missing)", "(unseen)", *schema["values"][c - n]][
+                    int(row[c])]
                 print(f"{names[c]}={words[c]} follows from {names[known[0]]}")
     known = [[c for c in group if c in words] for group in groups]
     return Person(row, [group for group in known if group], words)
@@ -373,7 +377,8 @@ def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: s
             here = int((thresholds > threshold).sum()) - 1
             spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")
             axes[0].plot(fpr[here + 1], tpr[here + 1], **spot)
-            axes[1].plot(recall[here], precision[here], **spot)
+            if here >= 0:  # else no row is named, and of none there is no precision
+                axes[1].plot(recall[here], precision[here], **spot)
     axes[0].plot([0, 1], [0, 1], ":", color="grey", label="guessing")
     axes[1].axhline(y.mean().item(), ls=":", color="grey", label="guessing")
     axes[2].plot([0, 1], [0, 1], ":", color="grey", label="as said")
@@ -476,9 +481,10 @@ def main() -> None:
                       args.out / "curves.png")
 
     ## One accuracy for all may be two: a group of few positives is easily named right. What is missed shows in recall.
-    ## Named and positive apart, a group gets more, or less, than it has; where only recall differs, more of its
-    ## positives go unseen. Unless every guess is right, these can't all be equal while groups differ in their
-    ## share of positives (Kleinberg et al. 2017): which one should be is no question of statistics.
+    ## Where the columns "named" and "positive" differ, a group is said to have more positives, or fewer, than it has;
+    ## where recall alone is lower, more of the group's positives go unseen. Unless every guess is right, these can't
+    ## all be equal while groups differ in their share of positives (Kleinberg et al. 2017): which one should be is no
+    ## question of statistics.
     shown = ("accuracy", "precision", "recall", "auc")
     for name in columns:
         print(f"\n{name:24}{'rows':>8}{'positive':>10}{'named':>10}" + "".join(f"{m:>10}" for m in shown) +

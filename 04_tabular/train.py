@@ -35,8 +35,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
-from load import KNOWN, UNSEEN, Data, Part, fit_bins, load_data, logistic_baseline  # noqa: E402
-from load import piecewise_linear, roc_auc  # noqa: E402
+from load import KNOWN, NO_VALUE, UNSEEN, Data, Part, fit_bins, load_data  # noqa: E402
+from load import logistic_baseline, piecewise_linear, roc_auc  # noqa: E402
 
 # Shapes: N rows, B batch, F numeric columns, J bins of one, K columns looked up, V values of all of them together,
 #         D width of an embedding, E members (networks side by side), I inputs of a layer, M hidden units
@@ -156,18 +156,18 @@ def member_logits(model: TabularNet, inputs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Logits (E, N) -> one probability per row, (N,): the mean of the members' probabilities, in float64.
+    """Logits (E, N) -> one probability per row, (N,): the mean of the members' probabilities, in float64 on the CPU.
 
     ## E networks that start from different weights make different mistakes, and some of them cancel. In numbers: the
     ## loss is -log p, a convex function, so that the loss of the mean is never above the mean of the losses (Jensen).
     """
-    return logits.double().sigmoid().mean(0)
+    return logits.cpu().double().sigmoid().mean(0)  # .cpu(): Apple's GPUs have no float64
 
 
 def predict(model: TabularNet, part: Part) -> Tensor:
     """Probability of the positive value for each row of part, (N,) float64 on the CPU."""
     device = model.table.device
-    return probabilities(member_logits(model, tuple(tensor.to(device) for tensor in model.encode(part)))).cpu()
+    return probabilities(member_logits(model, tuple(tensor.to(device) for tensor in model.encode(part))))
 
 
 def measures(p: Tensor, target: Tensor, threshold: float = 0.5) -> dict[str, float]:
@@ -249,6 +249,10 @@ def main() -> None:
     config = fit_columns(data, args.bins, args.exact) | dict(
         members=args.members, n_embd=args.n_embd, hidden=args.hidden, n_layer=args.n_layer, dropout=args.dropout)
     model = TabularNet(**config).to(device)
+    with torch.no_grad():  # nor does training show a missing value where a column has none
+        for first, column in zip(model.first.tolist(), data.train.categories.T):
+            if not (column == NO_VALUE).any():
+                model.table[first + NO_VALUE] = 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     (bins, index), val = (tuple(tensor.to(device) for tensor in model.encode(part)) for part in (data.train, data.val))
     target = data.train.target.to(device)
@@ -332,7 +336,7 @@ def main() -> None:
                 best = row if row["val_auc"] > best["val_auc"] else best
             save()
             if interrupted:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
             bar.clear()
             print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation "
                   f"{row['val_loss']:.4f}, AUC {row['val_auc']:.4f}, accuracy {row['val_accuracy']:.2%}", flush=True)

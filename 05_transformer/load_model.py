@@ -120,7 +120,7 @@ def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top
             logits = reader.read(text[-1])  # (V,)
         else:
             logits = model(torch.tensor([text[-model.block_size :]], device=ids.device))[0, -1]  # (V,)
-        if temperature == 0:
+        if temperature < 1e-6:  # as good as 0, and dividing by it may overflow
             text.append(logits.argmax().item())
         else:
             logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder

@@ -71,7 +71,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keep_weights: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Causal attention: q, k, v (B, H, T, D) -> y (B, H, T, D) and, on a CPU or if asked for, weights (B, H, T, T)."""
+    """Causal attention: q, k, v (B, H, T, D) -> y (B, H, T, D) and weights (B, H, T, T),
+    which a CUDA device makes only if asked for."""
     if q.is_cuda and not keep_weights:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True), None  # one fused kernel
     ## The same, spelled out. On a CPU it is no slower than the fused kernel (benchmark.py --rows attention).
@@ -400,11 +401,12 @@ def main() -> None:
                 losses = []
                 best = row if row["val_loss"] < best["val_loss"] else best
             if due and not math.isfinite(row["train_loss"] + row["val_loss"]):
-                raise utils.InputError(f"the loss became {row['val_loss']} by step {done}; {advice}")
+                raise utils.InputError(f"the loss became {row['train_loss'] + row['val_loss']} by step {done}; "
+                                       + advice)
             if rank == 0:
                 save()
             if stop:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
             if rank == 0:
                 bar.clear()
                 print(f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  "
@@ -420,12 +422,13 @@ def main() -> None:
         return
     model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
     loss, uniform = best["val_loss"], math.log(len(vocab))
-    metrics = {"val_loss": loss, "perplexity": math.exp(loss), "bits_per_character": loss / math.log(2),
+    perplexity = lambda nats: math.exp(min(nats, 700))  # noqa: E731  (a float ends at exp 709)
+    metrics = {"val_loss": loss, "perplexity": perplexity(loss), "bits_per_character": loss / math.log(2),
                "best_step": best["step"], "last_val_loss": history[-1]["val_loss"], "bigram_val_loss": bigram,
                "uniform_val_loss": uniform}
     print(f"\n{'':24}nats per character   perplexity   bits per character   ({label}, validation)")
     for name, nats in (("guessing uniformly", uniform), ("bigram", bigram), (f"GPT, step {best['step']}", loss)):
-        print(f"{name:24}{nats:18.4f}{math.exp(nats):13.3f}{nats / math.log(2):21.4f}")
+        print(f"{name:24}{nats:18.4f}{perplexity(nats):13.3f}{nats / math.log(2):21.4f}")
     print(f"{seconds:.0f} s of training\n\nit writes:\n{decode(generate(model, val[None, :1], 400)[0], vocab)}\n")
     utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in,
                        device=device.type, seed=args.seed, seconds=seconds, parameters=utils.count_parameters(model),

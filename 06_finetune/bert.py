@@ -224,6 +224,9 @@ class Spans(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
+        if config.get("n_types") == 1:
+            raise utils.InputError("this model knows one type of text (type_vocab_size 1); question answering needs "
+                                   "two; take another model.")
         self.add_module(config["model_type"], Bert(config | {"pooler": False}))
         self.config = self.encoder.config
         self.qa_outputs = new_linear(self.config["n_embd"], 2)
@@ -466,6 +469,7 @@ def hide(ids: Tensor, tokenizer: WordPiece, generator: torch.Generator) -> tuple
 
 def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None) -> None:
     """Make a small BERT from nothing and write it to folder, in the files that BERT comes in."""
+    utils.check_writable(folder)  # now, and not after the training
     text = read_text("pydocs")
     n, T, B = int(0.9 * len(text)), 128, 16
     tokenizer = WordPiece(train_wordpiece(text[:n], STAND_IN_VOCAB))
@@ -585,8 +589,8 @@ def main() -> None:
         print(f"{name:24}{size['n_layer']:7}{size['n_head']:7}{size['n_embd']:10}{n:15,}{n * 4 / 1e9:7.2f} GB")
 
     model, tokenizer, config = load_bert(args.model)
-    two = sorted((args.query, texts[0]), key=len)  # the shorter one gets the padding
-    rows = [tokenizer.encode(text, max_length=config["n_positions"], special=False).ids for text in two]
+    rows = sorted((tokenizer.encode(text, max_length=config["n_positions"], special=False).ids
+                   for text in (args.query, texts[0])), key=len)  # the shorter one gets the padding
     ids, mask = pad(rows, tokenizer.pad)
     print(f"\n{config['name']}: two sentences in one batch, {tuple(ids.shape)}, of {mask.sum(1).tolist()} tokens:")
     for row in ids.tolist():

@@ -46,7 +46,9 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from bert import FILES, Classifier, find_bert, open_bert, save_model  # noqa: E402
-from lora import LoRA, add_lora, load_adapter, load_trainable, save_adapter, trainable_state  # noqa: E402
+from lora import (  # noqa: E402
+    LoRA, add_lora, check_options, load_adapter, load_trainable, save_adapter, trainable_state,
+)
 from train import peak_memory  # noqa: E402
 from wordpiece import WordPiece, pad  # noqa: E402
 
@@ -86,7 +88,7 @@ def load_data(name: str | None = None) -> Data:
         try:
             for file, sha256 in SST2_SHA256.items():
                 utils.download([SST2 + file], folder / file, sha256)
-            return read_tables(folder, "sst2")
+            return read_tables(folder, "sst2", ["negative", "positive"])
         except ConnectionError as error:
             if name or half:
                 raise utils.InputError(f"{error} Use --data templates to work without a network.") from error
@@ -102,8 +104,8 @@ def load_data(name: str | None = None) -> Data:
     return read_tables(folder, folder.name) if (folder / "train.tsv").exists() else read_folders(folder)
 
 
-def read_tables(folder: Path, name: str) -> Data:
-    """train.tsv, dev.tsv and test.tsv: on each line a text, a tab, and 0, 1 ..."""
+def read_tables(folder: Path, name: str, labels: list[str] | None = None) -> Data:
+    """train.tsv, dev.tsv and test.tsv: on each line a text, a tab, and 0, 1 ... labels: what these are called."""
     parts = []
     for file in SST2_SHA256:
         path, texts, y = folder / file, [], []
@@ -123,7 +125,7 @@ def read_tables(folder: Path, name: str) -> Data:
     if len(set(parts[0].y.tolist())) < K or K < 2:
         raise utils.InputError(f"{folder / 'train.tsv'} must hold texts of at least two classes, and of every class "
                                "that the other two files hold; put it right.")
-    return Data(*parts, ["negative", "positive"] if name == "sst2" else [str(k) for k in range(K)], name, False)
+    return Data(*parts, labels or [str(k) for k in range(K)], name, False)
 
 
 def read_folders(folder: Path) -> Data:
@@ -396,6 +398,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--out", type=Path, default=Path(__file__).parent / "outputs" / "classify",
         help="folder for everything written")
     args, given = utils.parse(parser)
+    check_options(args, given)
     utils.check(args, above_zero="epochs limit batch_size lr head_lr grad_clip patience",
                 not_negative="weight_decay adversarial", shares="dropout warmup")
     if args.max_length < 3:
@@ -414,8 +417,8 @@ def classify(args: argparse.Namespace, given: dict) -> None:
     if not all(text.strip() for text in args.text):
         raise utils.InputError("a text to classify is empty; give words, each text in quotes.")
     if saved["best"]["step"] == 0:
-        raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: python "
-                               f"{SCRIPT} --resume --out {args.out}")
+        raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: "
+                               + utils.go_on(SCRIPT, args.out))
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
     model, tokenizer = load_result(folder, options, args.out, labels=labels)
     model.to(utils.pick_device(args.device))
@@ -571,7 +574,7 @@ def main() -> None:
                     raise utils.InputError(f"the loss became {row['val_loss']} by step {done}; {advice}")
             save()
             if interrupted:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
             bar.clear()
             print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation "
                   f"{row['val_loss']:.4f}, {row['val_accuracy']:.2%} right", flush=True)

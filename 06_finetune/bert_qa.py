@@ -45,7 +45,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from bert import FILES, Spans, find_bert, open_bert  # noqa: E402
 from bert_classify import batches, load_result, parameter_groups, prepare, save_result, schedule  # noqa: E402
-from lora import load_trainable, trainable_state  # noqa: E402
+from lora import check_options, load_trainable, trainable_state  # noqa: E402
 from train import peak_memory  # noqa: E402
 from wordpiece import Encoding, WordPiece, pad  # noqa: E402
 
@@ -123,6 +123,8 @@ def read_squad(path: Path) -> list[Question]:
                 and q.context[q.start :].startswith(q.answers[0])):
             raise utils.InputError(f"{path}, question {q.id!r:.60}: its first answer does not stand in its context at "
                                    "answer_start; give a file of SQuAD v1.1 (2.0 has questions without an answer).")
+    if len({q.id for q in found}) < len(found):
+        raise utils.InputError(f"{path} has an id that two questions share; give each question an id of its own.")
     if not found:
         raise utils.InputError(f"{path} has no questions; give SQuAD v1.1's train-v1.1.json, or templates.")
     return found
@@ -450,6 +452,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs" / "qa", help="folder for everything written")
     args, given = utils.parse(parser)
+    check_options(args, given)
     utils.check(args, above_zero="epochs limit batch_size lr head_lr max_answer grad_clip patience",
                 not_negative="weight_decay", shares="dropout warmup")
     if args.dev and args.data in (None, "squad", "templates"):
@@ -468,8 +471,8 @@ def ask(args: argparse.Namespace, given: dict) -> None:
         raise utils.InputError(f"--{ignored[0].replace('_', '-')} is for training; leave it out, or name with "
                                "--out the run that shall answer.")
     if saved["best"]["step"] == 0:
-        raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: python "
-                               f"{SCRIPT} --resume --out {args.out}")
+        raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: "
+                               + utils.go_on(SCRIPT, args.out))
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
     model, tokenizer = load_result(folder, options, args.out, Spans)
     model.to(utils.pick_device(args.device))
@@ -513,7 +516,7 @@ def main() -> None:
     args.data = args.data or data.name
     for name, value in zip(("epochs", "lr", "head_lr"), RECIPES[args.method]):
         setattr(args, name, getattr(args, name) or value)
-    args.limit = args.limit or (SQUAD_LIMIT if data.name == "squad" else len(data.train))
+    args.limit = args.limit or (SQUAD_LIMIT if args.data == "squad" else len(data.train))
     questions = random.Random(args.seed).sample(data.train, min(args.limit, len(data.train)))
     stand_in = data.stand_in or "stand_in" in config
     label = f"{args.model}, on {data.name}{', stand-in' * stand_in}"
@@ -548,9 +551,10 @@ def main() -> None:
     steps = args.epochs * per_epoch
     warmup = int(args.warmup * steps)
     print(f"{label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in {len(train):,} / "
-          f"{len(val):,} / {len(test):,} windows; {len({w.question for w in train if w.target != (0, 0)}):,} of those "
-          f"to learn from have their answer in one\n{args.method}: {n_trained:,} trained parameters of {whole:,} "
-          f"({n_trained / whole:.4%}); {args.dtype} on {device.type}; {steps:,} steps")
+          f"{len(val):,} / {len(test):,} windows; {len({w.question for w in train if w.target != (0, 0)}):,} "
+          f"training questions have their whole answer in some window\n"
+          f"{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); {args.dtype} on "
+          f"{device.type}; {steps:,} steps")
     order = batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed)
     some = [train[i] for i in next(batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed))]
     ids, mask, types, allowed = collate(some, tokenizer.pad)
@@ -623,7 +627,7 @@ def main() -> None:
                 best = row if row["val_f1"] > best["val_f1"] else best
             save()
             if interrupted:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
             bar.clear()
             print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation EM "
                   f"{row['val_em']:.2f}  F1 {row['val_f1']:.2f}", flush=True)

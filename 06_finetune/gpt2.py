@@ -314,7 +314,7 @@ def loss_on(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all but the k largest logits of each row to -inf: (..., V) -> (..., V) (Fan et al. 2018)."""
+    """Set each row's logits below its k-th largest to -inf: (..., V) -> (..., V) (Fan et al. 2018)."""
     smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < smallest, -math.inf)
 
@@ -331,7 +331,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
          generator: torch.Generator | None = None) -> int:
     """One token id from logits (V,). temperature 0 is greedy: always the likeliest."""
-    if temperature == 0:
+    if temperature < 1e-6:  # as good as 0, and dividing by it may overflow
         return logits.argmax().item()
     logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
     logits = logits if top_k is None else keep_top_k(logits, top_k)

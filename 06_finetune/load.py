@@ -158,8 +158,9 @@ def load_text(name: str | None, tokenizer: Tokenizer, block_size: int) -> Text:
     n = int(0.9 * len(text))
     train, val = (torch.tensor(tokenizer.encode(part, special=False)) for part in (text[:n], text[n:]))
     if min(len(train), len(val)) < block_size + 1:
+        advice = "use a longer text" + " or a smaller --block-size" * (block_size > 1)
         raise utils.InputError(f"{name} has {len(train):,} tokens to train on and {len(val):,} to validate on, too few "
-                               f"for windows of {block_size}; use a longer text or a smaller --block-size.")
+                               f"for windows of {block_size}; {advice}.")
     return Text(train, val, len(text) - n, name, stand_in)
 
 
@@ -196,6 +197,7 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
     ## rate; but with GPT-2's network, with AdamW alone, and with dropout, for the manual is short and is read many
     ## times.
     """
+    utils.check_writable(folder)  # now, and not after the training
     text = bpe.read_text("pydocs")
     n = int(0.9 * len(text))
     tokenizer = Tokenizer(*bpe.train_bpe(text[:n], STAND_IN["vocab_size"]))

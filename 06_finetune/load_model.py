@@ -52,11 +52,13 @@ def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str
     """
     config_path = Path(name) / "adapter_config.json"
     if not config_path.exists():
+        if base_name:
+            raise utils.InputError(f"--base is for an adapter, and {name} is none; leave it out.")
         base = find_base(name)
         return read_model(base.path, base.config), base, f"{base.label()}, without adapter"
     ## An adapter is a fraction of a model, and its config names the rest. The hub's name for GPT-2 has its owner before
     ## it.
-    named = read_config(config_path)["base_model_name_or_path"]
+    named = read_config(config_path).get("base_model_name_or_path")
     base_name = base_name or str(named).removeprefix("openai-community/")
     if base_name not in (*SIZES, "stand-in") and not Path(base_name).is_dir():
         raise utils.InputError(f"{name} is an adapter for {named!r}, and {base_name} is not here; give the folder of "
@@ -90,8 +92,8 @@ def where_heads_look(weights: Tensor) -> dict[str, Tensor]:
     """
     T = weights.shape[-1]
     rows = torch.arange(T)
-    return {"itself": weights[..., rows, rows].mean(-1), "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
-            "first": weights[..., 0].mean(-1)}
+    return {"itself": weights[..., rows, rows].mean(-1), "first": weights[..., 0].mean(-1),
+            "previous": weights[..., rows[1:], rows[:-1]].sum(-1) / max(1, T - 1)}
 
 
 def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
@@ -177,12 +179,13 @@ def main() -> None:
         rate = f"{len(written) / seconds:,.1f} tokens per second" if written else "the text ended at once"
         print(f"\n{rate}\n")
 
-        ## The same text, read in one pass, with all weights kept.
+        ## The text's first 128 tokens, of those that fit into the positions, read in one pass with all weights kept.
         window = torch.tensor([(ids + written)[-model.config["n_positions"] :][:128]], device=device)  # (1, T)
         weights = attention_weights(model, window)
     shares, T = where_heads_look(weights), window.shape[1]
     even = where_heads_look((torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None])[None, None])
-    print(f"share of attention that goes to ...\n{'layer head':12}{'itself':>10}{'previous':>10}{'first':>10}")
+    print(f"share of attention, over {T} tokens, that goes to ...\n"
+          f"{'layer head':12}{'itself':>10}{'previous':>10}{'first':>10}")
     for layer in range(L):
         for head in range(weights.shape[1]):
             itself, previous, first = (shares[name][layer, head].item() for name in ("itself", "previous", "first"))

@@ -12,6 +12,7 @@ Left out on purpose: embeddings and convolutions; several adapters at once; a ra
 layers; DoRA, PiSSA and other relatives. An adapter that needs one of these is refused.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -205,6 +206,14 @@ def remove(model: nn.Module) -> None:
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint needs beside the base: every parameter in training by its name, not copied."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_options(args: argparse.Namespace, given: dict) -> None:
+    """Raise InputError for an adapter's option beside another --method, which would pass over it."""
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        if name in given and args.method != "lora" and not args.resume:
+            raise utils.InputError(f"--{name.replace('_', '-')} is for --method lora, not for {args.method}; leave it "
+                                   "out.")
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

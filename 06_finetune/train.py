@@ -43,7 +43,7 @@ import bpe  # noqa: E402
 import utils  # noqa: E402
 from gpt2 import GPT2, SIZES, generate, loss_on, read_model, save_model, shrink  # noqa: E402
 from load import Base, batches, find_base, load_text, warn  # noqa: E402
-from lora import add_lora, load_adapter, load_trainable, save_adapter, trainable_state  # noqa: E402
+from lora import add_lora, check_options, load_adapter, load_trainable, save_adapter, trainable_state  # noqa: E402
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
 
@@ -113,7 +113,7 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):  # Linux; getrusage's figure would be that of the process that started this one
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024  # KiB
+        return int(lines.get("VmHWM", "0").split()[0]) * 1024  # KiB; some sandboxes lack the line
     with contextlib.suppress(ImportError):  # macOS; Windows has no such module
         import resource
 
@@ -177,6 +177,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
     args, given = utils.parse(parser)
+    check_options(args, given)
     utils.check(args, above_zero="steps batch_size micro_batch_size block_size lr warmup grad_clip eval_every patience",
                 not_negative="weight_decay", shares="dropout")
     if not args.prompt:
@@ -310,8 +311,8 @@ def main() -> None:
         for i, (a, b) in enumerate(parts):
             last = i == len(parts) - 1  # gradients go to the other processes once a step, not once a part
             with contextlib.nullcontext() if world == 1 or last else step_model.no_sync():
-                ## Mixed precision: weights and their updates stay in float32, and autocast gives the matrix products
-                ## bfloat16 copies to work on.
+                ## Mixed precision: the weights that are trained, and their updates, stay in float32; autocast gives the
+                ## matrix products bfloat16 copies of them. (With LoRA the frozen ones are bfloat16 as it is: `shrink`.)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     part = step_model(a, targets=b) * (len(a) / len(x))  # ()
                 part.backward()
@@ -354,7 +355,7 @@ def main() -> None:
             if world > 1:
                 dist.barrier()
             if stop:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: python {SCRIPT} --resume --out {args.out}")
+                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
             if rank == 0:
                 bar.clear()
                 print(f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  "
@@ -372,7 +373,8 @@ def main() -> None:
     ## A token is a unit of the tokenizer's own choosing, so losses per token can't be compared between vocabularies.
     ## Per character they can: nats per token * tokens / characters, and / ln 2 for bits.
     bits = lambda nats: nats * (len(val) - 1) / text.val_characters / math.log(2)  # noqa: E731
-    metrics = {"val_loss": best["val_loss"], "perplexity": math.exp(best["val_loss"]), "best_step": best["step"],
+    perplexity = lambda nats: math.exp(min(nats, 700))  # noqa: E731  (a float ends at exp 709)
+    metrics = {"val_loss": best["val_loss"], "perplexity": perplexity(best["val_loss"]), "best_step": best["step"],
                "bits_per_character": bits(best["val_loss"]), "last_val_loss": history[-1]["val_loss"],
                "before_val_loss": before, "before_bits_per_character": bits(before), "trained_parameters": n_trained,
                "peak_memory_bytes": memory}
@@ -380,7 +382,7 @@ def main() -> None:
             (f"{args.method}, step {best['step']}", best["val_loss"]))
     print(f"\n{'':24}nats per token   perplexity   bits per character   ({label}, validation)")
     for name, nats in rows:
-        print(f"{name:24}{nats:14.4f}{math.exp(nats):13.3f}{bits(nats):21.4f}")
+        print(f"{name:24}{nats:14.4f}{perplexity(nats):13.3f}{bits(nats):21.4f}")
     if best["val_loss"] > before:
         print("training made it worse: try a smaller --lr")
     held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"

@@ -332,6 +332,8 @@ def _open_pickle(path: Path) -> Weights:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise Fault(f"it has {_short(name)}, which is not a tensor with a name")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise Fault(f"its tensor {_short(name)} is sparse, or has no data")
         if tensor.nbytes > path.stat().st_size:
             raise Fault(f"its tensor {_short(name)} claims more bytes than the file has")
     return Weights({name: tensor.detach() for name, tensor in tensors.items()}, {})

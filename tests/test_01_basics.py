@@ -331,6 +331,15 @@ def test_light_ink_on_nothing_and_an_edge_in_view(tmp_path):
     assert (light.int() - dark.int()).abs().max() < 20 and torch.equal(edge, dark)
 
 
+def test_a_digit_cut_off_at_the_border_is_read_and_not_the_speck_beside_it(tmp_path):
+    paper = np.full((120, 120), 255, np.uint8)
+    paper[:100, 50:62] = 0  # a one that begins at the upper edge
+    Image.fromarray(paper).save(tmp_path / "clean.png")
+    paper[110:113, 10:12] = 0
+    Image.fromarray(paper).save(tmp_path / "speck.png")
+    assert torch.equal(*(load_model.read_image(tmp_path / f"{name}.png") for name in ("clean", "speck")))
+
+
 def test_a_linear_model_against_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = load.typeset(1500, "train", 5)

@@ -64,6 +64,18 @@ def test_a_folder_is_read_converted_and_described(tmp_path, capsys):
     assert "48 pictures were not 32 x 32" in out and "49 pictures were not RGB" in out
 
 
+def test_pictures_of_more_greys_and_with_holes_are_not_cut_off(tmp_path):
+    ramp = np.linspace(0, 60_000, 32 * 32).reshape(32, 32)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    deep = load.read_picture(tmp_path / "deep.png")[0]
+    assert deep.min() == 0 and deep.max() == 255 and len(deep.unique()) > 250
+    holes = np.zeros((32, 32, 4), np.uint8)
+    holes[:16, :, 0], holes[:16, :, 3] = 200, 255  # red above; below black that nobody sees
+    Image.fromarray(holes).save(tmp_path / "holes.png")
+    seen = load.read_picture(tmp_path / "holes.png")[0]
+    assert seen[:, 0, 0].tolist() == [200, 0, 0] and seen[:, 31, 0].tolist() == [255, 255, 255]
+
+
 def test_the_split_takes_every_training_picture_once(tmp_path):
     data = load.load_data(str(make_folder(tmp_path, n=20)))
     both = torch.cat([data.train_x, data.val_x]).flatten(1)

@@ -399,6 +399,12 @@ def test_the_kept_weights_are_the_best_or_the_last(table, tmp_path, inside, monk
         assert all(torch.equal(saved["model"][name], newest[name]) for name in newest) == (keep == "last")
 
 
+def test_before_training_nothing_is_dropped(table, tmp_path, inside):
+    said = [inside("train.py", "--data", table, *SMALL, "--epochs", 1, "--dropout", dropout, "--dtype", "float32",
+                   "--out", tmp_path) for dropout in (0, 0.9)]
+    assert len({re.search("before training: .*", text)[0] for text in said}) == 1
+
+
 def test_a_member_learns_as_if_it_were_alone(table, tmp_path, inside):
     for norms in (["last"], ["last", "revin"]):
         inside("train.py", "--data", table, *SMALL, "--epochs", 1, "--norm", *norms, "--no-linear", "--dropout", 0,

@@ -713,6 +713,11 @@ def test_what_is_said_of_a_person(table, capsys):
     person = read("size=2,dark=?, x = ")  # x and dark are never missing in training: nothing is known of them
     assert person.given == [[1, 3]] and person.words[3] == "M"
     assert "name=M follows from size" in capsys.readouterr().out
+    ours = table._replace(train=table.train._replace(categories=table.train.categories.clone()))
+    ours.train.categories[ours.train.numeric[:, 1] == 3] = load.NO_VALUE  # now size=3 goes with no name, and no colour
+    read_ours = lambda text: load_model.read_person(text, ours, [[1, 3]])  # noqa: E731
+    assert read_ours("size=3").words[3] == "(missing)"
+    assert "name=(missing) follows from size" in capsys.readouterr().out
     person = read("name=XXXL, x=1e6")
     assert person.given == [[0], [3]] and person.row[3] == load.UNSEEN
     out = capsys.readouterr().out

@@ -182,6 +182,8 @@ def test_tables_are_read_as_they_are(tmp_path):
     data = classify.load_data(str(tmp_path))
     assert data.train.texts == ['caf\u00e9 "quoted" , it \'s', "no\ttab in text"] and data.train.y.tolist() == [1, 0]
     assert (data.val.texts, data.test.texts) == (["so so"], ["fine"]) and data.labels == ["0", "1"]
+    other = shutil.copytree(tmp_path, tmp_path / "sst2")
+    assert classify.load_data(str(other)).labels == ["0", "1"]  # the name alone makes no SST-2
     (tmp_path / "dev.tsv").write_bytes(b"so so\t0\r\nand so\t1\r\n")  # from Windows
     assert classify.load_data(str(tmp_path)).val.texts == ["so so", "and so"]
     (tmp_path / "test.tsv").write_text("fine\t2\n")
@@ -570,6 +572,7 @@ def test_the_script_as_a_user_runs_it_with_stand_ins(small, tmp_path, runs):
     (["--max-length", 2], "--max-length 2"), (["--model", "nowhere"], "no folder"), (["--data", "no"], "no folder"),
     (["--adversarial", -1], "--adversarial"), (["--device", "abacus"], "abacus"),
     (["--seed", -1], "--seed"), (["--head-lr", 0], "--head-lr"),
+    (["--lora-targets", "query", "--method", "head"], "--lora-targets is for --method lora, not for head"),
     (["--lr", 1e30, "--method", "full"], "smaller --lr"), (["a film"], "does not exist"),
 ])
 def test_bad_input_gets_one_sentence(small, tmp_path, options, words):

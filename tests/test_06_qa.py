@@ -173,6 +173,8 @@ def spoiled(name):
         qas["answers"][0]["text"] = ""
     elif name == "number":
         qas["question"] = 7
+    elif name == "same id":
+        some["data"][1]["paragraphs"][0]["qas"][0]["id"] = qas["id"]
     elif name == "negative":
         qas["answers"][0]["answer_start"] = -7
     elif name == "no context":
@@ -186,6 +188,7 @@ def spoiled(name):
     ("moved", "question 'q0': its first answer does not stand"), ("2.0", "2.0 has questions without"),
     ("empty answer", "does not stand in its context"), ("number", "question 'q0'"), ("negative", "question 'q0'"),
     ("no context", "not in the format of SQuAD v1.1 .*context"), ("nothing", "has no questions"),
+    ("same id", "has an id that two questions share"),
     ("{", "not in the format"), ("[]", "not in the format"), ("", "not in the format"), (None, "cannot be read"),
 ])
 def test_files_that_are_wrong_get_one_sentence(tmp_path, name, words):
@@ -546,6 +549,7 @@ def test_the_script_as_a_user_runs_it_with_stand_ins(small, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--epochs", 0], "--epochs 0"), (["--dropout", 1], "--dropout"), (["--warmup", 1], "--warmup"),
     (["--max-answer", 0], "--max-answer 0"), (["--limit", 0], "--limit 0"), (["--device", "abacus"], "abacus"),
+    (["--lora-alpha", 8, "--method", "full"], "--lora-alpha is for --method lora, not for full"),
     (["--stride", 21], "too few for windows"), (["--max-length", 8], "too few for windows"), (["--seed", -1], "--seed"),
     (["--question", "q?"], "--question and --context go together"), (["--context", "c"], "go together"),
     (["--question", "", "--context", "c"], "neither may be empty"), (["--model", "nowhere"], "no folder"),

@@ -313,6 +313,7 @@ def test_schedule_rises_then_falls_to_a_tenth():
 @pytest.mark.parametrize("options, words", [
     (["--steps", 0], "--steps 0"), (["--dropout", 1], "--dropout"), (["--prompt", ""], "--prompt is empty"),
     (["--lora-targets", "attention"], "attn.c_attn"), (["--lora-rank", 64], "rank 64 is above"),
+    (["--method", "full", "--lora-rank", 8], "--lora-rank is for --method lora, not for full"),
     (["--block-size", 65], "64 positions"), (["--model", "nowhere"], "no folder"), (["--data", "no.txt"], "no.txt"),
     (["--device", "abacus"], "abacus"), (["--weight-decay", -1], "--weight-decay"),
     (["--seed", -1], "--seed"), (["--batch-size", 5000], "use a longer text"),
@@ -376,6 +377,8 @@ def test_load_model_refuses(runs, tmp_path):
     for more, words in ((["--top-p", 0], "--top-p"), (["--top-k", 0], "--top-k"), (["--temperature", "nan"], "--temp"),
                         (["--layer", 2], "--layer 2"), (["--prompt", ""], "--prompt is")):
         assert words in refusal(load_model, *options, *more)
+    whole = ["--model", runs["full"][0] / "model", "--base", "stand-in", "--out", tmp_path]
+    assert "--base is for an adapter" in refusal(load_model, *whole)
     assert "neither adapter/ nor model/" in run("load_model.py", "--out", tmp_path, code=1)
     shutil.copytree(adapter, tmp_path / "far")
     config = json.loads((adapter / "adapter_config.json").read_text())

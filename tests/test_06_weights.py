@@ -675,6 +675,8 @@ def test_damaged_and_unsuitable_pickles(tmp_path):
         ({1: torch.ones(2)}, "has <int>, which is not a tensor with a name"),
         ({"a": torch.ones(2), "step": 3}, "has 'step', which is not a tensor with a name"),
         ({"a": torch.ones(1).expand(10**6)}, "'a' claims more bytes than the file has"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is sparse, or has no data"),
+        ({"a": torch.ones(2, device="meta")}, "'a' is sparse, or has no data"),
     ]
     for state, message in unsuitable:
         torch.save(state, path)

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,12 +51,15 @@ class BadServer(http.server.BaseHTTPRequestHandler):
             self.reply(206 if wanted else 200, BODY[start:], send=100_000)
         elif kind == "stall":
             self.reply(200, BODY, send=50_000, wait=3)
+        elif kind == "nolength":
+            self.reply(200, BODY, length=False)
         else:
             self.reply(206 if wanted else 200, BODY[start:])
 
-    def reply(self, status, body, send=None, wait=0):
+    def reply(self, status, body, send=None, wait=0, length=True):
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        if length:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[:send])
         self.wfile.flush()
@@ -119,6 +123,11 @@ def test_download_with_a_bad_part_starts_over(server, tmp_path, part):
     assert fetch(server, tmp_path, "good").read_bytes() == BODY
 
 
+def test_download_of_unknown_length_draws_no_bar(server, tmp_path, capsys):
+    assert fetch(server, tmp_path, "nolength").read_bytes() == BODY
+    assert capsys.readouterr().out == ""
+
+
 def test_download_goes_to_the_next_mirror(server, tmp_path):
     assert fetch(server, tmp_path, "403", "503", "wrong", "stall", "good").read_bytes() == BODY
     assert [kind for kind, _ in BadServer.log].count("403") == 1  # forbidden stays forbidden
@@ -127,7 +136,7 @@ def test_download_goes_to_the_next_mirror(server, tmp_path):
 
 @pytest.mark.parametrize("kind", ["403", "503", "stall"])
 def test_download_unreachable(server, tmp_path, kind):
-    with pytest.raises(ConnectionError, match="could not be downloaded"):
+    with pytest.raises(ConnectionError, match="could not be downloaded .*new.file"):  # and where to put it by hand
         fetch(server, tmp_path, kind, timeout=(1, 0.3))
     assert not (tmp_path / "new" / "file").exists()
 
@@ -272,6 +281,9 @@ def test_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path):
         ("utils.InputError('no such thing; do that.')", 1, "error: no such thing; do that."),
         ("KeyboardInterrupt('go on with --resume.')", 130, "stopped. go on with --resume."),
         ("PermissionError(13, 'Permission denied', '/x')", 1, "error: /x: Permission denied"),
+        ("utils.torch.OutOfMemoryError('CUDA out of memory')", 1, "error: the device ran out of memory"),
+        ("utils.torch.empty(2**50)", 1, "error: the device ran out of memory"),  # as a CPU says it
+        ("RuntimeError('shapes differ')", 1, "Traceback"),
         ("ZeroDivisionError()", 1, "Traceback"),  # a bug is not hidden
     ],
 )
@@ -293,10 +305,32 @@ def test_progress_prints_a_few_plain_lines_when_piped(capsys):
     assert all(re.search(r"\d%  loss \d+  [\d,]+ steps/s  ETA \d+:\d\d", line) for line in lines)
 
 
+def test_progress_stays_on_one_line_of_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for columns, width in ((80, 79), (300, 100)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        bar = utils.Progress(200, "steps")
+        bar.begun -= 119.7  # 200 steps left of 400, at 200 in 119.7 s: two minutes, not 1:60
+        bar.total = 400
+        bar.update(200, "x" * 20)
+        bar.update(400, "x" * 200)
+        bar.clear()
+        out = capsys.readouterr().out
+        first, last, blank, end = out.split("\r")[1:]
+        assert "ETA 2:00" in first and {len(first), len(last), len(blank)} == {width} and not blank.strip() and not end
+
+
 def test_devices():
-    assert utils.pick_device("cpu").type == "cpu"
+    assert utils.pick_device("cpu").type == utils.pick_device("cpu:0").type == "cpu"
+    with pytest.raises(utils.InputError, match="--device cpu:1"):
+        utils.pick_device("cpu:1")
     with pytest.raises(utils.InputError, match="--device abacus"):
         utils.pick_device("abacus")
+
+
+def test_the_command_that_goes_on_can_be_pasted():
+    assert shlex.split(utils.go_on("a/b.py", "my runs/1"))[-2:] == ["--out", "my runs/1"]
+    assert utils.go_on("a/b.py", "runs/1") == "python a/b.py --resume --out runs/1"
 
 
 def test_count_parameters():
@@ -331,6 +365,8 @@ def test_a_resumed_run_finds_its_data_from_anywhere_and_keeps_its_options(tmp_pa
     assert utils.resume(args, {"data": place("my.csv"), "tta": False}, "s.py", free=("tta",))["step"] == 7
     assert (args.data, args.lr) == (saved["data"], 0.1)
     assert (args.tta, args.out, args.device, args.compile) == (False, tmp_path, "cpu", False)
+    utils.resume(args, {"lr": "auto"}, "s.py", free=("tta",))  # as --dtype auto, which the run has settled
+    assert args.lr == 0.1
     assert utils.plain(args)["out"] == str(tmp_path) and utils.plain(args)["lr"] == 0.1
     for given in ({"lr": 0.2}, {"data": "etth1"}):
         with pytest.raises(utils.InputError, match="--resume goes on with a run that had"):
