@@ -20,7 +20,7 @@ deviation, after 13 to 15 s of training; published: NLinear's paper (2022), SegR
     the default model       0.3567 ± 0.0002    0.3921 ± 0.0001    0.4183 ± 0.0004    0.4340 ± 0.0005
     SegRNN, published       0.351              0.392              0.423              0.466
     NLinear, published      0.374              0.408              0.429              0.440
-and 96 rows ahead (seed 0, some 130 s of an AMD EPYC) --model lstm 0.410, seq2seq 0.528; a line over that week has 0.378:
+and 96 rows ahead (seed 0, 130 s of an AMD EPYC) --model lstm 0.410, seq2seq 0.528; a line over that week has 0.378:
 each step of seq2seq was taught with the truth before it, and has to live with its own words.
 Writes to outputs/: model.pt (the last weights; of lstm and seq2seq the best by validation), checkpoint.pt (for
 --resume), metrics.json, history.png.
