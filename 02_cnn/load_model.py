@@ -220,7 +220,7 @@ def main() -> None:
     for name, pictures, title in (
             ("filters.png", stretch(filters.detach().float().cpu()), "The filters of the first convolution"),
             ("feature_maps.png", stretch(maps[0].detach().float().cpu()[:, None]).repeat(1, 3, 1, 1),
-             f"What they make of predictions.png's first picture ({classes[y[0]]})")):
+             f"What these filters make of predictions.png's first picture ({classes[y[0]]})")):
         figure, axes = plt.subplots(figsize=(9, 9 * -(-len(pictures) // 12) / 12 + 0.6))
         axes.imshow(grid(F.pad(pictures, (0, 1, 0, 1), value=1.0), 12))  # a white line between two
         axes.axis("off")

@@ -65,7 +65,8 @@ LINEAR_LOOKBACK = 336  # NLinear's, as published
 ## choosing. With three seasons, validation chose revin and the trained line (test .3512 .3941 .4233 .4302). With five,
 ## and up to two lines among three members, it chose revin with two exact lines, over one week and over two (.3597 .3977
 ## .4259 .4332). Only then was it decided that lines may be half of the members at most. A fourth way, two nets and the
-## line weighted by each run's own validation, came last and was not taken (.3562 .3939 .4277 .447).
+## line weighted by each run's own validation, came last and was not taken (.3562 .3939 .4277 .447). The figures of all
+## four are of earlier versions of this file, which git holds; train.py as it is gives those in its first lines.
 MODELS = {
     "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["revin"], linear=True,
                     teacher_forcing=0.0, epochs=3, batch_size=32, lr=1e-3, keep="last"),
