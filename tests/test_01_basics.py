@@ -381,7 +381,20 @@ def test_straightened_digits_stand_upright_in_the_middle():
     assert np.mean(lean(upright)) < 0.1 * np.mean(lean(leaning))
     centres = [np.average(where, axis=1, weights=ink.flatten().double().numpy()) for ink in upright]
     assert np.abs(np.array(centres) - 13.5).max() < 0.3
-    assert experiment.straighten(torch.zeros(1, 28, 28, dtype=torch.uint8)).isfinite().all()  # a blank sheet
+    for one_size in (False, True):
+        blank = experiment.straighten(torch.zeros(1, 28, 28, dtype=torch.uint8), one_size)
+        assert blank.isfinite().all()
+
+
+def test_one_size_brings_spreads_together_by_the_stated_powers():
+    """Twice as wide before: 2 ** 0.3 times as wide after; as high: 2 ** 0.5 times; both towards 28 / 7 and 28 / 5."""
+    rows, columns = torch.meshgrid(torch.arange(28.0) - 13.5, torch.arange(28.0) - 13.5, indexing="ij")
+    blob = lambda high, wide: 255 * torch.exp(-((rows / high) ** 2 + (columns / wide) ** 2) / 2)  # noqa: E731
+    spread = lambda x: [((x * d**2).sum() / x.sum()).sqrt().item() for d in (rows, columns)]  # noqa: E731
+    found = experiment.straighten(torch.stack([blob(4, 2), blob(2, 4), blob(4, 4)]), one_size=True)
+    for x, (high, wide) in zip(found, [(4, 2), (2, 4), (4, 4)]):
+        expected = [high * (28 / 5 / high) ** 0.5, wide * (28 / 7 / wide) ** 0.7]
+        assert spread(x) == pytest.approx(expected, rel=0.04)
 
 
 def test_distortions_against_torchvision():
@@ -401,7 +414,7 @@ def test_distortions_against_torchvision():
     torch.manual_seed(6)
     for _ in range(6):
         torch.rand(1)  # turn, two stretches, slant, two moves
-    points = torch.randn(1, 2, 6, 6) * 2.0 * 2 / 28
+    points = torch.randn(1, 2, 3, 3) * 2.0 * 2 / 28
     field = F.interpolate(points, size=28, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     torch.testing.assert_close(bent, TF.elastic_transform(x[None], field)[0], atol=0.05, rtol=0)
     assert (bent - x).abs().mean() > 1
