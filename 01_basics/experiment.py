@@ -208,7 +208,8 @@ def distort(x: Tensor, turn: float = 0.2, stretch: float = 0.12, slant: float = 
     where = F.affine_grid(A, [B, 1, H, W], align_corners=False)  # (B, H, W, 2)
     points = 2 * bend / W * torch.randn(B, 2, 3, 3, device=x.device)
     where = where + F.interpolate(points, size=(H, W), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    return F.grid_sample(x[:, None], where, align_corners=False)[:, 0]
+    ## What lies beyond the edge is paper, too: "border" repeats the edge. Zeros would be grey, as x is normalised.
+    return F.grid_sample(x[:, None], where, padding_mode="border", align_corners=False)[:, 0]
 
 
 def smoothness(model: nn.Module, x: Tensor, logits: Tensor, size: float) -> Tensor:
