@@ -35,7 +35,8 @@ torch 2.15, bfloat16), % of the pictures and seconds of training:
     + the mean of five such networks                                               99.52     99.33      540
     + one network, digits distorted instead, 100 epochs                            99.64     99.57      254
     + the mean of three such networks                                              99.64     99.58      753
-Each of the three alone: 99.64, 99.66, 99.60 in validation; 99.57, 99.49, 99.54 in test.
+The last two rows were run apart; each of the three alone: 99.64, 99.66, 99.60 in validation; 99.57, 99.49, 99.54 in
+test.
 Writes to outputs/: choices, fitting and limits, each as .json and .png. Left out on purpose: choosing the best of many
 settings for every row: all rows of `choices` share train.py's, but for what their name says (SGD also goes without
 weight decay); those of `limits` have their own, DEEP.
