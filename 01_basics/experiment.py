@@ -201,7 +201,7 @@ def distort(x: Tensor, turn: float = 0.2, stretch: float = 0.12, slant: float = 
 
     ## Elastic distortion (Simard, Steinkraus & Platt 2003): the sheet of paper is rubber, pulled at random. What was a
     ## 3 stays one, but no pixel is the same, and 55,000 pictures become as many as one likes.
-    ## A distortion should be what a hand might do. A grid of 6 x 6 makes strokes tremble; one of 2 x 2 hardly bends them.
+    ## Distortions should be what a hand might do. A grid of 6 x 6 makes strokes tremble; 2 x 2 hardly bends them.
     ## Right of 15,000 pictures kept aside, after 100 epochs over the other 45,000 (seed 0, bend 1):
     ##     6 x 6  99.39 %     4 x 4  99.45 %     3 x 3  99.54 %     2 x 2  99.35 %
     """
