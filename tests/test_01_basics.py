@@ -434,6 +434,48 @@ def test_smoothness_finds_the_worst_direction():
     assert found == pytest.approx(expected, rel=0.05)
 
 
+def test_ladder_without_noise_is_the_usual_mlp():
+    torch.manual_seed(0)
+    ladder = experiment.Ladder((6, 5, 4, 3))
+    layers = []
+    for up, bias in zip(ladder.up, ladder.bias):
+        torch.nn.init.normal_(bias)
+        norm = torch.nn.BatchNorm1d(len(bias))
+        norm.bias = bias
+        layers += [up, norm, torch.nn.ReLU()]
+    usual = torch.nn.Sequential(*layers[:-1])
+    x, y = torch.randn(50, 6), torch.randint(0, 3, (50,))
+    torch.testing.assert_close(ladder(x), usual(x))  # by the batch's own statistics
+    torch.optim.swa_utils.update_bn([x[:20], x[20:]], ladder)
+    torch.optim.swa_utils.update_bn([x[:20], x[20:]], usual)
+    torch.testing.assert_close(ladder.eval()(x), usual.eval()(x))
+    quiet = experiment.Ladder((6, 5, 4, 3), pixel_noise=0.0, noise=0.0, weight=0.0)
+    quiet.load_state_dict(ladder.state_dict())
+    torch.testing.assert_close(quiet.loss(x, y), F.cross_entropy(usual.train()(x), y))
+
+
+def test_ladder_can_clean_as_well_as_wiener():
+    """Of values N(mean, s^2) under noise of sigma the best guess has an error of s^2 sigma^2 / (s^2 + sigma^2)."""
+    torch.manual_seed(0)
+    mean, s, sigma = 3.0, 2.0, 1.5
+    x, y = mean + s * torch.randn(200_000, 4), torch.zeros(200_000, dtype=torch.int64)
+    ladder = experiment.Ladder((4, 3), pixel_noise=sigma, weight=7.0)
+    with torch.no_grad():
+        m, v = ladder.curves[0]  # a1 ... a5, for each of the four
+        m[4], v[4] = mean, s**2 / (s**2 + sigma**2)
+    loss = ladder.loss(x, y)
+    blind = experiment.Ladder((4, 3), pixel_noise=sigma, weight=0.0)
+    blind.load_state_dict(ladder.state_dict())
+    cleaning = (loss - blind.loss(x, y)) / 7
+    assert cleaning.item() == pytest.approx(s**2 * sigma**2 / (s**2 + sigma**2), rel=0.01)
+    loss.backward()
+    slopes = ladder.curves[0].grad[:, 4]
+    assert slopes.abs().max() < 0.1  # neither another mean nor another trust would be better
+    with torch.no_grad():
+        v[4] += 0.2
+    assert ladder.loss(x, y) > loss + 0.1
+
+
 def test_load_and_experiment_run(tmp_path):
     assert "STAND-IN" in run("load.py", "--data", "typeset", "--out", tmp_path)
     printed = run("experiment.py", "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
