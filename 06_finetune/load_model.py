@@ -192,7 +192,7 @@ def main() -> None:
             print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{first:10.1%}")
     print("spread evenly" + "".join(f"{even[name].item():{width}.1%}" for name, width in
                                     (("itself", 9), ("previous", 10), ("first", 10))))
-    tokens = [repr(base.tokenizer.decode([i]))[1:-1].replace(" ", "_") for i in window[0].tolist()]  # a line break as \n
+    tokens = [repr(base.tokenizer.decode([i]))[1:-1].replace(" ", "_") for i in window[0].tolist()]
     draw_attention(weights, tokens, args.layer, what, args.out / "attention.png")
     print(f"\nwrote {args.out / 'attention.png'}")
     if base.stand_in:
