@@ -43,6 +43,7 @@ weight decay); those of `limits` have their own, DEEP.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ PARTS = ["choices", "fitting", "limits"]
 # batch that suit it. A ladder has batch norm and noise of its own: `norm` and `dropout` don't concern it.
 DEEP = {"widths": (1024, 1024, 1024), "norm": False, "dropout": 0.0, "straight": False, "one_size": False,
         "smooth": 0.0, "ladder": False, "members": 1, "distort": False, "label_smoothing": 0.0, "epochs": 12,
-        "batch_size": 250, "lr": 2e-3}
+        "batch_size": 250, "lr": 2e-3, "all": False}  # all: the validation pictures are trained on, too
 LIMITS = [
     ("three hidden layers of 1,024 units", {}),
     ("batch norm behind each of them", {"norm": True}),
@@ -107,9 +108,10 @@ LIMITS = [
     ("virtual adversarial training, not dropout, 20 epochs", {"smooth": 3.0, "dropout": 0.0, "epochs": 20}),
     ("a ladder network instead, 100 epochs",
      {"smooth": 0.0, "ladder": True, "widths": (1000, 500, 250, 250, 250), "epochs": 100, "lr": 3e-3}),
+    ("trained on the validation pictures, too", {"all": True}),
     ("three layers again, digits distorted instead",
-     {"ladder": False, "widths": (1024, 1024, 1024), "one_size": False, "distort": True, "label_smoothing": 0.1,
-      "batch_size": 500}),
+     {"all": False, "ladder": False, "widths": (1024, 1024, 1024), "one_size": False, "distort": True,
+      "label_smoothing": 0.1, "batch_size": 500}),
     ("the mean of three such networks", {"members": 3}),
 ]
 
@@ -439,24 +441,33 @@ def main() -> None:
                      for x in (data.train_x.to(device), data.val_x.to(device), data.test_x.to(device))]
             mean, std = parts[0].mean(), parts[0].std()
             x, val_x, test_x = ((part - mean) / std for part in parts)
+            known = y
+            if recipe["all"]:
+                ## Once all is chosen, the validation pictures may teach, too: they have nothing left to judge. The
+                ## published 99.43 % is of a ladder network that learned from all 60,000.
+                x, known = torch.cat([x, val_x]), torch.cat([y, val_y])
             if change.keys() != {"members"}:  # otherwise the networks of the row above are members too
                 members, seconds = [], 0.0
             for seed in range(len(members), recipe["members"]):
                 begun = time.perf_counter()
-                model = fit_deep(recipe | {"epochs": recipe["epochs"] * args.epochs // 10}, x, y, seed, dtype)
+                model = fit_deep(recipe | {"epochs": recipe["epochs"] * args.epochs // 10}, x, known, seed, dtype)
                 seconds += time.perf_counter() - begun
                 members.append((probabilities(model, val_x), probabilities(model, test_x)))
             ## The mean of several networks: their mistakes are partly chance, and chance cancels in the mean (Hansen &
             ## Salamon 1990).
             val_p, test_p = (torch.stack(part).mean(0) for part in zip(*members))
-            val, test = right(val_p, data.val_y), right(test_p, data.test_y)
+            found = [[None if recipe["all"] else right(v, data.val_y), right(t, data.test_y)]
+                     for v, t in [(val_p, test_p), *members]]
+            val, test = found[0]
             rows.append({"name": name, "val_accuracy": val, "test_accuracy": test, "seconds": seconds,
-                         "members": [[right(v, data.val_y), right(t, data.test_y)] for v, t in members]})
-            print(f"  {'+ ' * (len(rows) > 1) + name:56}{val:8.2%} | {test:.2%}, {seconds:5.0f} s", flush=True)
+                         "members": found[1:]})
+            shown = "-" if recipe["all"] else f"{val:.2%}"
+            print(f"  {'+ ' * (len(rows) > 1) + name:56}{shown:>8} | {test:.2%}, {seconds:5.0f} s", flush=True)
             write("limits", rows)
         figure, axes = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.4))
         for part, mark in (("val", "s"), ("test", "o")):
-            axes.plot([1 - row[f"{part}_accuracy"] for row in rows], range(len(rows)), mark, label=part)
+            wrong = [math.nan if row[f"{part}_accuracy"] is None else 1 - row[f"{part}_accuracy"] for row in rows]
+            axes.plot(wrong, range(len(rows)), mark, label=part)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.invert_yaxis()
         axes.set(title=f"How far an MLP can go, step by step ({label})", xlabel="share of pictures named wrong")
