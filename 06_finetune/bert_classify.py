@@ -352,8 +352,8 @@ def load_result(folder: Path, options: dict, out: Path, kind: type = Classifier,
 
 
 # ---------------------------------------------------------------------------------------------- options
-# Method -> epochs, AdamW's peak learning rate, the head's, length of the push of adversarial training, trainings
-RECIPES = {"full": (3, 1e-4, 1e-3, 0.0, 3), "lora": (4, 2e-3, 1e-3, 0.2, 1), "head": (4, 1e-3, 1e-3, 0.0, 1)}
+# Method -> epochs, AdamW's peak learning rate, the head's, length of the push of adversarial training
+RECIPES = {"full": (3, 1e-4, 1e-3, 0.3), "lora": (4, 2e-3, 1e-3, 0.2), "head": (4, 1e-3, 1e-3, 0.0)}
 ALL_MATRICES = {"bert": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
                 "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]}
 place = utils.name_or_path(*FILES, "stand-in", "sst2", "templates")  # what --model and --data take
@@ -389,20 +389,17 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--head-lr", type=float, help=f"the head's; without it {by_method(2)}")
     add("--adversarial", type=float, help="how far each text's word vectors are pushed to where the loss is larger, to "
         f"learn there too: a step takes twice as long; 0: not at all; without it {by_method(3)}")
-    add("--soup", type=int, help="trainings from the same start, each of --epochs, whose weights are averaged; without "
-        f"it {by_method(4)}")
     add("--weight-decay", type=float, default=0.01, help="each step takes lr times this of every trained matrix")
     add("--warmup", type=float, default=0.1, help="share of the steps over which the learning rate rises from zero")
     add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
-    add("--patience", type=int, default=2, help="stop after so many epochs without a new best (early "
-        "stopping; not with --soup)")
+    add("--patience", type=int, default=2, help="stop after so many epochs without a new best (early stopping)")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
     add("--out", type=Path, default=Path(__file__).parent / "outputs" / "classify",
         help="folder for everything written")
     args, given = utils.parse(parser)
     check_options(args, given)
-    utils.check(args, above_zero="epochs limit batch_size lr head_lr soup grad_clip patience",
+    utils.check(args, above_zero="epochs limit batch_size lr head_lr grad_clip patience",
                 not_negative="weight_decay adversarial", shares="dropout warmup")
     if args.max_length < 3:
         raise utils.InputError(f"--max-length {args.max_length} must be at least 3: [CLS], a token, [SEP].")
@@ -420,7 +417,7 @@ def classify(args: argparse.Namespace, given: dict) -> None:
     if not all(text.strip() for text in args.text):
         raise utils.InputError("a text to classify is empty; give words, each text in quotes.")
     if saved["best"]["step"] == 0:
-        raise utils.InputError(f"{args.out} holds a run that was stopped before its first result; go on with: "
+        raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: "
                                + utils.go_on(SCRIPT, args.out))
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
     model, tokenizer = load_result(folder, options, args.out, labels=labels)
@@ -458,7 +455,7 @@ def main() -> None:
     model, tokenizer, config = open_bert(folder, args.model, Classifier, data.labels, args.dropout, args.pooling)
     ## What was left open is settled by now, and saved with the rest for --resume.
     args.data = args.data or data.name
-    for name, value in zip(("epochs", "lr", "head_lr", "adversarial", "soup"), RECIPES[args.method]):
+    for name, value in zip(("epochs", "lr", "head_lr", "adversarial"), RECIPES[args.method]):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     stand_in = data.stand_in or "stand_in" in config
     label = f"{args.model}, on {data.name}{', stand-in' * stand_in}"
@@ -475,11 +472,8 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type in ("cpu", "cuda"))
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_accuracy": -1.0}
-    start = {name: p.clone() for name, p in trainable_state(model).items()} if args.soup > 1 else {}
-    soup = {name: torch.zeros_like(p) for name, p in start.items()}  # the mean of the trainings that have ended
     if saved:
         load_trainable(model, saved["trained"], checkpoint_path)
-        soup = {name: p.to(device) for name, p in saved["soup"].items()}
         optimizer.load_state_dict(saved["optimizer"])
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses = [loss.to(device) for loss in saved["losses"]]
@@ -488,22 +482,17 @@ def main() -> None:
             save_result(model, tokenizer, args, "SEQ_CLS")  # a kill may have come between checkpoint and result
     step_model = torch.compile(model) if args.compile else model
 
-    def validate() -> dict[str, float]:
-        log_p = predict(model, val[0], tokenizer.pad, dtype)
-        return {"val_loss": F.nll_loss(log_p, val[1]).item(),
-                "val_accuracy": (log_p.argmax(-1) == val[1]).float().mean().item()}
-
     # sanity numbers before training
     n_trained = utils.count_parameters(model)
     whole = sum(p.numel() for p in model.parameters())
     per_epoch = math.ceil(len(train[0]) / args.batch_size)
-    steps = args.epochs * per_epoch  # of one training
+    steps = args.epochs * per_epoch
     warmup = int(args.warmup * steps)
     shares = " / ".join(f"{(part.y == K - 1).float().mean():.1%}" for part in data[:3])
     print(f"{label}: {len(data.train.texts):,} / {len(data.val.texts):,} / {len(data.test.texts):,} texts, "
           f"{data.labels[-1]}: {shares}\n"
           f"{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); {args.dtype} on "
-          f"{device.type}; {steps:,} steps{f', {args.soup} times' * (args.soup > 1)}")
+          f"{device.type}; {steps:,} steps")
     stream = batches([len(row) for row in train[0]], args.batch_size, args.seed)
     rows = next(batches([len(row) for row in train[0]], args.batch_size, args.seed))
     ids, mask = pad([train[0][i] for i in rows], tokenizer.pad)
@@ -512,8 +501,8 @@ def main() -> None:
     if saved:
         print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
     else:
-        print(f"before training: validation loss {validate()['val_loss']:.4f}; guessing uniformly, ln {K}: "
-              f"{math.log(K):.4f}")
+        before = F.nll_loss(predict(model, val[0], tokenizer.pad, dtype), val[1]).item()
+        print(f"before training: validation loss {before:.4f}; guessing uniformly, ln {K}: {math.log(K):.4f}")
 
     def save() -> None:
         """Write all that decides how the run goes on; and, where the newest weights are the best so far, the result."""
@@ -521,7 +510,7 @@ def main() -> None:
             "script": SCRIPT, "base": args.model, "data": [data.name, len(train[0])], "stand_in": stand_in,
             "labels": data.labels, "torch": str(torch.__version__), "options": utils.plain(args), "step": done,
             "seconds": seconds, "history": history, "best": best, "losses": losses, "trained": trainable_state(model),
-            "soup": soup, "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict(),
             "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
         if best["step"] == done:
             save_result(model, tokenizer, args, "SEQ_CLS")
@@ -531,17 +520,14 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------------ the loop
     advice = "no file was touched since the last epoch's end; start again with a smaller --lr."
-    bar, begun = utils.Progress(args.soup * steps, "texts", first_step), time.perf_counter()
-    for step, rows in zip(range(args.soup * steps), stream):
+    bar, begun = utils.Progress(steps, "texts", first_step), time.perf_counter()
+    for step, rows in zip(range(steps), stream):
         if step < first_step:
             continue  # resumed: these were seen before
-        if args.soup == 1 and step - best["step"] >= args.patience * per_epoch:
+        if step - best["step"] >= args.patience * per_epoch:
             break  # early stopping
-        if step and step % steps == 0:  # the next training: the same start, other batches and dropout
-            load_trainable(model, start, checkpoint_path)
-            optimizer.state.clear()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step % steps, steps, warmup)
+            group["lr"] = group["peak"] * schedule(step, steps, warmup)
         ids, mask = (part.to(device) for part in pad([train[0][i] for i in rows], tokenizer.pad))  # (B, T) each
         y = train[1][rows].to(device)  # (B,)
         push = None
@@ -577,22 +563,13 @@ def main() -> None:
         if due or interrupted:
             seconds += time.perf_counter() - begun
             if due:
+                log_p = predict(model, val[0], tokenizer.pad, dtype)
                 row = {"step": done, "seconds": seconds, "epoch": done // per_epoch,
-                       "train_loss": torch.stack(losses).mean().item(), **validate()}
+                       "train_loss": torch.stack(losses).mean().item(), "val_loss": F.nll_loss(log_p, val[1]).item(),
+                       "val_accuracy": (log_p.argmax(-1) == val[1]).float().mean().item()}
                 history.append(row)
                 losses = []
-                if args.soup == 1 and row["val_accuracy"] > best["val_accuracy"]:
-                    best = row
-                if args.soup > 1 and done % steps == 0:
-                    ## A model soup (Wortsman et al. 2022). Trainings that start from the same pre-trained weights end
-                    ## near each other, in one valley of the loss: the mean of their weights lies in it, too, and
-                    ## nearer its middle. What each learned by chance, from its order of batches and its dropout, mostly
-                    ## cancels, as in the mean of several networks' answers; but this is one network again, as fast as
-                    ## each.
-                    for name, p in trainable_state(model).items():
-                        soup[name] += (p - soup[name]) * steps / done  # the mean of the trainings until now
-                    load_trainable(model, soup, checkpoint_path)
-                    best = row | validate()
+                best = row if row["val_accuracy"] > best["val_accuracy"] else best
                 if not math.isfinite(row["train_loss"] + row["val_loss"]):
                     raise utils.InputError(f"the loss became {row['val_loss']} by step {done}; {advice}")
             save()
@@ -601,9 +578,6 @@ def main() -> None:
             bar.clear()
             print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation "
                   f"{row['val_loss']:.4f}, {row['val_accuracy']:.2%} right", flush=True)
-            if args.soup > 1 and done % steps == 0:
-                print(f"{'mean of the weights of':>34} {done // steps}: validation {best['val_loss']:.4f}, "
-                      f"{best['val_accuracy']:.2%} right", flush=True)
             begun = time.perf_counter()
 
     # report
