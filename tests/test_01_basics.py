@@ -486,6 +486,8 @@ def test_load_and_experiment_run(tmp_path):
     limits = json.loads((tmp_path / "limits.json").read_text())["rows"]
     assert [row["name"] for row in limits] == [name for name, _ in experiment.LIMITS]
     assert all(0.2 < row["test_accuracy"] <= 1 for row in limits)
+    unjudged = [row["name"] for row in limits if row["val_accuracy"] is None]
+    assert unjudged == ["trained on the validation pictures, too"]  # and none that is distorted later
     for part in experiment.PARTS:
         assert (tmp_path / f"{part}.png").stat().st_size > 1000
 
