@@ -89,6 +89,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=_Help)
 
 
+def preset(options: argparse.ArgumentParser, name: str, table: dict[str, dict]) -> None:
+    """Set the defaults that table has for what the user gave as --name; before --help, which shall show these."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument(f"--{name}", default=options.get_default(name))
+    options.set_defaults(**table.get(getattr(first.parse_known_args()[0], name), {}))
+
+
 def parse(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     """Return every option with its value, and a dict of only those that the user gave."""
     args = options.parse_args()

@@ -149,7 +149,7 @@ def load_data(data: str | None = None) -> Data:
             parts = x[:-5000], y[:-5000], x[-5000:], y[-5000:], test_x, test_y
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data typeset to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data typeset to work offline.") from error
             print(error)
             name = "typeset"
     if name == "typeset":

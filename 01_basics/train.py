@@ -4,7 +4,7 @@ You learn here: what each line of a training step does and what breaks without i
 is set up right; and why three parts of the data are needed to name one honest figure.
 
     python 01_basics/train.py                     MNIST, ten epochs
-    python 01_basics/train.py --data typeset      the stand-in, without a network
+    python 01_basics/train.py --data typeset      the stand-in, offline
     python 01_basics/train.py --resume            after Ctrl-C
 
 You should see (MNIST; two cores of an AMD EPYC; torch 2.15; seeds 0, 1, 2): test accuracy

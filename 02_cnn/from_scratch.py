@@ -5,7 +5,7 @@ the product's; where max-pooling sends its gradient; why the gradient of batch n
 all of it agrees with PyTorch's own. Then a network of these parts learns, against a linear model on the same pixels.
 
     python 02_cnn/from_scratch.py
-    python 02_cnn/from_scratch.py --data shapes          without a network
+    python 02_cnn/from_scratch.py --data shapes          offline, on drawn shapes
 
 You should see (CIFAR-10 as JPEG of quality 75, --data data/cifar10-jpg; two cores of an AMD EPYC that ran other
 programs besides; torch 2.15; seed 0): differences from PyTorch's of 3e-14 at most, and 64.8 % of the test pictures
@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
-from load import grid, linear_baseline, load_data, majority_baseline  # noqa: E402
+from load import Data, grid, linear_baseline, load_data, majority_baseline  # noqa: E402
 
 # Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes,
 #         S side of a filter in pixels, L = H * W places
@@ -150,8 +150,9 @@ def batch_norm_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tenso
 def init(K: int, side: int, widths: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
     """Weights of conv-norm-ReLU-pool twice, then linear.
 
-    The convolutions' are normal with variance 2 / inputs (He et al. 2015). The last layer starts at zero, so that the
-    first loss is ln K.
+    conv (M, C, 3, 3), its bias b (M,), the norm's gain and bias (M,); head (M * side/4 * side/4, K), head_bias (K,).
+    The convolutions' are normal with variance 2 / inputs (He et al. 2015, "Delving Deep into Rectifiers"). The last
+    layer starts at zero, so that the first loss is ln K.
     """
     w, C = {}, 3
     for i, M in enumerate(widths, 1):
@@ -165,7 +166,8 @@ def forward(x: Tensor, w: dict[str, Tensor], running: dict | None = None) -> tup
     """x (B, 3, H, W) -> logits (B, K) and the caches of all layers.
 
     ## In training a batch is normalised by its own mean and variance. Afterwards a picture's class must not depend on
-    ## which others happen to stand beside it: `running` holds averages of both over the last steps, used instead.
+    ## which others happen to stand beside it: `running` holds averages over the last steps of the mean and of
+    ## 1 / sqrt(variance + eps), which are used instead. (nn.BatchNorm2d averages mean and variance.)
     """
     caches = []
     for i in (1, 2):
@@ -240,10 +242,16 @@ def check_against_pytorch() -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------- learning
-def accuracy(x: Tensor, y: Tensor, w: dict[str, Tensor], running: dict) -> float:
-    """Share of pictures x (N, 3, H, W) whose largest logit is the label's."""
-    pairs = zip(x.split(250), y.split(250))
-    return sum((forward(a, w, running)[0].argmax(-1) == b).sum().item() for a, b in pairs) / len(y)
+def normalise(x: Tensor, data: Data) -> Tensor:
+    """Bytes (B, 3, H, W) to mean 0 and variance 1 per channel, batch by batch: floats need four times the memory."""
+    return (x.float() / 255 - data.mean[:, None, None]) / data.std[:, None, None]
+
+
+def accuracy(data: Data, w: dict[str, Tensor], running: dict) -> float:
+    """Share of the test pictures whose largest logit is the label's."""
+    pairs = zip(data.test_x.split(250), data.test_y.split(250))
+    return sum((forward(normalise(x, data), w, running)[0].argmax(-1) == y).sum().item()
+               for x, y in pairs) / len(data.test_y)
 
 
 @torch.no_grad()  # no autograd: every gradient here is our own
@@ -268,10 +276,7 @@ def main() -> None:
             print(f"  {name:32} {error:.1e}")
 
     data = load_data(args.data)
-    K = len(data.classes)
-    mean, std = data.mean[:, None, None], data.std[:, None, None]
-    x, test_x = ((part.float() / 255 - mean) / std for part in (data.train_x, data.test_x))  # (N, 3, H, W)
-    y, test_y = data.train_y, data.test_y
+    x, y, K = data.train_x, data.train_y, len(data.classes)
     label = data.name + ", stand-in" * data.stand_in
     with torch.enable_grad():
         linear = linear_baseline(data)
@@ -280,7 +285,7 @@ def main() -> None:
     w = init(K, x.shape[-1], (32, 64), g)
     velocity, running = {name: torch.zeros_like(p) for name, p in w.items()}, None
     print(f"\n{label}: {len(y):,} pictures; {sum(p.numel() for p in w.values()):,} weights; loss before training "
-          f"{loss_and_gradients(x[:500], y[:500], w)[0]:.4f}, ln {K} = {math.log(K):.4f}")
+          f"{loss_and_gradients(normalise(x[:500], data), y[:500], w)[0]:.4f}, ln {K} = {math.log(K):.4f}")
     per_epoch = math.ceil(len(y) / args.batch_size)
     steps, begun = args.epochs * per_epoch, time.perf_counter()
     bar = utils.Progress(steps, "pictures")
@@ -288,7 +293,7 @@ def main() -> None:
         if step % per_epoch == 0:
             order = torch.randperm(len(y), generator=g)
         rows = order[step % per_epoch * args.batch_size :][: args.batch_size]
-        loss, gradients, statistics = loss_and_gradients(x[rows], y[rows], w)
+        loss, gradients, statistics = loss_and_gradients(normalise(x[rows], data), y[rows], w)
         running = running or statistics
         for i in running:  # each new batch counts a tenth
             running[i] = tuple(torch.lerp(old, new, 0.1) for old, new in zip(running[i], statistics[i]))
@@ -302,7 +307,7 @@ def main() -> None:
     bar.clear()
     seconds = time.perf_counter() - begun
     print(f"\ntest accuracy ({label}): most frequent class {majority_baseline(data):.1%}, "
-          f"linear model on the pixels {linear:.1%}, this network {accuracy(test_x, test_y, w, running):.1%} after "
+          f"linear model on the pixels {linear:.1%}, this network {accuracy(data, w, running):.1%} after "
           f"{seconds:.0f} s")
 
     filters = w["conv1"]

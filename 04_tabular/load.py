@@ -387,7 +387,7 @@ def load_data(data: str | None = None, target: str | None = None, types: Sequenc
             table = Table(COLUMNS, table.rows + test.rows, table.lines + test.lines)
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data census to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data census to work offline.") from error
             print(error)
             name = "census"
     if name == "census":

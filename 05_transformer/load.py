@@ -54,7 +54,7 @@ def read_text(data: str | None = None) -> tuple[str, str, bool]:
             return path.read_text(encoding="utf-8"), "tinyshakespeare", False
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data pydocs to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data pydocs to work offline.") from error
             print(error)
     if data in (None, "pydocs"):
         utils.notice("STAND-IN: this run uses `pydocs`, the language manual that ships inside Python.",

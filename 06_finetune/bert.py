@@ -442,7 +442,7 @@ def find_bert(name: str | None = None, option: str = "--model") -> tuple[Path, s
             return folder, name or "minilm"
         except ConnectionError as error:
             if name or weights_here:  # asked for by name, or half there: never replaced by something else
-                raise utils.InputError(f"{error} Use {option} stand-in to work without a network.") from error
+                raise utils.InputError(f"{error} Use {option} stand-in to work offline.") from error
             print(error)
     folder = utils.DATA_DIR / "bert-stand-in"
     if not (folder / "config.json").exists():

@@ -9,7 +9,7 @@ wrong.
     python 06_finetune/bert_classify.py --method head               the last layer alone, for comparison
     python 06_finetune/bert_classify.py "not bad at all"            label and probability, by what was trained
     python 06_finetune/bert_classify.py --data aclImdb --limit 5000 IMDB's folder of reviews, or train.tsv, dev.tsv ...
-    python 06_finetune/bert_classify.py --model stand-in --data templates    without a network
+    python 06_finetune/bert_classify.py --model stand-in --data templates    offline
     python 06_finetune/bert_classify.py --resume                    after Ctrl-C
 Each run replaces the one before; name another folder with --out to keep both.
 
@@ -91,7 +91,7 @@ def load_data(name: str | None = None) -> Data:
             return read_tables(folder, "sst2", ["negative", "positive"])
         except ConnectionError as error:
             if name or half:
-                raise utils.InputError(f"{error} Use --data templates to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data templates to work offline.") from error
             print(error)
     if name in (None, "templates"):
         utils.notice("STAND-IN: in place of SST-2 this run uses reviews made from templates.",

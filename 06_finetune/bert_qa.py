@@ -94,7 +94,7 @@ def load_data(name: str | None = None, dev: str | None = None) -> Data:
             return split(read_squad(paths[0]), read_squad(paths[1]), "squad")
         except ConnectionError as error:
             if name or half:
-                raise utils.InputError(f"{error} Use --data templates to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data templates to work offline.") from error
             print(error)
     if name in (None, "templates"):
         utils.notice("STAND-IN: in place of SQuAD this run uses passages made from templates.",
@@ -282,7 +282,7 @@ def scores(answers: dict[str, str], questions: list[Question]) -> dict[str, floa
 
 
 def overlap_answer(question: str, context: str) -> str:
-    """Guess without a network: from the sentence that has most of the question's words, what is new in it.
+    """Guess with no model: from the sentence that has most of the question's words, what is new in it.
 
     ## Of the sentence's runs of words that are not in the question, the answer is the one among whose first three most
     ## begin with a capital or a digit, for people ask for names and numbers; of equals the shorter one. In spirit the

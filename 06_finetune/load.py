@@ -85,7 +85,7 @@ def find_base(name: str | None = None) -> Base:
             return _base(path, COMMON | SIZES[name or "gpt2"], tokenizer, name or "gpt2")
         except ConnectionError as error:
             if name or weights_here:  # asked for by name, or half there: never replaced by something else
-                raise utils.InputError(f"{error} Use --model stand-in to work without a network.") from error
+                raise utils.InputError(f"{error} Use --model stand-in to work offline.") from error
             print(error)
     folder = utils.DATA_DIR / "gpt2-stand-in"
     if not (folder / "config.json").exists():
@@ -137,7 +137,7 @@ def read_text(name: str | None = None) -> tuple[str, str, bool]:
             return path.read_text(encoding="utf-8"), "tinyshakespeare", False
         except ConnectionError as error:
             if name:
-                raise utils.InputError(f"{error} Use --data python to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data python to work offline.") from error
             print(error)
     if name in (None, "python"):
         utils.notice("STAND-IN: in place of Tiny Shakespeare this run uses `python`, source code of Python's own",

@@ -412,7 +412,7 @@ def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[WordPie
             return WordPiece.load(utils.download([URL], utils.DATA_DIR / "minilm" / "vocab.txt", SHA256)), "minilm"
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data pydocs to work without a network.") from error
+                raise utils.InputError(f"{error} Use --data pydocs to work offline.") from error
             print(error)
         data = "pydocs"
         utils.notice("STAND-IN: a vocabulary learned from `pydocs`, the language manual that ships inside Python.",

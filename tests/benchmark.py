@@ -296,15 +296,20 @@ def pictures() -> None:
         setattr(peer, first, torch.nn.Identity())  # its loader normalises
         peer_optimizer = torch.optim.SGD(peer.parameters(), lr=0.01, momentum=0.9, nesterov=True)
 
-        def ours_once(model=model, optimizers=optimizers, preset=preset, B=B, steps=steps):
+        convs = [layer for layer in model.modules() if isinstance(layer, cnn_train.Conv)]
+
+        def ours_once(model=model, optimizers=optimizers, convs=convs, preset=preset, B=B, steps=steps):
             start = time.perf_counter()
             for rows in torch.randperm(len(y)).split(B)[:steps]:
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     logits = model(cnn_load.augment(x[rows], preset["pad"], preset["cutout"])).float()
                 F.cross_entropy(logits, y[rows], label_smoothing=0.1).backward()
+                cnn_train.set_rates(optimizers, 0.5)
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
+                for conv in convs:
+                    conv.rescale()
             return steps * B / (time.perf_counter() - start)
 
         def peer_once(workers, peer=peer, optimizer=peer_optimizer, B=B, steps=steps):
