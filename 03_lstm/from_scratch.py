@@ -1,4 +1,4 @@
-"""Memory over time, by hand: a plain recurrent network, why it forgets how to learn, and the LSTM, which does not.
+"""Memory over time, by hand: a plain recurrent network, why it forgets how to learn, and the LSTM, which need not.
 
 You learn here: what a recurrent network computes; how the chain rule runs backwards through time; why a gradient that
 passes 200 steps of a plain network is lost, and how one sum and a gate keep it alive; and that all of it agrees with
@@ -162,7 +162,7 @@ def gradient_norms(x: Tensor, M: int, kind: str, change: float, generator: torch
         for cache in caches[:0:-1]:
             _, dh, dc = lstm_cell_backward(dh, dc, cache, W_h)
             norms.append(torch.cat([dh, dc], -1).norm(dim=-1).mean().item())
-    return torch.tensor(norms)
+    return torch.tensor(norms, dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------- a small forecaster
@@ -171,7 +171,8 @@ def init(C: int, M: int, P: int, forget_bias: float, generator: torch.Generator)
 
     ## The head starts at zero: before training the forecast is "no change", the first of the two baselines.
     ## A forget gate that starts at sigmoid(0) = 1/2 has lost nearly all after ten steps. With a positive bias it
-    ## starts by remembering, and learns what to forget (Gers et al. 2000; Jozefowicz et al. 2015).
+    ## starts by remembering, and learns what to forget (Gers et al. 2000; Jozefowicz et al. 2015). How far it remembers
+    ## is a matter of degree: a bias of 1 (gate 0.73) lets 1e-13 of a gradient through 200 steps, 5 (0.993) all of it.
     """
     draw = lambda *shape: (2 * torch.rand(*shape, generator=generator) - 1) / M**0.5  # noqa: E731
     w = {"W_x": draw(C, 4 * M), "W_h": draw(M, 4 * M), "b": torch.zeros(4 * M)}
@@ -229,8 +230,9 @@ def check_against_pytorch() -> dict[str, float]:
 
     def call(module: nn.Module, weights: tuple, *inputs: Tensor) -> tuple:
         """module's output with our weights: PyTorch keeps them transposed, and has a second bias, here zero."""
+        names = [name for name, _ in module.named_parameters()]
         theirs = (weights[0].mT, weights[1].mT, weights[2], torch.zeros_like(weights[2]))
-        return torch.func.functional_call(module, dict(zip(dict(module.named_parameters()), theirs)), inputs)
+        return torch.func.functional_call(module, dict(zip(names, theirs)), inputs)
 
     weights = draw(C, M), draw(M, M), draw(M)
     with torch.no_grad():
@@ -262,8 +264,8 @@ def check_against_pytorch() -> dict[str, float]:
     inputs, targets = draw(B, T, C), draw(B, P, C)
     with torch.no_grad():
         loss, gradients = loss_and_gradients(inputs, targets, w)
-    now = inputs[:, -1:]
-    hs = call(nn.LSTM(C, M), weights, (inputs - now).transpose(0, 1), (torch.zeros(2, 1, B, M).double()).unbind())[0]
+    now, zero = inputs[:, -1:], torch.zeros(1, B, M, dtype=torch.float64)
+    hs = call(nn.LSTM(C, M), weights, (inputs - now).transpose(0, 1), (zero, zero))[0]
     expected = F.mse_loss(now + F.linear(hs[-1], w["head"].mT, w["head_bias"]).view(B, P, C), targets)
     compare("forecaster, loss", [loss], [expected])
     compare("forecaster, backward", [gradients[name] for name in w], torch.autograd.grad(expected, list(w.values())))

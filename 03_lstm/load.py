@@ -8,7 +8,7 @@ at random; what a window is; and what no forecaster can know, which a simulation
     python 03_lstm/load.py --data my.csv         a date column and numeric columns, rows at equal distances
 
 You should see (ETTh1): 17,420 hours of 7 channels, of which 8,640 / 2,880 / 2,880 are used; the oil's mean over the
-test part lies 1.34 standard deviations below that over the training part; for days its meters stood still.
+test part lies 1.34 standard deviations below that over the training part, where meters once stood still for 73 hours.
 Writes to outputs/: series.png, autocorrelation.png, window.png. Left out on purpose: calendar features (hour, weekday);
 the models of train.py see the numbers alone, as those do that they are compared with.
 """
@@ -34,9 +34,10 @@ import utils  # noqa: E402
 
 URLS = ["https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"]
 SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
-## Power into the transformer at high voltage, out of it at middle and at low voltage, each as useful (active) and
-## useless (reactive) load; and the temperature of its oil, which must not get too hot.
+## High, middle and low useful and useless load (Zhou et al. 2021; probably active and reactive power on three levels of
+## voltage, which the authors don't say), and the temperature of the transformer's oil, which must not get too hot.
 COLUMNS = ["HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT"]
+ENDS = (8_640, 11_520, 14_400)  # the papers' borders: 12, 4 and 4 months of 30 days; what comes later stays unused
 MISSING = {"", "-", "?", "na", "n/a", "nan", "nil", "none", "null"}  # ways to write that there is no number
 
 
@@ -46,14 +47,15 @@ class Table(NamedTuple):
     dates: list[datetime]  # N of them, equally far apart
     name: str  # "etth1", "station" or the file's name
     stand_in: bool  # True where station was named, or nothing was and the real set could not be had
+    ends: tuple[int, int, int] | None = None  # rows at which training, validation and test end; None: 60, 80, 100 %
 
 
 class Data(NamedTuple):
     train: Tensor  # (N_train, C) float32, scaled: (raw - mean) / std
     val: Tensor  # (T + N_val, C): reaches back one lookback, for its first input
     test: Tensor  # (T + N_test, C): likewise
-    mean: Tensor  # (C,) of the training rows
-    std: Tensor  # (C,)
+    mean: Tensor  # (C,) float64, of the training rows
+    std: Tensor  # (C,) float64
     columns: list[str]
     dates: list[str]  # ISO, of all rows used: train, val, test in order, without repetition
     name: str
@@ -172,7 +174,7 @@ def read_table(path: Path, name: str | None = None) -> Table:
     """Read a CSV file: a header, one column of ISO dates, else numbers, separated by commas.
 
     The date column is the one called date, time, datetime or timestamp, else the first. Raises utils.InputError, with
-    line, column and count, for whatever a forecaster could silently learn nonsense from.
+    line and column or count, for whatever a forecaster could silently learn nonsense from.
     """
     name = name or path.name
     rows, lines = [], []
@@ -225,7 +227,7 @@ def read_table(path: Path, name: str | None = None) -> Table:
         for j, cell in enumerate(row[:place] + row[place + 1 :]):
             if not is_number(cell):
                 raise utils.InputError(
-                    f"{name}: line {line}, column {columns[j]}: {cell!r} is no number; correct it or drop the column."
+                    f"{name}: line {line}, column {columns[j]!r}: {cell!r} is no number; correct it or drop the column."
                 )
             values[i, j] = math.nan if cell.strip().lower() in MISSING else float(cell)
             if not math.isfinite(values[i, j]):
@@ -285,7 +287,7 @@ def read_series(data: str | None = None) -> Table:
     """
     if data in (None, "etth1"):
         try:
-            return read_table(utils.download(URLS, utils.DATA_DIR / "ETTh1.csv", SHA256), "etth1")
+            return read_table(utils.download(URLS, utils.DATA_DIR / "ETTh1.csv", SHA256), "etth1")._replace(ends=ENDS)
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
                 raise utils.InputError(f"{error} Use --data station to work offline.") from error
@@ -294,7 +296,7 @@ def read_series(data: str | None = None) -> Table:
         utils.notice("STAND-IN: this run uses `station`, a simulated electricity transformer.",
                      "Its figures are not ETTh1's and can't be compared with them.")
         y, _, _, dates = station()
-        return Table(torch.from_numpy(y), COLUMNS, dates, "station", True)
+        return Table(torch.from_numpy(y), COLUMNS, dates, "station", True, ENDS)
     path = Path(data)
     if path.is_dir():
         raise utils.InputError(f"--data {data} is a folder; give one CSV file.")
@@ -309,12 +311,9 @@ def split(table: Table) -> tuple[int, int, int]:
 
     ## In order of time, for that is how a forecaster is used: it learns from the past. A random split would put
     ## windows into the test part that share nearly all of their hours with windows of the training part.
-    ## ETTh1's borders are those of the papers: 12, 4 and 4 months of 30 days; what comes later stays unused.
     """
-    if table.name in ("etth1", "station"):
-        return 8_640, 11_520, 14_400
     N = len(table.values)
-    return int(0.6 * N), int(0.8 * N), N
+    return table.ends or (int(0.6 * N), int(0.8 * N), N)
 
 
 def load_data(data: str | None = None, lookback: int = 336, horizon: int = 96, earlier: int = 0) -> Data:
@@ -327,9 +326,9 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
 
     earlier: all three parts end so many rows earlier, and the training part is so much shorter.
 
-    ## Four months of validation are one season. A choice that holds from March, from May and from July on alike, and
-    ## each time learns from what lies before and is judged by what comes next, is worth more than one that was best
-    ## once (rolling origins, Tashman 2000). And the test part stays out of it.
+    ## Four months of validation are one season. A choice that holds from several starting points, and each time learns
+    ## from what lies before and is judged by what comes next, is worth more than one that was best once (rolling
+    ## origins, Tashman 2000). And the test part stays out of it.
     """
     if earlier < 0:
         raise utils.InputError(f"--earlier {earlier} must be at least 0.")
@@ -350,15 +349,20 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
             raise utils.InputError(
                 f"{table.name}: column {column} is {raw[0, j]:g} in all {N_train:,} training rows, constant; remove it."
             )
-        if not std[j].isfinite():
-            raise utils.InputError(f"{table.name}: column {column} has numbers too large to square; use another unit.")
+        if not (std[j].isfinite() and std[j] > 0):
+            raise utils.InputError(f"{table.name}: column {column} has numbers too large or too small to square; use "
+                                   "another unit.")
     scaled = ((raw - mean) / std).float()  # (N, C)
+    for j, column in enumerate(table.columns):
+        if not scaled[:, j].isfinite().all():
+            raise utils.InputError(f"{table.name}: column {column} has numbers after its training rows that are too "
+                                   "large beside those; correct them.")
     return Data(
         train=scaled[:train_end], val=scaled[train_end - lookback : val_end], test=scaled[val_end - lookback :],
-        mean=mean.float(), std=std.float(), columns=table.columns, dates=[str(date) for date in table.dates[:test_end]],
+        mean=mean, std=std, columns=table.columns, dates=[str(date) for date in table.dates[:test_end]],
         name=table.name, stand_in=table.stand_in, period=period(table.dates),
         noise_floor=(noise_floor(horizon, std.numpy()).mean().item()
-                     if table.name == "station" and not earlier else None),
+                     if table.stand_in and not earlier else None),
     )
 
 
@@ -415,7 +419,7 @@ def draw_series(table: Table, label: str, day: int, path: Path) -> None:
     for a, n in ((axes[0], day), (axes[1], 7 * day)):
         rows = slice(start, start + n + 1)
         a.plot(table.dates[rows], few[rows], label=names)
-        a.set(title=f"{n * (table.dates[1] - table.dates[0])} from {table.dates[start]} ({label})")
+        a.set(title=f"{n:,} rows from {table.dates[start]} ({label})")
     N = len(few) // day * day
     axes[2].plot(table.dates[:N:day], few[:N].view(-1, day, few.shape[1]).mean(1), lw=0.9)
     axes[2].set(title=f"All {len(few):,} rows, each point the mean of {day} ({label})")
@@ -458,7 +462,8 @@ def draw_window(x: Tensor, y: Tensor, data: Data, label: str, path: Path) -> Non
 def main() -> None:
     parser = utils.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if that is out of reach")
+    add("--data", help="etth1, station or a CSV file, of which 60 / 20 / 20 %% train, validate and test; without it "
+        "ETTh1, or station if that is out of reach")
     add("--lookback", type=int, default=336, help="rows that a forecast may look back on")
     add("--horizon", type=int, default=96, help="rows to forecast")
     add("--seed", type=int, default=0, help="which training window is shown")
@@ -508,7 +513,7 @@ def main() -> None:
         row = inputs[i, t - i] if t <= last else targets[i, 0]
         print(f"{data.dates[t]:20}" + "".join(f"{value:9.3f}" for value in row.tolist()))
     if data.noise_floor is not None:
-        expected = expected_floor(args.horizon) / data.std.double().numpy() ** 2  # (P, C)
+        expected = expected_floor(args.horizon) / data.std.numpy() ** 2  # (P, C)
         print(f"\nnoise floor: {data.noise_floor:.4f}, the test MSE (scaled, horizon {args.horizon}) of the best "
               "possible forecast, which knows the\nequations and the hidden states; over many years it would be "
               f"{expected.mean():.4f} ({expected[0].mean():.4f} one step ahead, {expected[-1].mean():.4f} at the last)")

@@ -189,15 +189,17 @@ def main() -> None:
                                f"{', '.join(columns)}; give a file that has those, in that order.")
     if unknown := [column for column in args.channels or () if column not in columns]:
         raise utils.InputError(f"--channels {unknown[0]}: there is {', '.join(columns)}.")
-    period = prepare(table, T, P).period  # and the checks that go with it
+    period = prepare(table, T, P, saved["earlier"]).period  # and the checks that go with it
     label = table.name + ", stand-in" * table.stand_in
     if table.name != saved["data"]:
         label += f", trained on {Path(saved['data']).name}" + ", stand-in" * saved["stand_in"]
+    if saved["earlier"]:
+        label += f", {saved['earlier']:,} rows earlier"
     title = f"{saved['kind']}, {P} rows ahead, {label}"
 
     ## Scaled by the checkpoint's numbers, not by this file's: see `future`.
-    mean, std = saved["mean"].cpu().double(), saved["std"].cpu().double()
-    _, val_end, test_end = split(table)
+    mean, std = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mean", "std"))  # (C,)
+    _, val_end, test_end = (end - saved["earlier"] for end in split(table))
     test = ((table.values[val_end - T : test_end] - mean) / std).float()  # (T + N_test, C)
     y, truth = predict(lambda x: model(x.to(device)), test, T, P)  # (B, P, C) each
     B = len(y)
@@ -217,9 +219,11 @@ def main() -> None:
 
     # where and when it is wrong
     forecasts = {saved["kind"]: y, "repeat last": predict(lambda x: repeat_last(x, P), test, T, P)[0],
-                 "same hour yesterday": predict(lambda x: same_hour_yesterday(x, P, period), test, T, P)[0]}
+                 }
+    if period <= T:
+        forecasts["same hour yesterday"] = predict(lambda x: same_hour_yesterday(x, P, period), test, T, P)[0]
     errors = {name: (f - truth).square().mean((0, 2)) for name, f in forecasts.items()}  # (P,) each
-    if table.name == "station":
+    if table.stand_in and not saved["earlier"]:
         errors["the best possible forecast"] = torch.from_numpy(noise_floor(P, std.numpy())).mean(1)
     steps = [k for k in dict.fromkeys((1, 6, 24, 96, 192, 336, P)) if k <= P]
     print(f"\n{'MSE at step':28}" + "".join(f"{k:>9}" for k in steps))
@@ -248,8 +252,8 @@ def main() -> None:
     draw_residuals(residuals, r, period, columns, title, args.out / "residuals.png")
     draw_future(table, dates, ahead, channels, title, args.out / "future.png")
     print(f"wrote forecast.csv, forecasts.png, steps.png, residuals.png and future.png to {args.out}")
-    if table.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {table.name}, not for ETTh1.")
+    if table.stand_in or saved["stand_in"]:
+        utils.notice(f"STAND-IN: these figures are for {label}, not for a model of ETTh1.")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ from wordpiece import WordPiece, pad, train_wordpiece  # noqa: E402
 # Shapes: B batch, T time (tokens, padding included), C channels (n_embd), H heads, D channels per head (C = H * D),
 #         K classes, N texts
 
-SIZES = {  # Devlin et al. 2019, section 3; Sanh et al. 2019, section 2; Wang et al. 2020, halved once more in depth
+## Devlin et al. 2019, section 3; Sanh et al. 2019, section 2. `minilm` is all-MiniLM-L6-v2: every other layer of the 12
+## of Wang et al. 2020, then trained on a billion pairs of sentences, so that those of like meaning get like vectors (by
+## its model card). Without that, means of vectors make a poor search.
+SIZES = {
     "bert-base-uncased": {"model_type": "bert", "n_layer": 12, "n_head": 12, "n_embd": 768},
     "distilbert-base-uncased": {"model_type": "distilbert", "n_layer": 6, "n_head": 12, "n_embd": 768},
     "minilm": {"model_type": "bert", "n_layer": 6, "n_head": 12, "n_embd": 384},
@@ -91,6 +94,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config["dropout"])
 
     def part(self, role: str) -> nn.Module:
+        """The module that NAMES gives this role."""
         return self.get_submodule(self.names[role])
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
@@ -99,14 +103,15 @@ class Layer(nn.Module):
         ## Under autocast each of the three products would convert x for itself, and keep a copy for the backward pass.
         device = x.device.type
         h = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        q, k, v = (self.part(role)(h).view(B, T, self.n_head, -1).transpose(1, 2) for role in ("query", "key", "value"))
+        q, k, v = (self.part(role)(h).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D) each
+                   for role in ("query", "key", "value"))
         ##     y = softmax(q k^T / sqrt(D) + padding) v        (Vaswani et al. 2017, equation 1)
         ## As in chapter 05, but for the mask: a decoder hides the future, an encoder shows all tokens to all tokens.
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
         if padding is not None:
             scores = scores + padding.to(scores.dtype)
         y = self.dropout(scores.softmax(-1)).to(v.dtype) @ v  # (B, H, T, D)
-        y = self.part("out")(y.transpose(1, 2).reshape(B, T, C))
+        y = self.part("out")(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         if self.names is NAMES["bert"]:  # and not in DistilBERT
             y = self.dropout(y)
         x = self.part("norm_1")(x + y)
@@ -158,22 +163,25 @@ class Bert(nn.Module):
         padding = None
         if mask is not None and not mask.all():
             padding = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-            padding = padding[:, None, None]
+            padding = padding[:, None, None]  # (B, 1, 1, T)
         for layer in self.get_submodule(self.names["layers"]):
             x = layer(x, padding)
         return x
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, C): the first token, [CLS], through one more layer where there is one."""
-        first = hidden[:, 0]
+        """(B, T, C) -> (B, C): the first token, [CLS], through one more layer where there is one.
+
+        ## Pre-training asked BERT whether two texts follow each other, and the pooler is the layer that answered.
+        """
+        first = hidden[:, 0]  # (B, C)
         return self.pooler.dense(first).tanh() if self.config["pooler"] else first
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, T, C) -> (B, C): the mean over tokens, padding left out.
 
-    ## MiniLM's sentence vectors are made like this (Reimers & Gurevych 2019, section 3). [CLS] has only been trained to
-    ## say something about a whole text where a task asked it to.
+    ## MiniLM's sentence vectors are made like this (Reimers & Gurevych 2019, section 3). [CLS] says something about a
+    ## whole text where training asked it to: BERT's did, whether one text follows another; MiniLM's asked the mean.
     """
     if mask is None:
         return hidden.mean(1)
@@ -205,6 +213,7 @@ class Classifier(nn.Module):
 
     @property
     def encoder(self) -> Bert:
+        """The Bert under the head, whichever name its family has."""
         return next(self.children())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None,
@@ -234,6 +243,7 @@ class Spans(nn.Module):
 
     @property
     def encoder(self) -> Bert:
+        """The Bert under the head, whichever name its family has."""
         return next(self.children())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -425,12 +435,12 @@ def open_bert(folder: Path, name: str, kind: type = Bert, labels: list[str] | No
     return model, tokenizer, model.config
 
 
-def find_bert(name: str | None = None, option: str = "--model") -> tuple[Path, str]:
+def find_bert(name: str | None = None) -> tuple[Path, str]:
     """(folder, name) of minilm, bert-base-uncased, distilbert-base-uncased, stand-in, or a folder; None is minilm, or
     the stand-in where that can't be reached. Raises utils.InputError for what can't be had."""
     if name and name not in (*FILES, "stand-in"):
         if not Path(name).is_dir():
-            raise utils.InputError(f"{option} {name} is no folder; give one with config.json, model.safetensors and "
+            raise utils.InputError(f"--model {name} is no folder; give one with config.json, model.safetensors and "
                                    f"vocab.txt, or {', '.join(FILES)} or stand-in.")
         return Path(name), name
     if name != "stand-in":
@@ -442,7 +452,7 @@ def find_bert(name: str | None = None, option: str = "--model") -> tuple[Path, s
             return folder, name or "minilm"
         except ConnectionError as error:
             if name or weights_here:  # asked for by name, or half there: never replaced by something else
-                raise utils.InputError(f"{error} Use {option} stand-in to work offline.") from error
+                raise utils.InputError(f"{error} Use --model stand-in to work offline.") from error
             print(error)
     folder = utils.DATA_DIR / "bert-stand-in"
     if not (folder / "config.json").exists():
@@ -458,11 +468,11 @@ def hide(ids: Tensor, tokenizer: WordPiece, generator: torch.Generator) -> tuple
 
     ## GPT-2 guesses the next token, and so may see only what comes before. BERT shall see both sides, and gets words to
     ## guess by hiding them: 15 % of all. Of these 80 % become [MASK]; but no text in use has [MASK] in it, so 10 %
-    ## become any other token and 10 % stay, and every token may be one to doubt (Devlin et al. 2019, section 3.1).
+    ## become a random token and 10 % stay, and every token may be one to doubt (Devlin et al. 2019, section 3.1).
     """
     draw = torch.rand(ids.shape, generator=generator)
     asked = (draw < 0.15) & (ids != tokenizer.cls) & (ids != tokenizer.sep)
-    seen = ids.masked_fill(asked & (draw < 0.12), tokenizer.mask)
+    seen = ids.masked_fill(asked & (draw < 0.12), tokenizer.mask)  # 0.12 is 80 % of 0.15, 0.135 are 90 %
     others = torch.randint(len(tokenizer.names), ids.shape, generator=generator)
     return torch.where(asked & (draw >= 0.12) & (draw < 0.135), others, seen), asked
 

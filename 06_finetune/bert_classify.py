@@ -1,8 +1,8 @@
 """Teach BERT to tell praise from complaint: all of it, its head alone, or low-rank adapters (LoRA).
 
 You learn here: how an encoder that has read much becomes a classifier with a few thousand examples; why batches of
-texts of a length save half the work; what accuracy hides, and precision, recall and F1 show; where a model is sure and
-wrong.
+texts of similar length save half the work; what accuracy hides, and precision, recall and F1 show; where a model is
+sure and wrong.
 
     python 06_finetune/bert_classify.py                             MiniLM and SST-2, sentences from film reviews; LoRA
     python 06_finetune/bert_classify.py --method full               every weight
@@ -21,12 +21,14 @@ standard deviation, in %; then validation accuracy, seconds of training and GB o
     full                        22,566,146   89.42 ± 0.27    89.44 ± 0.22    89.11     410 to 440     2.5
     lora                           664,322   89.49 ± 0.11    89.49 ± 0.08    88.30     418 to 503     2.8
     head                               770   80.40 ± 0.24    80.61 ± 0.15    79.32      95 to 114     1.2
-With two cores LoRA takes 323 s instead of 503 (seed 0).
+With two cores LoRA takes 323 s instead of 503 (seed 0). It trains an epoch more than full here, and its adapters keep
+activations of their own; what it saves, gradients and optimizer state, is little in so small a model.
 Writes to outputs/classify/: adapter/ (--method lora: the adapter with its head, in PEFT's format) or model/ (a folder
 that transformers opens), each with the best weights by validation; checkpoint.pt (for --resume and for classifying),
-metrics.json, history.png.
+metrics.json, history.png. PEFT and transformers classify by [CLS]: with --pooling cls they give our probabilities;
+with mean, the default, they have no such head, and what they make of these files is another classifier.
 Left out on purpose: several processes, sums of gradients over parts of a batch (train.py has both); texts longer than
-the model's positions, which are cut.
+--max-length, 128 tokens, which are cut (IMDB's reviews are longer: give 256 or 512, and time).
 """
 
 import argparse
@@ -150,6 +152,7 @@ def read_folders(folder: Path) -> Data:
 
 
 def read_file(path: Path) -> str:
+    """A text file's contents. Raises utils.InputError where it can't be read, or is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -259,7 +262,7 @@ def bag_of_words(data: list[tuple[list[list[int]], Tensor]], V: int, K: int) -> 
         optimizer = torch.optim.LBFGS([W], max_iter=200, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
-            ##     loss = - sum of log p + penalty / 2 * |W|^2        (Hastie et al. 2009, section 4.4)
+            ##     loss = - sum of log p + penalty / 2 * |W|^2        (Hastie et al. 2009, section 18.3.2)
             optimizer.zero_grad()
             loss = F.cross_entropy(F.embedding_bag(bags[0][0], W, bags[0][1], mode="sum"), data[0][1], reduction="sum")
             loss = loss + penalty / 2 * W.square().sum()
@@ -284,8 +287,9 @@ def heads(model: nn.Module) -> tuple[str, ...]:
 def prepare(model: nn.Module, args: argparse.Namespace, targets: dict[str, list[str]], dtype: torch.dtype) -> None:
     """Freeze what the method leaves alone, and add adapters where it is LoRA: without --lora-targets, to the family's.
 
-    ## full: every weight. head: the head alone, on vectors that stay as they are: how far pre-training alone goes.
-    ## lora: small matrices beside the frozen ones (lora.py), and the head.
+    ## full: every weight. head: the head alone, on a frozen encoder: how far goes what that learned before. (Dropout
+    ## stays on inside, so that a text looks a little different every time.) lora: small matrices beside the frozen ones
+    ## (lora.py), and the head.
     """
     if args.method != "full":
         model.requires_grad_(False)
@@ -314,9 +318,10 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     ## The head starts at random and has far to go. What lies under it is good as it is, and shall move a little.
     """
     groups: dict[tuple, list] = {}
+    new = heads(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            lr = args.head_lr if name.startswith(heads(model)) else args.lr
+            lr = args.head_lr if name.startswith(new) else args.lr
             decay = args.weight_decay if p.dim() > 1 and "embeddings" not in name else 0.0
             groups.setdefault((lr, decay), []).append(p)
     return [{"params": some, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), some in groups.items()]
@@ -331,8 +336,8 @@ def save_result(model: nn.Module, tokenizer: WordPiece, args: argparse.Namespace
     """Write --out/adapter, or a whole model to --out/model. task: as PEFT names it.
 
     ## PEFT, asked for a sequence classifier (SEQ_CLS), trains the head whole and keeps it with the adapter, under
-    ## modules_to_save. An adapter without its head would be of no use: so ours holds it too, and either reads the
-    ## other's.
+    ## modules_to_save. An adapter without its head would be of no use: so ours holds it too, and with --pooling cls,
+    ## which is all that PEFT knows, either reads the other's.
     """
     if args.method == "lora":
         save_adapter(model, args.out / "adapter", model.config["name"], "", task, heads(model))
@@ -374,7 +379,7 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--limit", type=int, help="learn from so many texts, drawn at random; without it from all")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
-    add("--seed", type=int, default=0, help="decides the new head, adapters, batches and dropout")
+    add("--seed", type=int, default=0, help="decides --limit's texts, the new head, adapters, batches and dropout")
     add("--epochs", type=int, help=f"passes over the training texts; without it {by_method(0)}")
     add("--batch-size", type=int, default=32, help="texts per step; larger is steadier, and learns less per text")
     add("--max-length", type=int, default=128, help="tokens that are read of a text; where texts are long, time grows "
@@ -389,7 +394,8 @@ def parse_options() -> tuple[argparse.Namespace, dict]:
     add("--head-lr", type=float, help=f"the head's; without it {by_method(2)}")
     add("--adversarial", type=float, help="how far each text's word vectors are pushed to where the loss is larger, to "
         f"learn there too: a step takes twice as long; 0: not at all; without it {by_method(3)}")
-    add("--weight-decay", type=float, default=0.01, help="each step takes lr times this of every trained matrix")
+    add("--weight-decay", type=float, default=0.01, help="each step takes lr times this of every trained matrix, but "
+        "no table's")
     add("--warmup", type=float, default=0.1, help="share of the steps over which the learning rate rises from zero")
     add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--patience", type=int, default=2, help="stop after so many epochs without a new best (early stopping)")
@@ -456,7 +462,8 @@ def main() -> None:
     ## What was left open is settled by now, and saved with the rest for --resume.
     args.data = args.data or data.name
     for name, value in zip(("epochs", "lr", "head_lr", "adversarial"), RECIPES[args.method]):
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     stand_in = data.stand_in or "stand_in" in config
     label = f"{args.model}, on {data.name}{', stand-in' * stand_in}"
     longest = min(args.max_length, config["n_positions"])

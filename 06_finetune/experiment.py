@@ -36,8 +36,8 @@ Part bleu (seeds 0 and 1; 100 held-out passages, 64 tokens to read, 32 to write;
 Without one run of four words in common BLEU is 0, so it can't tell the last five apart: one reference is too few where
 a text may go on in many ways.
 Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json
-and experiment.png, with --parts experiment_PART.json and .png; scratch.png. Left out on purpose: a search for each
-row's best learning rate; what BLEU lacks, synonyms above all, and later scores have.
+and experiment.png, with --parts experiment_PART.json and, but for bleu, .png; scratch.png. Left out on purpose: a
+search for each row's best learning rate; what BLEU lacks, synonyms above all, and later scores have.
 """
 
 import argparse
@@ -120,11 +120,11 @@ def bleu(candidates: list[list[str]], references: list[list[list[str]]], n: int 
     Returns bleu, precisions p_1 to p_n, and brevity penalty, all from 0 to 1.
 
     ##     p_n = (n-grams of the candidates that a reference has) / (n-grams of the candidates)
-    ## where an n-gram counts at most as often as it stands in one reference (clipping), or "the the the" were perfect.
+    ## where an n-gram counts at most as often as it stands in one reference (clipping): else "the the the" is perfect.
     ## Precision alone would praise a candidate of one safe word. Recall is not defined where references differ, and so
     ## a candidate text of c words is punished for being shorter than r, the references' length closest to it:
     ##     BP = 1 if c > r, else e^(1 - r/c)        BLEU = BP * (p_1 p_2 .. p_n)^(1/n)        (section 2.3)
-    ## Sums are taken over the whole collection before dividing: in a single sentence p_4 is nearly always zero, and
+    ## Sums are taken over the whole collection before dividing: in a single sentence p_4 is often zero, and
     ## with it the score.
     """
     right, all_of, c, r = [0] * n, [0] * n, 0, 0

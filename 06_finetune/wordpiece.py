@@ -9,7 +9,8 @@ pieces that are; what two texts in one sequence, padding, and a text that is too
     python 06_finetune/wordpiece.py --data novel.txt               learn a vocabulary from a text (pydocs: the manual)
 
 You should see: "Tokenization" as "token", "##ization", and a word in Ethiopic script as [UNK].
-Writes: with --data pydocs or a text, vocab.txt in outputs/, which transformers' BertTokenizer opens.
+Writes: with --data pydocs or a text, vocab.txt and tokenizer_config.json in outputs/, which transformers' BertTokenizer
+opens.
 
 The same tokens and offsets as transformers' BertTokenizer (tokenizers 0.23) on SST-2, on every assigned code point and
 on 100,000 random strings, tested on Python 3.11 (Unicode 14); the tables below were made with Unicode 18, and a Python
@@ -204,8 +205,13 @@ class WordPiece:
         except (ValueError, RecursionError) as error:
             raise utils.InputError(f"{config_path} is not JSON, or was cut short; put the model's own there, or delete "
                                    "it.") from error
+        config = config if isinstance(config, dict) else {}
         if lowercase is None:
-            lowercase = not isinstance(config, dict) or config.get("do_lower_case") is not False
+            lowercase = config.get("do_lower_case") is not False
+        ## In BERT accents go where capitals go, and each Chinese character is a word. A model may have it otherwise.
+        if config.get("strip_accents") not in (None, lowercase) or not config.get("tokenize_chinese_chars", True):
+            raise utils.InputError(f"{config_path}: strip_accents or tokenize_chinese_chars is not as in BERT, which "
+                                   "is not supported here; take another model.")
         return cls(names, lowercase, path)
 
     def save(self, folder: Path | str) -> None:
@@ -280,10 +286,11 @@ class WordPiece:
         """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to max_length tokens in all.
 
         special: whether the text "[SEP]" becomes the token, as in transformers by default. Use special=False for what
-        others wrote: where a text ends is not for strangers to say. Raises utils.InputError for a lone surrogate.
+        others wrote: where a text ends is not for strangers to say. Raises utils.InputError for a lone surrogate, and
+        for a max_length that leaves no room.
 
-        ## Of two texts the longer one is cut first, until both are of a length; from there on both alike. A
-        ## question of less than half the room so stays whole.
+        ## Of two texts the longer one is cut first, until both are equally long; from there on both alike. A question
+        ## shorter than half the room thus stays whole.
         """
         texts = [self.encode_text(part, special) for part in (text, pair) if part is not None]
         if max_length is not None:
@@ -321,6 +328,7 @@ class WordPiece:
         return [self.join(first, (second[0][i : i + room], second[1][i : i + room])) for i in starts]
 
     def join(self, first: tuple[list[int], list], second: tuple[list[int], list] | None = None) -> Encoding:
+        """[CLS] first [SEP], or [CLS] first [SEP] second [SEP], of (ids, offsets) each."""
         ids, offsets = [self.cls, *first[0], self.sep], [(0, 0), *first[1], (0, 0)]
         types = [0] * len(ids)
         if second is not None:
@@ -360,10 +368,11 @@ def train_wordpiece(text: str, vocab_size: int, lowercase: bool = True) -> list[
 
     ## Pieces are merged as in byte-pair encoding (bpe.py): count all pairs of neighbours in all words, make the most
     ## frequent one a piece of its own, replace it everywhere, repeat. So does Hugging Face's trainer for WordPiece. The
-    ## original one (Schuster & Nakajima 2012, section 3) takes the pair that makes the text likeliest instead, by
+    ## original one (Schuster & Nakajima 2012, section 3) takes the pair that makes the text likeliest instead; Google
+    ## has not published its code for BERT, and Hugging Face's course guesses at a score for it,
     ##     count(ab) / (count(a) count(b)),
-    ## and so prefers pairs whose halves hardly occur alone; Google has not published its code for BERT. What is learned
-    ## here is the list of pieces alone: encoding goes by the longest piece and knows no order of merges.
+    ## which prefers pairs whose halves hardly occur alone. What is learned here is the list of pieces alone: encoding
+    ## goes by the longest piece and knows no order of merges.
     """
     counts, where, weights = Counter(), defaultdict(set), Counter()
     for chunk, n in Counter(CHUNK.findall(text)).items():
@@ -460,7 +469,11 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=2000,
                         help="tokens to learn; more make a text shorter, and a model's embedding larger")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")
-    args = parser.parse_args()
+    args, given = utils.parse(parser)
+    if args.file and given.keys() & {"text", "pair"}:
+        raise utils.InputError("--file counts a file's tokens; leave out the text and --pair.")
+    if "vocab_size" in given and args.data in (None, "minilm"):
+        raise utils.InputError("--vocab-size is for learning a vocabulary; name with --data what to learn it from.")
 
     tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)
     print(f"{name}: {len(tokenizer.names):,} tokens, {'without' if tokenizer.lowercase else 'with'} capitals\n")

@@ -1,11 +1,11 @@
-"""How chapter 03's default model was chosen: every candidate's validation error in five seasons, the test part unread.
+"""How chapter 03's default was chosen: each candidate's validation error at five starting points, the test part unread.
 
     python tests/seasons.py                                  some forty minutes on one core
     python tests/seasons.py --horizons 96 --seasons 0        one of twenty parts, two minutes
 
-A season is train.py's --earlier: all parts of ETTh1 end so many rows earlier. A candidate is the mean of one or two
-nets and one line; its score the geometric mean of its validation MSE over seasons and horizons. 03_lstm/train.py tells
-above its MODELS what came out. pytest does not collect this file.
+A "season" is train.py's --earlier: all parts of ETTh1 end so many rows earlier; the five lie a month apart. A candidate
+is the mean of one or two nets and one line; its score the geometric mean of its validation MSE over seasons and
+horizons. 03_lstm/train.py tells above its MODELS what came out. pytest does not collect this file.
 """
 
 import argparse

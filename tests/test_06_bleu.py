@@ -31,7 +31,7 @@ def precisions(candidate, truths, n):
 @pytest.mark.parametrize("candidate, truths, n, expected", [
     (FIRST, GUIDE, 1, Fraction(17, 18)), (SECOND, GUIDE, 1, Fraction(8, 14)), (FIRST, GUIDE, 2, Fraction(10, 17)),
     (SECOND, GUIDE, 2, Fraction(1, 13)), (["the"] * 7, MAT, 1, Fraction(2, 7)), (["the"] * 7, MAT, 2, 0),
-    (["of", "the"], GUIDE, 1, 1), (["of", "the"], GUIDE, 2, 1),  # section 2.2.1: precision alone is not enough
+    (["of", "the"], GUIDE, 1, 1), (["of", "the"], GUIDE, 2, 1),  # section 2.2: precision alone is not enough
 ])
 def test_the_papers_modified_precisions(candidate, truths, n, expected):
     assert precisions(candidate, truths, n)[-1] == pytest.approx(float(expected), abs=1e-12)

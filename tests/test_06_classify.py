@@ -328,6 +328,8 @@ def test_each_method_learns_and_says_so(small, runs):
         assert tests["bag of words"]["accuracy"] > 0.9 > 0.65 > tests["majority class"]["accuracy"]
         if method.startswith("full"):
             assert tests["full"]["accuracy"] > 0.85, method
+        elif method.startswith("lora"):
+            assert tests["lora"]["accuracy"] > max(0.65, tests["majority class"]["accuracy"] + 0.1), method
         before = re.search(r"before training: validation loss ([\d.]+); guessing uniformly, ln 2: 0.6931", text)[1]
         assert float(before) == pytest.approx(math.log(2), abs=0.15)
         assert sum(map(sum, tests[method.split()[0]]["confusion"])) == 60
@@ -341,15 +343,14 @@ def test_what_is_frozen_stays_bit_identical(small, runs):
         after = weights.open_weights(runs(method)[0] / "model")
         changed = {name for name in before if not name.startswith("pooler.")
                    and not torch.equal(before[name], after["bert." + name])}
-        kept = {"embeddings.word_embeddings.weight"}  # changed too, but not in each row
-        assert changed | kept == ({name for name in before if not name.startswith("pooler.")} | kept
-                                  if method == "full" else kept), method
+        encoder = {name for name in before if not name.startswith("pooler.")}
+        assert changed == (encoder if method == "full" else set()), method
     after = weights.open_weights(runs("full cls")[0] / "model")
     assert not torch.equal(before["pooler.dense.weight"], after["bert.pooler.dense.weight"])
     for method in ("lora", "lora cls", "lora distil"):
         trained = torch.load(runs(method)[0] / "checkpoint.pt", weights_only=True)["trained"]
         new = (".lora_", "classifier", "bert.pooler")
-        assert all(any(part in name for part in new) for name in trained)
+        assert trained and all(any(part in name for part in new) for name in trained)
         assert {path.name for path in (runs(method)[0] / "adapter").iterdir()} == {"adapter_config.json",
                                                                                    "adapter_model.safetensors"}
 

@@ -253,7 +253,7 @@ def test_templates_cannot_be_answered_by_position_or_by_word_overlap(templates):
                 for way in qa.FACTS[fact][0].split("|")]
         hits = [hit for way in told if (hit := re.search(way, q.context, re.IGNORECASE))]
         blind[q.id] = min(hits, key=lambda hit: hit.start())[1] if hits else ""
-    assert 10 < qa.scores(blind, templates.test)["em"] < 60
+    assert qa.scores(blind, templates.test)["em"] == pytest.approx(43.3, abs=0.1)  # as the comment there says
     shapes = [{re.sub(r"\b[A-Z\u00d6]\S+( [A-Z\u00d6]\S+)*", "_", q.question[1:]) for q in part}
               for part in templates[:3]]
     assert len(shapes[2] - shapes[0]) >= 8  # ways to ask that training never had
@@ -408,7 +408,7 @@ def test_what_is_frozen_stays_bit_identical(small, runs):
         assert changed == (set(before) if method == "full" else set()), method
     for method in ("lora", "lora distil"):
         trained = torch.load(runs(method)[0] / "checkpoint.pt", weights_only=True)["trained"]
-        assert all(".lora_" in name or name.startswith("qa_outputs.") for name in trained)
+        assert trained and all(".lora_" in name or name.startswith("qa_outputs.") for name in trained)
 
 
 def test_reported_figures_are_those_of_the_files_and_of_predictions_json(small, runs):
