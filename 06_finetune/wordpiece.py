@@ -470,9 +470,9 @@ def main() -> None:
                         help="tokens to learn; more make a text shorter, and a model's embedding larger")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")
     args, given = utils.parse(parser)
-    if args.file and given.keys() & {"text", "pair"}:
+    if args.file and (args.pair or args.text != SAMPLE):
         raise utils.InputError("--file counts a file's tokens; leave out the text and --pair.")
-    if "vocab_size" in given and args.data in (None, "minilm"):
+    if "vocab_size" in given and args.data == "minilm":
         raise utils.InputError("--vocab-size is for learning a vocabulary; name with --data what to learn it from.")
 
     tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)

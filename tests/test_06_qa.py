@@ -1,6 +1,8 @@
 """06_finetune/bert_qa.py against SQuAD's own rules, transformers, PEFT, and what fine-tuning promises."""
 
 import functools
+import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 
 import peft
@@ -209,6 +212,38 @@ def test_squad_is_asked_for_by_hash_and_templates_come_only_where_it_is_out_of_r
     (tmp_path / "squad" / "train-v1.1.json").write_text("corrupt")
     with pytest.raises(utils.InputError, match="not the expected file"):
         qa.load_data(None)
+
+
+def test_squad_is_downloaded_once_and_learned_from_as_the_default(small, tmp_path, monkeypatch):
+    """From a server in the real one's place, with small files in its format."""
+    (tmp_path / "served").mkdir()
+    hashes = {}
+    for file, source in (("train-v1.1.json", "train.json"), ("dev-v1.1.json", "dev.json")):
+        shutil.copy(small / source, tmp_path / "served" / file)
+        hashes[file] = hashlib.sha256((small / source).read_bytes()).hexdigest()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "served")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(qa, "SQUAD", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(qa, "SQUAD_SHA256", hashes)
+    monkeypatch.setattr(qa, "SQUAD_LIMIT", 50)
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path / "data")
+    try:
+        out = call("--model", small / "bert", *COMMON, "--epochs", 1, "--out", tmp_path / "o")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "on squad: 50 / 8 / 40 questions" in out and "STAND-IN" not in out
+    found = qa.load_data("squad")  # from the disk: the server is gone
+    assert [len(part) for part in found[:3]] == [152, 8, 40] and found.name == "squad" and not found.stand_in
+    assert found.test == qa.read_squad(small / "dev.json")
 
 
 @pytest.fixture(scope="module")

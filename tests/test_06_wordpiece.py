@@ -421,6 +421,11 @@ def test_stand_in_only_where_the_real_vocabulary_is_out_of_reach(tmp_path, monke
     assert capsys.readouterr().out.count("STAND-IN") == 2
     with pytest.raises(utils.InputError, match="could not be downloaded.*--data pydocs"):
         main(monkeypatch, "--data", "minilm")
+    for ignored, words in ((("--vocab-size", 300, "--data", "minilm"), "--vocab-size is for learning"),
+                           (("--file", "x.txt", "--pair", "y"), "leave out the text and --pair"),
+                           (("some text", "--file", "x.txt"), "leave out the text and --pair")):
+        with pytest.raises(utils.InputError, match=words):
+            main(monkeypatch, *ignored)
     (tmp_path / "minilm").mkdir(exist_ok=True)
     (tmp_path / "minilm" / "vocab.txt").write_text("corrupt")
     with pytest.raises(utils.InputError, match="not the expected file"):
