@@ -538,9 +538,10 @@ def boosting(seeds: int = 3) -> None:
             row(f"04 {name}", mine, other, note, lower=i == 2)
 
 
-def bert_folder(folder: Path) -> str:
-    """MiniLM with a new head, and an adapter of rank 8 for query and value, in the files of hub and PEFT; or, where
-    MiniLM's weights are not at hand, random ones of its shape. Returns which of the two."""
+def bert_folder(folder: Path, method: str) -> str:
+    """MiniLM with a new head and an adapter, in the files of hub and PEFT; or, where MiniLM's weights are not at hand,
+    random ones of its shape. Returns which of the two. The adapter is the usual one, rank 8 for query and value, or
+    with method "lora-all" bert_classify.py's default, rank 16 for all matrices of a block."""
     bert, lora, classify = chapter("06_finetune", "bert", "lora", "bert_classify")
     torch.manual_seed(0)
     here = utils.DATA_DIR / "minilm"
@@ -550,7 +551,8 @@ def bert_folder(folder: Path) -> str:
     else:
         model = bert.Classifier(bert.SIZES["minilm"] | options)
     bert.save_model(model, folder)
-    lora.add_lora(model, 8, 16, 0.0, ["query", "value"])
+    rank, targets = (16, classify.ALL_MATRICES["bert"]) if method == "lora-all" else (8, ["query", "value"])
+    lora.add_lora(model, rank, 16, 0.0, targets)
     lora.save_adapter(model, folder / "adapter", str(folder), "", "SEQ_CLS", classify.heads(model))
     return "MiniLM" if here.exists() else "random weights of MiniLM's shape"
 
@@ -563,7 +565,7 @@ def bert_side(side: str, folder: Path, method: str, steps: int = 8) -> None:
     if side == "ours":
         config = bert.read_config(folder / "config.json") | {"dropout": 0.0}
         model = bert.read_model(folder, config, bert.Classifier).train()
-        if method == "lora":
+        if method != "full":
             lora.load_adapter(model, folder / "adapter", "", classify.heads(model))
             classify.shrink(model, dtype)
         options = {"fused": True}
@@ -573,7 +575,7 @@ def bert_side(side: str, folder: Path, method: str, steps: int = 8) -> None:
 
         none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model = AutoModelForSequenceClassification.from_pretrained(folder, **none).train()
-        if method == "lora":
+        if method != "full":
             model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True).train()
         options = {}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -602,10 +604,10 @@ def bert_side(side: str, folder: Path, method: str, steps: int = 8) -> None:
 
 
 def bert() -> None:
-    """A training step of MiniLM as a classifier, batch 32 x 128, whole and by LoRA: seconds, peak memory, losses."""
-    for method in ("full", "lora"):
+    """A training step of MiniLM as a classifier, batch 32 x 128, whole, by LoRA: seconds, peak memory, losses."""
+    for method in ("full", "lora", "lora-all"):
         with tempfile.TemporaryDirectory() as folder:
-            what = bert_folder(Path(folder))
+            what = bert_folder(Path(folder), method)
             runs = {"ours": [], "peer": []}
             for side in ["ours", "peer"] * 3:
                 command = [sys.executable, __file__, "--side", side, "--folder", folder, "--job", f"bert-{method}"]
@@ -614,7 +616,7 @@ def bert() -> None:
         seconds, memory = ([statistics.median(run[key] for run in side) for side in runs.values()]
                            for key in ("seconds", "memory"))
         ours, peer = runs["ours"][0], runs["peer"][0]
-        note = (f"transformers{' + peft' * (method == 'lora')}, float32 ({ours['dtype']} here), {what}; "
+        note = (f"transformers{' + peft' * (method != 'full')}, float32 ({ours['dtype']} here), {what}; "
                 f"{ours['trained']:,} and {peer['trained']:,} trained")
         row(f"06 seconds per step of BERT, {method}", *seconds, note, lower=True)
         difference = max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"]))
@@ -651,7 +653,7 @@ def wordpiece() -> None:
 
 def row(name: str, ours: float, peer: float, note: str, lower: bool = False) -> None:
     ratio = peer / ours if lower else ours / peer
-    print(f"{name:40} ours {ours:10,.2f}   peer {peer:10,.2f}   {ratio:5.2f} x   {note}", flush=True)
+    print(f"{name:40} ours {ours:10,.3f}   peer {peer:10,.3f}   {ratio:6.3f} x   {note}", flush=True)
 
 
 ROWS = {

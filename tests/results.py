@@ -45,6 +45,9 @@ COMMANDS = [
       for m in ("lora", "full", "head")),
     *((f"06_finetune/bert_classify.py --model minilm --data sst2 --method {m}", 3, SENTIMENT.format(m))
       for m in ("full", "lora", "head")),
+    ("06_finetune/bert_qa.py --model minilm --data templates", 3,
+     "in %: exact match {test.full.em:.1f}, F1 {test.full.f1:.1f}; word overlap {test.word overlap.em:.1f}, "
+     "{test.word overlap.f1:.1f}"),
 ]
 
 
