@@ -308,6 +308,7 @@ def flip(x: Tensor, mirrored: Tensor) -> Tensor:
 def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:
     """Move each picture of x (B, C, H, W) by down and right (B,) pixels, from -pad to pad; reflection fills the gap."""
     B, _, H, W = x.shape
+    ## Reflection is made for floats only.
     padded = F.pad(x.float(), (pad,) * 4, mode="reflect").to(x.dtype)  # (B, C, H + 2 pad, W + 2 pad)
     ## unfold shows every window of H x W as a view, no copy; the index then copies one window per picture.
     windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W)

@@ -149,6 +149,8 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
     args = parser.parse_args()
+    if args.image and args.data:
+        raise utils.InputError("--image names one picture, --data a whole set; leave one of them out.")
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     model, saved = load_network(args.model, device)

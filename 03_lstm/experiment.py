@@ -59,8 +59,8 @@ from load import Data, load_data, windows  # noqa: E402
 from train import MODELS, NLinear, SegmentGRU, batches, evaluate, repeat_last, schedule, set_dtype  # noqa: E402
 from train import LINEAR_LOOKBACK, LSTMForecaster, level_and_spread  # noqa: E402
 
-# Shapes: B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden units,
-#         W time steps of a segment, S segments read, Q segments predicted
+# Shapes: N rows, B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden
+#         units, W time steps of a segment, S segments read, Q segments predicted
 
 SCRIPT = "03_lstm/experiment.py"
 BASE = {"cell": "gru", "lookback": 720, "segment": 48, "hidden": 64, "norm": "last", "steps": "direct", "loss": "mae",

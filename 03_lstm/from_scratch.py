@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import load_data, windows  # noqa: E402
 
-# Shapes: B batch (windows), T time steps looked back on, C channels, M hidden units, P predicted steps
+# Shapes: N rows, B batch (windows), T time steps looked back on, C channels, M hidden units, P predicted steps
 ## Time is the first dimension here, (T, B, ...), because the steps have to be taken one after another.
 
 

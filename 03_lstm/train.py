@@ -44,8 +44,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import load_data, windows  # noqa: E402
 
-# Shapes: B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden units,
-#         W time steps of a segment, S segments read, Q segments predicted, E nets
+# Shapes: N rows, B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden
+#         units, W time steps of a segment, S segments read, Q segments predicted, E nets
 
 SCRIPT = "03_lstm/train.py"
 LINEAR_LOOKBACK = 336  # NLinear's, as published
@@ -122,7 +122,9 @@ class Seq2Seq(nn.Module):
     ## The decoder is handed the encoder's state, reads a value and says the next one. In use it reads what it said
     ## itself. In training it may be given the true value instead (teacher forcing, Williams & Zipser 1989): all P steps
     ## are then known beforehand and run as one call, and a wrong step does not spoil those after it. But then it never
-    ## meets its own mistakes, and has not learned to live with them: "exposure bias" (Ranzato et al. 2016).
+    ## meets its own mistakes, and has not learned to live with them: "exposure bias" (Ranzato et al. 2016). Here that
+    ## is the smaller evil. With --teacher-forcing 0 every error of 96 steps is traced back through all steps before it,
+    ## and ten passes end at a test MSE of 0.834, after 779 s (ETTh1, seed 0, one core); with it, at 0.528 after 130 s.
     """
 
     def __init__(self, channels: int, horizon: int, hidden: int, dropout: float, norm: str):
@@ -487,7 +489,8 @@ def main() -> None:
         error = f - y
         loss = (error.abs() if args.loss == "mae" else error.square()).mean((1, 2, 3))  # (E,)
         loss.sum().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        for net in model.nets if args.model == "segment" else [model]:
+            nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         optimizer.step()
         losses.append(loss.detach().mean() * len(rows))
 
