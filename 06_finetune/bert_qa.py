@@ -10,13 +10,13 @@ a text longer than the model is read in overlapping windows; and how an answer i
     python 06_finetune/bert_qa.py --question "Who?" --context "..." the answer, by what was trained
     python 06_finetune/bert_qa.py --resume                         after Ctrl-C
 
-You should see (--data templates with MiniLM's weights; torch 2.15, bfloat16, one core of an AMD EPYC; seed 0), exact
-match and F1 on the test questions, in %, and seconds of training:
-    word overlap                                   3.7    13.0
-    full, 22,566,146 trained weights              96.3    96.8     306
-    lora, 74,498 trained weights                  91.3    92.4     332
-    head, 770 trained weights                     14.0    17.8     203
-Not measured: SQuAD itself, which can't be had here. By the templates' speed, expect some 25 minutes on one core.
+You should see (--data templates with MiniLM's weights; torch 2.15, bfloat16), exact match and F1 on the test questions,
+in %, and seconds of training:
+    word overlap                               3.7           13.0
+    full, 22,566,146 trained weights          96.0 ± 1.9     96.0 ± 1.9    198    seeds 0 to 2, two cores of a Xeon
+    lora, 74,498 trained weights              91.3           92.4          332    seed 0, one core of an AMD EPYC
+    head, 770 trained weights                 14.0           17.8          203    the same
+Not measured: SQuAD itself, which can't be had here. By the templates' speed, expect a quarter of an hour on two cores.
 Writes to outputs/qa/: adapter/ (--method lora: the adapter with its head, in PEFT's format) or model/ (a folder that
 transformers opens), predictions.json, checkpoint.pt (for --resume and for answering), metrics.json, history.png.
 Left out on purpose: questions that have no answer (SQuAD 2.0); several processes.
@@ -669,7 +669,7 @@ def main() -> None:
         utils.notice(f"STAND-IN: these figures are of stand-ins ({' and '.join(names)}), not of MiniLM on SQuAD.")
 
 
-## Try this. Each was run once (templates, seed 0, one core), test EM and F1; as it is, every weight: 96.3 and 96.8.
+## Try this. Each was run once (templates, seed 0, one core of an AMD EPYC), test EM and F1; as it is: 96.3 and 96.8.
 ##   --epochs 2      91.7 and 92.0   half of the steps, and most of it is there
 ##   --limit 500     85.0 and 86.4   learned from 500 questions
 ##   --lr 2e-5       62.0 and 67.0   the rate usual for BERT, which is wider and saw more questions
