@@ -14,7 +14,7 @@ torch 2.15; bfloat16; seeds 0, 1, 2), as share of the test pictures named right,
     linear model on the pixels 39.5 %
     simple 82.6 ± 0.7 % after 289 s, over six views 83.6 ± 0.5 %      without AMX (an AMD EPYC, seed 0) after 341 s
     resnet 89.8 ± 0.2 % after 453 s, over six views 90.8 ± 0.2 %      without AMX after 685 s
-transfer is not measured: ImageNet's weights were out of reach. It computes on 128 x 128, so a pass takes far longer.
+transfer is not measured: ImageNet's weights were out of reach. It computes on 128 x 128 pixels, 16 times as many.
 Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
 Left out on purpose: DataLoader workers, several GPUs (chapter 05 has them), mixing pictures (mixup, CutMix).
 """
@@ -148,8 +148,9 @@ class ResNet(nn.Module):
     """A whitening convolution, three residual blocks, a linear layer: (B, 3, H, W) -> (B, K).
 
     ## The shape is that of airbench94 (Jordan 2024), made for speed on this very data set, here with a skip connection
-    ## in each block. On two cores airbench94 as published, 8 epochs without skips, came to 89.5 % of the validation
-    ## pictures after 441 s (JPEG copy, seed 0); with skips, 13 epochs, of which 40 % at 24 x 24, to 90.3 % after 578 s.
+    ## in each block. Prototypes on two cores of an AMD EPYC (JPEG copy, seed 0): as published, 8 epochs without skips
+    ## named 89.5 % of the validation pictures right after 441 s; with skips, 13 epochs, 40 % of them at 24 x 24, 90.3 %
+    ## after 578 s.
     """
 
     def __init__(self, classes: int, mean: Tensor, std: Tensor, widths=(64, 256, 256)):

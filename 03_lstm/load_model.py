@@ -198,7 +198,7 @@ def main() -> None:
     title = f"{saved['kind']}, {P} rows ahead, {label}"
 
     ## Scaled by the checkpoint's numbers, not by this file's: see `future`.
-    mean, std = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mean", "std"))  # (C,)
+    mean, std = (torch.as_tensor(saved[name], dtype=torch.float64) for name in ("mean", "std"))  # (C,)
     _, val_end, test_end = (end - saved["earlier"] for end in split(table))
     test = ((table.values[val_end - T : test_end] - mean) / std).float()  # (T + N_test, C)
     y, truth = predict(lambda x: model(x.to(device)), test, T, P)  # (B, P, C) each
@@ -218,8 +218,7 @@ def main() -> None:
     print(f"{'all':12}" + "".join(f"{value:9.3f}" for value in measure(y, truth).values()))
 
     # where and when it is wrong
-    forecasts = {saved["kind"]: y, "repeat last": predict(lambda x: repeat_last(x, P), test, T, P)[0],
-                 }
+    forecasts = {saved["kind"]: y, "repeat last": predict(lambda x: repeat_last(x, P), test, T, P)[0]}
     if period <= T:
         forecasts["same hour yesterday"] = predict(lambda x: same_hour_yesterday(x, P, period), test, T, P)[0]
     errors = {name: (f - truth).square().mean((0, 2)) for name, f in forecasts.items()}  # (P,) each

@@ -279,6 +279,7 @@ def build(model: str, config: dict) -> nn.Module:
 def load_forecaster(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """The model in a model.pt, ready to forecast scaled windows (B, T, C) -> (B, P, C), and all else the file holds."""
     saved = utils.load_checkpoint(path, SCRIPT, device)
+    saved.setdefault("earlier", 0)  # which older files don't hold
     model = utils.rebuild(lambda: build(saved["kind"], saved["config"]), saved, path)
     return model.to(device).eval(), saved
 

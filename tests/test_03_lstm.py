@@ -561,6 +561,9 @@ def test_models_that_are_none(trained, tmp_path, monkeypatch, capsys):
     assert "make it with: python 03_lstm/train.py" in run("load_model.py", "--model", tmp_path / "no.pt", "--out",
                                                           tmp_path, code=1)
     saved = utils.load_checkpoint(trained / "model.pt", train.SCRIPT)
+    older = {name: value for name, value in saved.items() if name != "earlier"}  # of before --earlier was kept
+    utils.save_checkpoint(tmp_path / "older.pt", older | {"mean": torch.tensor(saved["mean"])})
+    main(load_model, monkeypatch, capsys, "--model", tmp_path / "older.pt", "--out", tmp_path)
     for change in ({"kind": "other"}, {"config": saved["config"] | {"hidden": 9}}, {"config": {}}):
         utils.save_checkpoint(tmp_path / "model.pt", saved | change)
         with pytest.raises(utils.InputError, match="make a new one with"):
