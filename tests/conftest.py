@@ -6,11 +6,13 @@ cores would wait for each other most of the time, hence one thread each; scripts
 
 import contextlib
 import hashlib
+import http.server
 import importlib.util
 import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,16 @@ def run_script(path, *options, code=0, launcher=(), env=None, **kwargs):
     if code not in (0, 2):  # 2 is argparse's, with the options that there are
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """A server on this machine that answers by an http.server handler class, quietly; its address."""
+    quiet = type("Quiet", (handler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
 def call_main(module, *options):

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 
 import peft
@@ -21,7 +20,7 @@ import sklearn.linear_model
 import sklearn.metrics
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, call_main, chapter, digest, refusal
+from conftest import REAL, ROOT, call_main, chapter, digest, refusal, serving
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -268,17 +267,11 @@ def server(tmp_path, monkeypatch):
             self.end_headers()
             self.wfile.write(data or b"")
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(classify, "SST2", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setattr(classify, "SST2_SHA256", files)
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
-    yield served
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as address:
+        monkeypatch.setattr(classify, "SST2", address)
+        yield served
 
 
 def test_sst2_is_downloaded_and_templates_come_only_where_it_can_t_be(server, tmp_path, capsys):

@@ -13,13 +13,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 
 import peft
 import pytest
 import torch
-from conftest import ROOT, call_main, chapter, digest, refusal
+from conftest import ROOT, call_main, chapter, digest, refusal, serving
 from transformers import AutoModelForQuestionAnswering, BertTokenizerFast
 
 import utils
@@ -226,20 +225,12 @@ def test_squad_is_downloaded_once_and_learned_from_as_the_default(small, tmp_pat
         def __init__(self, *args):
             super().__init__(*args, directory=tmp_path / "served")
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(qa, "SQUAD", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setattr(qa, "SQUAD_SHA256", hashes)
     monkeypatch.setattr(qa, "SQUAD_LIMIT", 50)
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path / "data")
-    try:
+    with serving(Handler) as address:
+        monkeypatch.setattr(qa, "SQUAD", address)
         out = call("--model", small / "bert", *COMMON, "--epochs", 1, "--out", tmp_path / "o")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert "on squad: 50 / 8 / 40 questions" in out and "STAND-IN" not in out
     found = qa.load_data("squad")  # from the disk: the server is gone
     assert [len(part) for part in found[:3]] == [152, 8, 40] and found.name == "squad" and not found.stand_in
