@@ -1,9 +1,7 @@
-"""The few helpers that all six chapters share: errors, options, signals, device, seed, download, checkpoints, plots.
+"""The few helpers that all six chapters share; no training loop lives here: the loops are the lessons.
 
-Nothing here knows about any chapter, and no training loop lives here: those are lessons and stay in the chapters.
-To take a chapter into a project of your own, copy its folder and this file.
-"""
-import argparse
+To take a chapter into a project of your own, copy its folder and this file. A program that takes only a model from a
+chapter needs no argparse, requests or matplotlib: they are imported by the functions that use them."""
 import contextlib
 import ctypes
 import hashlib
@@ -11,58 +9,238 @@ import json
 import math
 import os
 import shlex
-import shutil
-import signal
-import statistics
 import sys
 import time
 import timeit
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 
-matplotlib.use("Agg")  # plots go to files: works on machines without a display
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-
 DATA_DIR = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data"))
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind-safe
-plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=COLORS), "axes.grid": True, "grid.alpha": 0.3,
-                     "figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"})
 
 
-# ---------------------------------------------------------------------------------------------- errors
 class InputError(ValueError):
     """Something the user can put right. Its message is one sentence that names the thing and what to do."""
 
 
-def run(main) -> None:
+def run(main: Callable[[], None], go_on: str = "") -> None:
     """Call main(). What a user can cause ends in one sentence and a non-zero exit status; a bug keeps its traceback."""
-    with contextlib.suppress(AttributeError):  # what a terminal can't show becomes a code, and no error
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(OSError, AttributeError):  # glibc (no other C library) is told to keep freed memory
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; the most that a glibc before 2.35 takes
     try:
         main()
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped;", f"go on with: python {shlex.join(sys.argv)} {go_on}" * bool(go_on), file=sys.stderr)
         sys.exit(130)  # what a shell reports for Ctrl-C
-    except BrokenPipeError:  # the reader went away, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        ## A GPU's allocator has an error of its own; a CPU's only a sentence, in which it names itself.
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         sys.exit("error: the device ran out of memory; try a smaller --batch-size, or what else --help says of memory.")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check that the path is right and "
-                 "writable, and that the disk has free space.")
+
+
+def stand_in_notice(name: str, real: str) -> None:
+    """Say in a box that `name` stands in for the data set `real`; nothing where real is empty, as for a real set."""
+    line = f"| STAND-IN: this run uses {name} in place of {real}. Its figures are not {real}'s. |"
+    if real:
+        print(edge := f"+{'-' * (len(line) - 2)}+", line, edge, sep="\n")
+
+
+def number(kind: type, interval: str) -> Callable[[str], float]:
+    """A type for argparse: an int or a float in an interval such as "[1, inf)" or "(0, 1]"; nan is in none."""
+    def number(text: str) -> float:
+        from argparse import ArgumentTypeError
+        value, (low, high) = kind(text), map(float, interval[1:-1].split(","))
+        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
+            raise ArgumentTypeError(f"{text} is not in {interval}")
+        return value
+    return number
+
+
+count, positive, share = number(int, "[1, inf)"), number(float, "(0, inf)"), number(float, "[0, 1)")  # --epochs, --lr
+
+
+def parser(doc: str, script: str, *common: str):
+    """An ArgumentParser with --out (by default `outputs` beside the script's file) and the named ones of five more."""
+    import argparse
+    options = argparse.ArgumentParser(description=doc.split("\n")[0], usage="%(prog)s [options]",
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path(script).resolve().parent / "outputs", help="where to write")
+    common_options = {
+        "device": dict(default="auto", help="auto, cpu, cuda or mps"),
+        "dtype": dict(choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the faster one here"),
+        "seed": dict(type=number(int, "[0, 4294967295]"), default=0, help="decides everything that is drawn at random"),
+        "compile": dict(action="store_true", help="torch.compile: slow to start, then faster steps"),
+        "resume": dict(action="store_true", help="with the options of a stopped run: go on from its checkpoint.pt")}
+    for name in common:
+        options.add_argument(f"--{name}", **common_options[name])
+    return options
+
+
+def parse_args(options):
+    """The values of all options, device and dtype as torch has them. The folder --out is made, and must be writable."""
+    args = options.parse_args()
+    if "device" in args:
+        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        try:
+            args.device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {args.device}: this machine has no such device; use --device auto.") from error
+    if "dtype" in args:
+        args.dtype = pick_dtype(args.device, args.dtype)
+    write_atomically(args.out / ".probe", lambda file: None)  # fails now and not after the training
+    (args.out / ".probe").unlink(missing_ok=True)
+    return args
+
+
+def pick_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The named dtype; for `auto`, the one of bfloat16 and float32 in which this device multiplies matrices faster."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    ## CPUs with AMX or AVX512-BF16 are several times faster in bfloat16, others slower. The two take turns here.
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for dtype in list(seconds) * 20:
+        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
+        seconds[dtype] = min(seconds[dtype], timeit.timeit(lambda: F.linear(x, w), number=1))
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of trainable parameters; a tensor that two modules share counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def progress(done: int, total: int, begun: float, text: str, unit: str, per: float = 1.0) -> None:
+    """After each of total things, `per` units each: one line (20 if piped) of percent, text, units per second, ETA."""
+    tty, seconds = sys.stdout.isatty(), time.perf_counter() - begun
+    if tty or 20 * done // total > 20 * (done - 1) // total:
+        rate, left = per * done / seconds, round(seconds / done * (total - done))
+        line = f"{done / total:4.0%}  {text}  {rate:,.0f} {unit}/s  ETA {left // 60}:{left % 60:02}"
+        print(f"{line:79.79}", end="\r" if tty else "\n", flush=True)
+
+
+def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, float] = (10, 30)) -> Path:
+    """Fetch a file from the mirrors in turn; go on with a partial one; verify; only then give it its name.
+
+    sha256: or an md5; timeout: seconds to connect, and of silence. Raises ConnectionError where no mirror sends it all,
+    InputError for a file with another hash, which is never used, nor replaced."""
+    import requests
+
+    def matches(path: Path) -> bool:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "md5" if len(sha256) == 32 else "sha256").hexdigest() == sha256
+
+    if path.exists():
+        if matches(path):
+            return path
+        raise InputError(f"{path} is not the expected file (its hash differs); delete it to download it again.")
+    part, problems, begun = path.with_name(f"{path.name}.{os.getpid()}.part"), {}, time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.part"):
+        if time.time() - left.stat().st_mtime > 2 * timeout[1]:  # by a process that was stopped
+            os.replace(left, part)
+    for url in urls * 5:  # what one mirror began, the next may finish
+        if problems.get(url, "").startswith(("4", "wrong")):
+            continue  # it won't change its mind
+        try:
+            with open(part, "ab") as file, requests.get(
+                    url, headers={"Range": f"bytes={file.tell()}-", "Accept-Encoding": "identity"}, stream=True,
+                    timeout=timeout) as reply:
+                if reply.status_code == 200:  # all of it: this server knows no Range
+                    file.truncate(0)
+                if reply.status_code != 416:  # 416: there is no more than what we have
+                    reply.raise_for_status()
+                    blocks = 1 + int(reply.headers.get("Content-Length", 0)) // 2**16
+                    for i, block in enumerate(reply.iter_content(2**16), 1):
+                        file.write(block)
+                        progress(i, max(i, blocks), begun, path.name, "MB", per=2**16 / 1e6)
+        except requests.RequestException as error:
+            problems[url] = str(getattr(error.response, "status_code", type(error).__name__))
+            continue
+        if matches(part):
+            os.replace(part, path)
+            return path
+        part.unlink()
+        problems[url] = "wrong hash"
+    raise (InputError if "wrong hash" in problems.values() else ConnectionError)(
+        f"{path.name} could not be downloaded ({problems}); its place, if you fetch it elsewhere, is {path}.")
+
+
+def write_atomically(path: Path, write: Callable, *content) -> None:
+    """write(*content, file), such as torch.save(state, file). Whenever it is stopped, path holds old or new, whole."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # its own, should two processes write at once
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(*content, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only in the system's cache, before the name moves
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        raise InputError(f"cannot write {path} ({error.__context__ or error}); choose another --out.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def load_checkpoint(path: Path, script: str, options: dict = {}) -> dict:
+    """What `script` wrote, tensors on the CPU. Anything else is an InputError, and so is another value of an option."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        assert state["script"] == script
+    except Exception as error:
+        what = "is damaged, or not from " + script if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}; make it with: python {script}") from error
+    for name, value in state.get("options", {}).items():
+        if options.get(name, value) != value:
+            raise InputError(f"{path} is of a run with --{name.replace('_', '-')} {value}; go on with the same.")
+    return state
+
+
+def save_metrics(args, script: str, data, model: torch.nn.Module, metrics: dict, history: list[dict], **more) -> None:
+    """Write metrics.json to args.out. data: what load_data returned; history: rows with "seconds" of training."""
+    fields = dict(script=script, data=data.name, stand_in=bool(data.stand_in), device=args.device.type, seed=args.seed,
+                  seconds=history[-1]["seconds"], parameters=count_parameters(model), metrics=metrics, history=history,
+                  versions={"python": sys.version.split()[0], "torch": str(torch.__version__)}, **more)
+    write_atomically(args.out / "metrics.json", lambda file: file.write(json.dumps(fields, indent=1).encode()))
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files (no display is needed) in colours that colour-blind people tell apart."""
+    import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
+    plt.style.use(["tableau-colorblind10", {"axes.grid": True, "grid.alpha": 0.3, "savefig.bbox": "tight"}])
+    return plt
+
+
+def plot_history(path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss"):
+    """Draw the named columns of the history rows over x as a PNG; a row that lacks a column is passed over."""
+    figure, axes = pyplot().subplots(figsize=(7, 4))
+    for name, style in zip(curves, ["-", "--", "-.", ":"] * 2):
+        axes.plot(*zip(*[(row[x], row[name]) for row in history if name in row]), style, label=name)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.legend()
+    write_atomically(path, figure.savefig)
+
+
+# ---------------------------------------------- old names, until the last chapter has moved (then deleted)
+import argparse
+import shutil
+import signal
+import statistics
+
+import numpy as np
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+plt = pyplot()
+_new_parser, _new_load_checkpoint, _new_write, _new_metrics = parser, load_checkpoint, write_atomically, save_metrics
 
 
 def notice(*lines: str) -> None:
@@ -72,7 +250,6 @@ def notice(*lines: str) -> None:
     print(edge, *(f"| {line:{width}} |" for line in lines), edge, sep="\n")
 
 
-# ---------------------------------------------------------------------------------------------- options
 def name_or_path(*names: str):
     """A `type` for argparse: one of names stays as it is, a path that exists becomes absolute, to be found again."""
     return lambda text: text if text in names or not Path(text).exists() else str(Path(text).resolve())
@@ -82,11 +259,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # "(default: None)" would say less than the text before it
         hidden = action.default is None or action.default is False
         return action.help if hidden else super()._get_help_string(action)
-
-
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose --help starts with the first line of doc, a script's docstring, and names the default values."""
-    return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=_Help)
 
 
 def preset(options: argparse.ArgumentParser, name: str, table: dict[str, dict]) -> None:
@@ -138,7 +310,6 @@ def resume(args: argparse.Namespace, given: dict, script: str, free: tuple[str, 
     return saved
 
 
-# ---------------------------------------------------------------------------------------------- signals
 def catch_signals() -> tuple[list[int], Callable[[], None]]:
     """From here on Ctrl-C and SIGTERM only add to the list returned; the function returned undoes that.
 
@@ -149,35 +320,6 @@ def catch_signals() -> tuple[list[int], Callable[[], None]]:
     handlers = {number: signal.signal(number, lambda number, frame: caught.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     return caught, lambda: [signal.signal(number, handler) for number, handler in handlers.items()]
-
-
-# ---------------------------------------------------------------------------------------------- device, seed, memory
-def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes the best device there is; a named one that is missing is an InputError."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not available.get(kind, False) or index and not (index.isdigit() and int(index) < count):
-        raise InputError(f"--device {name}: this machine has no such device; use --device auto.")
-    return torch.device(name)
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """The faster of bfloat16 and float32 for matrix products on this device: a GPU by asking it, a CPU by timing it.
-
-    ## A CPU with AMX or AVX512-BF16 multiplies bfloat16 matrices several times faster than float32 ones; one without
-    ## them may be slower in bfloat16. Nothing tells the two apart as surely as a few milliseconds of trying. The two
-    ## take turns, and the fastest of each counts: another program may be busy for a while.
-    """
-    if device.type != "cpu":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for dtype in list(seconds) * 20:
-        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
-        seconds[dtype] = min(seconds[dtype], timeit.timeit(lambda: F.linear(x, w), number=1))
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
 
 
 def set_seed(seed: int) -> None:
@@ -201,12 +343,6 @@ def keep_memory() -> None:
             libc.mallopt(-3, 2**25)  # the most that a glibc before 2.35 takes
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Number of trainable parameters; a tensor that two modules share counts once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-# ---------------------------------------------------------------------------------------------- progress, download
 class Progress:
     """One line that rewrites itself: percent done, text, throughput, ETA. Plain lines, about twenty, when piped."""
 
@@ -232,112 +368,6 @@ class Progress:
             print("\r" + " " * self.width + "\r", end="", flush=True)
 
 
-def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, float] = (10, 30)) -> Path:
-    """Fetch a file from the first mirror that has it; resume what is there; verify; only then give it its name.
-
-    timeout: seconds to connect, seconds of silence. Raises ConnectionError where no mirror could be reached, and
-    InputError where a file came, or was there before, whose hash is wrong: such a file is never used or replaced.
-    sha256: the expected hash in hexadecimal; where its 32 digits show an md5, that is what is compared.
-    """
-    path = Path(path)
-    if path.exists():
-        if _hash(path, sha256) != sha256:
-            raise InputError(f"{path} is not the expected file (its hash differs); delete it to download it again.")
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, failures, wrong = path.with_name(path.name + ".part"), [], None
-    size = lambda: part.stat().st_size if part.exists() else 0  # noqa: E731
-    for url in urls:
-        tries = 3  # without progress: a connection that is cut after moving some bytes may go on as often as it likes
-        while tries:
-            before, status = size(), None
-            try:
-                _fetch(url, part, timeout)
-            except requests.RequestException as error:
-                status = getattr(error.response, "status_code", None)
-                failures.append(f"{url}: {f'HTTP {status}' if status else type(error).__name__}")
-                tries = 3 if size() > before else 0 if status and status != 416 and status < 500 else tries - 1
-                time.sleep(0.2)
-                if status != 416:  # else what we have is as long as the file, or longer
-                    continue
-            try:
-                if _hash(part, sha256) == sha256:
-                    os.replace(part, path)
-                    return path
-                part.unlink()
-            except FileNotFoundError:  # another process wrote the same part, and was the first to see that it is whole
-                return download(urls, path, sha256, timeout)
-            wrong = wrong if status == 416 else url
-            tries = 1 if before else 0  # a file pieced together gets a second chance from zero
-    if wrong:
-        raise InputError(f"{wrong} sent a file with the wrong hash for {path.name}; nothing was kept, so try again "
-                         f"later or put the right file at {path} yourself.")
-    raise ConnectionError(f"{path.name} could not be downloaded ({'; '.join(dict.fromkeys(failures))}); its place, if "
-                          f"you fetch it elsewhere, is {path}.")
-
-
-def _fetch(url: str, part: Path, timeout: tuple[float, float]) -> None:
-    have = part.stat().st_size if part.exists() else 0
-    ## Compressed on the way, a file would have another length and could not be resumed at a byte of ours.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=timeout) as reply:
-        reply.raise_for_status()
-        if reply.status_code != 206:
-            have = 0  # the server ignored Range and sends the whole file
-        length = int(reply.headers.get("Content-Length", 0))
-        bar = Progress(have + length, "MB", have)
-        part.touch()
-        ## Two processes may fetch the same file at once. Both write the same bytes to the same places, so neither may
-        ## append to what the other has written, nor cut it off.
-        with open(part, "r+b") as file:
-            file.seek(have)
-            for block in reply.iter_content(1 << 16):
-                file.write(block)
-                have += len(block)
-                if length:  # else nobody said how much is to come
-                    bar.update(have, part.stem, per=1e-6)
-    bar.clear()
-    if length and have < bar.total:  # requests does not always notice that the other side hung up early
-        raise requests.ConnectionError(f"connection cut after {have} of {bar.total} bytes")
-
-
-def _hash(path: Path, expected: str) -> str:
-    digest = hashlib.md5() if len(expected) == 32 else hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- files
-def write_atomically(path: Path, data) -> None:
-    """Whatever happens, and whenever, `path` holds the old bytes or the new ones: write beside it, flush, rename.
-
-    data: bytes, or a function that writes them to the open file it is given.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # its own, should two processes write at once
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data) if isinstance(data, bytes) else data(file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk, not only in the system's cache, before the name moves
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save buries it
-        if not isinstance(cause, OSError):
-            raise
-        raise InputError(f"cannot write {path} ({cause.strerror}); free some space or choose another --out.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # still there only where something failed
-        with contextlib.suppress(OSError):
-            for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink()
-
-
 def go_on(script: str, out: Path) -> str:
     """The command that goes on with a stopped run, to be pasted into a shell."""
     return f"python {script} --resume --out {shlex.quote(str(out))}"
@@ -348,29 +378,6 @@ def check_writable(folder: Path) -> None:
     probe = Path(folder) / ".probe"
     write_atomically(probe, b"probe")
     probe.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a dict of tensors and plain Python values (nothing else, so that it loads with weights_only=True)."""
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def load_checkpoint(path: Path, script: str, device: torch.device | str = "cpu") -> dict:
-    """Read what save_checkpoint wrote in `script`; anything else is an InputError, and no code in it is run."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; make it with: python {script}")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not a checkpoint, or was cut short; make a new one with: python {script}")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        what = "carries code, which is never run" if "weights_only" in str(error) else "is damaged"
-        raise InputError(f"{path} {what}; use a file that you made with: python {script}") from error
-    if not isinstance(state, dict) or state.get("script") != script:
-        origin = state.get("script", "another program") if isinstance(state, dict) else "another program"
-        raise InputError(f"{path} was written by {origin}; this needs one from: python {script}")
-    return state
 
 
 def load_weights(model: torch.nn.Module, saved: dict, path: Path) -> None:
@@ -392,31 +399,44 @@ def rebuild(build: Callable[[], torch.nn.Module], saved: dict, path: Path) -> to
     return model
 
 
-def save_metrics(path: Path, **fields) -> None:
-    """Write metrics.json; `versions` is added here. Fields: script, data, stand_in, device, seed, seconds, ..."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    write_atomically(path, json.dumps({**fields, "versions": versions}, indent=1).encode())
-
-
-# ---------------------------------------------------------------------------------------------- figures
 def mean_std(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for one value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def plot_history(path: Path, history: list[dict], curves: list[str], title: str, x: str = "step", y: str = "loss"):
-    """Draw the named columns of the history rows over x as a PNG; a row that lacks a column is passed over."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, style in zip(curves, ["-", "--", "-.", ":"] * 2):
-        rows = [row for row in history if name in row]
-        axes.plot([row[x] for row in rows], [row[name] for row in rows], style, label=name)
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no epoch 1.5
-    axes.legend()
-    save_figure(figure, path)
 
 
 def save_figure(figure, path: Path) -> None:
     """Write a matplotlib figure as PNG, atomically, and close it."""
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
+
+
+def parser(doc, script=None, *common):
+    return _new_parser(doc, script, *common) if script else argparse.ArgumentParser(
+        description=doc.split("\n")[0], formatter_class=_Help)
+
+
+def write_atomically(path, data, *content):
+    _new_write(Path(path), (lambda file: file.write(data)) if isinstance(data, bytes) else data, *content)
+
+
+def save_checkpoint(path, state):
+    write_atomically(path, torch.save, state)
+
+
+def pick_device(name="auto"):
+    args = argparse.Namespace(device=name, out=Path("/tmp"))
+    return parse_args(argparse.Namespace(parse_args=lambda: args)).device
+
+
+def load_checkpoint(path, script, device=None, options={}):
+    state = _new_load_checkpoint(Path(path), script, device if isinstance(device, dict) else options)
+    if device is None or isinstance(device, dict) or str(device) == "cpu":
+        return state
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def save_metrics(args, *rest, **fields):
+    if not isinstance(args, Path):
+        return _new_metrics(args, *rest, **fields)
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
+    write_atomically(args, json.dumps({**fields, "versions": versions}, indent=1).encode())
