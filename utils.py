@@ -1,5 +1,4 @@
 """The few helpers that all six chapters share; no training loop lives here: the loops are the lessons.
-
 To take a chapter into a project of your own, copy its folder and this file. A program that takes only a model from a
 chapter needs no argparse, requests or matplotlib: they are imported by the functions that use them."""
 import contextlib
@@ -34,7 +33,7 @@ def run(main: Callable[[], None], go_on: str = "") -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped;", f"go on with: python {shlex.join(sys.argv)} {go_on}" * bool(go_on), file=sys.stderr)
+        print(f"\nstopped{go_on and f'; go on with: python {shlex.join(sys.argv)} {go_on}'}", file=sys.stderr)
         sys.exit(130)  # what a shell reports for Ctrl-C
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -67,9 +66,8 @@ count, positive, share = number(int, "[1, inf)"), number(float, "(0, inf)"), num
 
 def parser(doc: str, script: str, *common: str):
     """An ArgumentParser with --out (by default `outputs` beside the script's file) and the named ones of five more."""
-    import argparse
-    options = argparse.ArgumentParser(description=doc.split("\n")[0], usage="%(prog)s [options]",
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    from argparse import ArgumentDefaultsHelpFormatter as Help, ArgumentParser
+    options = ArgumentParser(description=doc.split("\n")[0], usage="%(prog)s [options]", formatter_class=Help)
     options.add_argument("--out", type=Path, default=Path(script).resolve().parent / "outputs", help="where to write")
     common_options = {
         "device": dict(default="auto", help="auto, cpu, cuda or mps"),
@@ -143,24 +141,25 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
         raise InputError(f"{path} is not the expected file (its hash differs); delete it to download it again.")
     part, problems, begun = path.with_name(f"{path.name}.{os.getpid()}.part"), {}, time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*.part"):
+    for left in path.parent.glob(f"{path.name}.*part"):
         if time.time() - left.stat().st_mtime > 2 * timeout[1]:  # by a process that was stopped
             os.replace(left, part)
-    for url in urls * 5:  # what one mirror began, the next may finish
+    for url in [url for url in urls for _ in range(5)]:  # what one mirror began, the next may finish
         if problems.get(url, "").startswith(("4", "wrong")):
             continue  # it won't change its mind
         try:
             with open(part, "ab") as file, requests.get(
-                    url, headers={"Range": f"bytes={file.tell()}-", "Accept-Encoding": "identity"}, stream=True,
-                    timeout=timeout) as reply:
+                    url, headers={"Range": f"bytes={(have := file.tell())}-", "Accept-Encoding": "identity"},
+                    stream=True, timeout=timeout) as reply:
                 if reply.status_code == 200:  # all of it: this server knows no Range
                     file.truncate(0)
                 if reply.status_code != 416:  # 416: there is no more than what we have
                     reply.raise_for_status()
-                    blocks = 1 + int(reply.headers.get("Content-Length", 0)) // 2**16
+                    blocks = 1 + int(reply.headers.get("Content-Length", -(2**16))) // 2**16  # 0: not known
                     for i, block in enumerate(reply.iter_content(2**16), 1):
                         file.write(block)
-                        progress(i, max(i, blocks), begun, path.name, "MB", per=2**16 / 1e6)
+                        if i <= blocks:
+                            progress(i, blocks, begun, path.name, "MB", per=2**16 / 1e6)
         except requests.RequestException as error:
             problems[url] = str(getattr(error.response, "status_code", type(error).__name__))
             continue
@@ -168,7 +167,7 @@ def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, flo
             os.replace(part, path)
             return path
         part.unlink()
-        problems[url] = "wrong hash"
+        problems[url] = "pieces that do not fit" if have else "wrong hash"
     raise (InputError if "wrong hash" in problems.values() else ConnectionError)(
         f"{path.name} could not be downloaded ({problems}); its place, if you fetch it elsewhere, is {path}.")
 
@@ -184,7 +183,8 @@ def write_atomically(path: Path, write: Callable, *content) -> None:
             os.fsync(file.fileno())  # on the disk, not only in the system's cache, before the name moves
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
-        raise InputError(f"cannot write {path} ({error.__context__ or error}); choose another --out.") from error
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"cannot write {path} ({cause}); free some space or choose another --out.") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -204,7 +204,7 @@ def load_checkpoint(path: Path, script: str, options: dict = {}) -> dict:
     return state
 
 
-def save_metrics(args, script: str, data, model: torch.nn.Module, metrics: dict, history: list[dict], **more) -> None:
+def save_metrics(args, script: str, data, model: torch.nn.Module, metrics: dict, history: list, /, **more) -> None:
     """Write metrics.json to args.out. data: what load_data returned; history: rows with "seconds" of training."""
     fields = dict(script=script, data=data.name, stand_in=bool(data.stand_in), device=args.device.type, seed=args.seed,
                   seconds=history[-1]["seconds"], parameters=count_parameters(model), metrics=metrics, history=history,

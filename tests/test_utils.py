@@ -1,11 +1,12 @@
 """utils.py: downloads against a server that misbehaves, checkpoints against every way a file can be wrong."""
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import http.server
+import io
 import json
-import math
 import os
 import pickle
 import re
@@ -17,7 +18,6 @@ import threading
 import time
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 
@@ -37,7 +37,7 @@ class BadServer(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         assert self.headers["Accept-Encoding"] == "identity"
         self.log.append((kind, wanted))
-        start = int(wanted.split("=")[1].rstrip("-")) if wanted else 0
+        start = int(wanted.split("=")[1].rstrip("-"))
         if kind in ("403", "503"):
             self.send_error(int(kind))
             return
@@ -83,6 +83,15 @@ def fetch(server, tmp_path, *kinds, timeout=(2, 1)):
     return utils.download([f"{server}/{kind}/file" for kind in kinds], tmp_path / "new" / "file", SHA256, timeout)
 
 
+def leave_part(tmp_path, content, seconds_ago=3600):
+    """What a process that was stopped some time ago has left of its download."""
+    (tmp_path / "new").mkdir()
+    part = tmp_path / "new" / "file.123.part"
+    part.write_bytes(content)
+    os.utime(part, (time.time() - seconds_ago,) * 2)
+    return part
+
+
 def test_download_plain_and_not_again(server, tmp_path):
     path = fetch(server, tmp_path, "good")
     assert path.read_bytes() == BODY and not list(path.parent.glob("*.part"))
@@ -92,34 +101,36 @@ def test_download_plain_and_not_again(server, tmp_path):
 
 def test_download_resumes_a_cut_connection(server, tmp_path):
     assert fetch(server, tmp_path, "cut").read_bytes() == BODY
-    starts = [int(wanted[6:-1]) if wanted else 0 for _, wanted in BadServer.log]
+    starts = [int(wanted[6:-1]) for _, wanted in BadServer.log]
     assert starts[0] == 0 and len(starts) >= 3 and all(a < b for a, b in zip(starts, starts[1:]))  # each try went on
 
 
 def test_download_continues_a_part_from_an_earlier_run(server, tmp_path):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "file.part").write_bytes(BODY[:1234])
+    leave_part(tmp_path, BODY[:1234])
     assert fetch(server, tmp_path, "good").read_bytes() == BODY
     assert BadServer.log == [("good", "bytes=1234-")]
 
 
+def test_download_leaves_the_part_of_another_process_alone(server, tmp_path):
+    part = leave_part(tmp_path, BODY[:1234], seconds_ago=0)
+    assert fetch(server, tmp_path, "good").read_bytes() == BODY
+    assert part.read_bytes() == BODY[:1234] and BadServer.log == [("good", "bytes=0-")]
+
+
 def test_download_that_was_whole_but_not_yet_renamed(server, tmp_path):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "file.part").write_bytes(BODY)
+    leave_part(tmp_path, BODY)
     assert fetch(server, tmp_path, "good").read_bytes() == BODY
     assert BadServer.log == [("good", f"bytes={len(BODY)}-")]
 
 
 def test_download_when_range_is_ignored(server, tmp_path):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "file.part").write_bytes(BODY[:1234])
+    leave_part(tmp_path, BODY[:1234])
     assert fetch(server, tmp_path, "norange").read_bytes() == BODY
 
 
 @pytest.mark.parametrize("part", [b"x" * 5000, b"x" * 400_000], ids=["wrong bytes", "longer than the file"])
 def test_download_with_a_bad_part_starts_over(server, tmp_path, part):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "file.part").write_bytes(part)
+    leave_part(tmp_path, part)
     assert fetch(server, tmp_path, "good").read_bytes() == BODY
 
 
@@ -129,9 +140,10 @@ def test_download_of_unknown_length_draws_no_bar(server, tmp_path, capsys):
 
 
 def test_download_goes_to_the_next_mirror(server, tmp_path):
-    assert fetch(server, tmp_path, "403", "503", "wrong", "stall", "good").read_bytes() == BODY
-    assert [kind for kind, _ in BadServer.log].count("403") == 1  # forbidden stays forbidden
-    assert [kind for kind, _ in BadServer.log].count("503") > 1  # overloaded may pass
+    assert fetch(server, tmp_path, "403", "503", "wrong", "stall", "cut").read_bytes() == BODY
+    kinds = [kind for kind, _ in BadServer.log]
+    assert kinds.count("403") == kinds.count("wrong") == 1  # what is forbidden or wrong stays so
+    assert kinds.count("503") > 1  # what is overloaded may pass
 
 
 @pytest.mark.parametrize("kind", ["403", "503", "stall"])
@@ -165,7 +177,7 @@ STATE = {"script": "x/train.py", "model": {"w": torch.arange(1000.0)}, "step": 3
 
 
 def test_checkpoint_round_trip(tmp_path):
-    utils.save_checkpoint(tmp_path / "a" / "c.pt", STATE)
+    utils.write_atomically(tmp_path / "a" / "c.pt", torch.save, STATE)
     back = utils.load_checkpoint(tmp_path / "a" / "c.pt", "x/train.py")
     assert torch.equal(back["model"]["w"], STATE["model"]["w"]) and back["step"] == 3
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["c.pt"]
@@ -178,7 +190,7 @@ class Evil:
 
 def test_checkpoint_refusals(tmp_path, monkeypatch):
     good = tmp_path / "good.pt"
-    utils.save_checkpoint(good, STATE)
+    utils.write_atomically(good, torch.save, STATE)
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
     torch.save({"script": "x/train.py", "model": Evil()}, tmp_path / "evil_zip.pt")
     (tmp_path / "evil_pickle.pt").write_bytes(pickle.dumps(Evil()))
@@ -189,33 +201,24 @@ def test_checkpoint_refusals(tmp_path, monkeypatch):
         file.writestr("hello", "x")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({**STATE, "script": "y/train.py"}, tmp_path / "other.pt")
-    expected = {
-        "evil_zip": "carries code",
-        "evil_pickle": "not a checkpoint",
-        "short": "cut short",
-        "text": "not a checkpoint",
-        "empty": "not a checkpoint",
-        "zip": "damaged",
-        "list": "another program",
-        "other": "y/train.py",
-        "none": "does not exist",
-    }
-    for name, message in expected.items():
-        with pytest.raises(utils.InputError, match=message):
+    for name in ("evil_zip", "evil_pickle", "short", "text", "empty", "zip", "list", "other"):
+        with pytest.raises(utils.InputError, match=f"{name}.pt is damaged, or not from x/train.py; make it with"):
             utils.load_checkpoint(tmp_path / f"{name}.pt", "x/train.py")
+    with pytest.raises(utils.InputError, match="none.pt does not exist; make it with: python x/train.py"):
+        utils.load_checkpoint(tmp_path / "none.pt", "x/train.py")
     assert not (tmp_path / "evil").exists()  # nothing ran
 
 
 def test_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    utils.write_atomically(path, b"old")
+    utils.write_atomically(path, lambda file: file.write(b"old"))
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(utils.InputError, match="No space left.*--out"):
-        utils.write_atomically(path, b"new")
+        utils.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -223,38 +226,22 @@ def test_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
 def test_a_really_full_device(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    for write in (lambda: utils.write_atomically(path, b"new"), lambda: utils.save_checkpoint(path, STATE),
-                  lambda: utils.save_checkpoint(path, {"w": torch.zeros(100_000)})):
+    for write in (lambda: utils.write_atomically(path, lambda file: file.write(b"new")),
+                  lambda: utils.write_atomically(path, torch.save, STATE),
+                  lambda: utils.write_atomically(path, torch.save, {"w": torch.zeros(100_000)})):
         (tmp_path / f"file.{os.getpid()}.tmp").symlink_to("/dev/full")
         with pytest.raises(utils.InputError, match="cannot write .*No space left"):
             write()
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_that_is_no_disks_keeps_its_traceback(tmp_path):
-    def fail(_):
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        utils.write_atomically(tmp_path / "file", fail)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_killed_processes_left_is_cleared_away_in_time(tmp_path):
-    for name in ("file.1.tmp", "file.2.tmp", "other.1.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    for name in ("file.1.tmp", "other.1.tmp"):
-        os.utime(tmp_path / name, (time.time() - 4000,) * 2)
-    utils.write_atomically(tmp_path / "file", b"new")
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "file.2.tmp", "other.1.tmp"}  # 2 may be alive
-
-
 def test_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path):
     """A child saves without pause; kill -9 at random moments never leaves anything but a complete file."""
     code = (
-        "import sys, torch, utils\n"
+        "import sys, torch, utils\nfrom pathlib import Path\n"
         "for i in range(10**9):\n"
-        "    utils.save_checkpoint(sys.argv[1], {'script': 's', 'w': torch.full((500_000,), float(i))})\n"
+        "    state = {'script': 's', 'w': torch.full((500_000,), float(i))}\n"
+        "    utils.write_atomically(Path(sys.argv[1]), torch.save, state)\n"
         "    print(i, flush=True)\n"
     )
     path = tmp_path / "c.pt"
@@ -279,9 +266,11 @@ def test_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path):
     "raised, code, words",
     [
         ("utils.InputError('no such thing; do that.')", 1, "error: no such thing; do that."),
-        ("KeyboardInterrupt('go on with --resume.')", 130, "stopped. go on with --resume."),
-        ("PermissionError(13, 'Permission denied', '/x')", 1, "error: /x: Permission denied"),
-        ("utils.torch.OutOfMemoryError('CUDA out of memory')", 1, "error: the device ran out of memory"),
+        ("KeyboardInterrupt", 130, "stopped\n"),
+        ("PermissionError(13, 'Permission denied', '/x')", 1, "error: [Errno 13] Permission denied: '/x'"),
+        ("ConnectionError('out of reach; do that.')", 1, "error: out of reach; do that."),
+        ("MemoryError()", 1, "error: the device ran out of memory"),
+        ("utils.torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", 1, "error: the device ran out"),
         ("utils.torch.empty(2**50)", 1, "error: the device ran out of memory"),  # as a CPU says it
         ("RuntimeError('shapes differ')", 1, "Traceback"),
         ("ZeroDivisionError()", 1, "Traceback"),  # a bug is not hidden
@@ -297,40 +286,45 @@ def test_run_turns_errors_into_one_sentence(raised, code, words):
 
 
 def test_progress_prints_a_few_plain_lines_when_piped(capsys):
-    bar = utils.Progress(10_000, "steps")
-    for i in range(10_000):
-        bar.update(i + 1, f"loss {i}")
+    begun = time.perf_counter()
+    for i in range(1, 10_001):
+        utils.progress(i, 10_000, begun, f"loss {i}", "words", per=3)
     lines = capsys.readouterr().out.splitlines()
     assert 10 <= len(lines) <= 30 and lines[-1].startswith("100%")
-    assert all(re.search(r"\d%  loss \d+  [\d,]+ steps/s  ETA \d+:\d\d", line) for line in lines)
+    assert all(re.fullmatch(r" *\d+%  loss \d+  [\d,]+ words/s  ETA \d+:\d\d *", line) for line in lines)
 
 
 def test_progress_stays_on_one_line_of_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    for columns, width in ((80, 79), (300, 100)):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        bar = utils.Progress(200, "steps")
-        bar.begun -= 119.7  # 200 steps left of 400, at 200 in 119.7 s: two minutes, not 1:60
-        bar.total = 400
-        bar.update(200, "x" * 20)
-        bar.update(400, "x" * 200)
-        bar.clear()
-        out = capsys.readouterr().out
-        first, last, blank, end = out.split("\r")[1:]
-        assert "ETA 2:00" in first and {len(first), len(last), len(blank)} == {width} and not blank.strip() and not end
+    begun = time.perf_counter() - 119.7
+    utils.progress(200, 400, begun, "x" * 20, "steps")  # 200 left at 200 in 119.7 s: two minutes, not 1:60
+    utils.progress(400, 400, begun, "x" * 200, "steps")
+    first, last, end = capsys.readouterr().out.split("\r")
+    assert "ETA 2:00" in first and {len(first), len(last)} == {79} and not end
 
 
-def test_devices():
-    assert utils.pick_device("cpu").type == utils.pick_device("cpu:0").type == "cpu"
-    with pytest.raises(utils.InputError, match="--device cpu:1"):
-        utils.pick_device("cpu:1")
-    with pytest.raises(utils.InputError, match="--device abacus"):
-        utils.pick_device("abacus")
+def parsed(monkeypatch, options, *words):
+    monkeypatch.setattr(sys, "argv", ["s.py", *map(str, words)])
+    return utils.parse_args(options)
 
 
-def test_the_command_that_goes_on_can_be_pasted():
-    assert shlex.split(utils.go_on("a/b.py", "my runs/1"))[-2:] == ["--out", "my runs/1"]
-    assert utils.go_on("a/b.py", "runs/1") == "python a/b.py --resume --out runs/1"
+def test_devices_and_dtypes(tmp_path, monkeypatch):
+    options = utils.parser("What it does.", str(tmp_path / "s.py"), "device", "dtype")
+    for words, device, dtypes in (("", None, (torch.float32, torch.bfloat16)),
+                                  ("--device cpu --dtype bfloat16", "cpu", (torch.bfloat16,))):
+        args = parsed(monkeypatch, options, *words.split())
+        assert args.dtype in dtypes and (not device or args.device == torch.device(device))
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(utils.InputError, match=f"--device {name}: this machine has no such device"):
+            parsed(monkeypatch, options, "--device", name)
+
+
+def test_ctrl_c_prints_a_command_that_can_be_pasted(tmp_path):
+    program = "import utils\ndef main(): raise KeyboardInterrupt\nutils.run(main, go_on='--resume')"
+    done = subprocess.run([sys.executable, "-c", program, "--out", "my runs/1"], capture_output=True, text=True,
+                          cwd=os.path.dirname(utils.__file__))
+    assert done.returncode == 130
+    assert shlex.split(done.stderr.split("python")[1])[1:] == ["--out", "my runs/1", "--resume"]
 
 
 def test_count_parameters():
@@ -342,99 +336,60 @@ def test_count_parameters():
 
 
 def test_metrics_and_plot(tmp_path):
-    history = [{"step": 0, "val": 2.0}, {"step": 1, "train": 1.0}]
-    utils.save_metrics(tmp_path / "m.json", script="s", metrics={"loss": 1.0}, history=history)
-    assert json.loads((tmp_path / "m.json").read_text())["versions"]["torch"] == torch.__version__
+    history = [{"step": 0, "val": 2.0, "seconds": 1.0}, {"step": 1, "train": 1.0, "seconds": 2.0}]
+    args = argparse.Namespace(out=tmp_path, device=torch.device("cpu"), seed=3)
+    data = argparse.Namespace(name="drawn", stand_in="MNIST")
+    utils.save_metrics(args, "s.py", data, torch.nn.Linear(2, 3), {"loss": 1.0}, history, model="m")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found.pop("versions")["torch"] == torch.__version__
+    assert found == {"script": "s.py", "data": "drawn", "stand_in": True, "device": "cpu", "seed": 3, "seconds": 2.0,
+                     "parameters": 9, "metrics": {"loss": 1.0}, "history": history, "model": "m"}
     utils.plot_history(tmp_path / "h.png", history, ["train", "val"], "title")
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_resumed_run_finds_its_data_from_anywhere_and_keeps_its_options(tmp_path, monkeypatch):
-    (tmp_path / "my.csv").touch()
-    (tmp_path / "etth1").touch()
-    monkeypatch.chdir(tmp_path)
-    place = utils.name_or_path("etth1", "station")
-    assert place("etth1") == "etth1" and place("my.csv") == str(tmp_path / "my.csv") and place("no.csv") == "no.csv"
-    saved = {"data": str(tmp_path / "my.csv"), "lr": 0.1, "tta": True, "out": "then", "device": "cuda", "compile": True}
-    now = dict(data=None, lr=0.5, tta=False, out=tmp_path, device="cpu", compile=False)
-    assert utils.resume(argparse.Namespace(**now, resume=False), {}, "s.py") is None
-    args = argparse.Namespace(**now, resume=True)
-    with pytest.raises(utils.InputError, match="checkpoint.pt does not exist; make it with: python s.py"):
-        utils.resume(args, {}, "s.py")
-    utils.save_checkpoint(tmp_path / "checkpoint.pt", {"script": "s.py", "options": saved, "step": 7})
-    assert utils.resume(args, {"data": place("my.csv"), "tta": False}, "s.py", free=("tta",))["step"] == 7
-    assert (args.data, args.lr) == (saved["data"], 0.1)
-    assert (args.tta, args.out, args.device, args.compile) == (False, tmp_path, "cpu", False)
-    utils.resume(args, {"lr": "auto"}, "s.py", free=("tta",))  # as --dtype auto, which the run has settled
-    assert args.lr == 0.1
-    assert utils.plain(args)["out"] == str(tmp_path) and utils.plain(args)["lr"] == 0.1
-    for given in ({"lr": 0.2}, {"data": "etth1"}):
-        with pytest.raises(utils.InputError, match="--resume goes on with a run that had"):
-            utils.resume(args, given, "s.py", free=("tta",))
-    with pytest.raises(utils.InputError, match="--tta True, not --tta False"):
-        utils.resume(args, {"tta": False}, "s.py")
+def test_options_and_their_ranges(tmp_path, monkeypatch):
+    options = utils.parser("What it does.\n\nMore of it.", str(tmp_path / "s.py"), "seed")
+    for name, kind in (("--steps", utils.count), ("--lr", utils.positive), ("--dropout", utils.share),
+                       ("--decay", utils.number(float, "[0, inf)")), ("--part", utils.number(float, "(0, 1]"))):
+        options.add_argument(name, type=kind, default=0.5, help="a number")
+    text = options.format_help()
+    assert "What it does." in text and "More" not in text and "a number (default: 0.5)" in text
+    args = parsed(monkeypatch, options, *"--steps 1 --lr 1e-9 --dropout 0 --decay 0 --part 1 --seed 7".split())
+    assert (args.steps, args.lr, args.dropout, args.decay, args.part) == (1, 1e-9, 0, 0, 1)
+    assert args.seed == 7 and args.out == tmp_path / "outputs" and args.out.is_dir() and not list(args.out.iterdir())
+    for words, said in (("--steps 0", "0 is not in [1, inf)"), ("--lr 0", "0 is not in (0, inf)"),
+                        ("--lr nan", "nan is not in (0, inf)"), ("--lr inf", "inf is not in (0, inf)"),
+                        ("--dropout 1", "1 is not in [0, 1)"), ("--dropout=-0.1", "-0.1 is not in [0, 1)"),
+                        ("--decay=-1", "-1 is not in [0, inf)"), ("--part 0", "0 is not in (0, 1]"),
+                        ("--seed=-1", "-1 is not in [0, 4294967295]"), ("--steps 1.5", "invalid number value: '1.5'")):
+        error = io.StringIO()
+        with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(error):
+            parsed(monkeypatch, options, *words.split())
+        option = words.replace("=", " ").split()[0]
+        assert stop.value.code == 2 and len(error.getvalue().splitlines()) == 2
+        assert f"argument {option}: {said}" in error.getvalue()
 
 
-def test_options_given_and_their_ranges(monkeypatch):
-    parser = utils.parser("What it does.\n\nMore of it.")
-    for name in ("--lr", "--decay", "--dropout"):
-        parser.add_argument(name, type=float, help="a number")
-    parser.add_argument("--flag", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("words", nargs="*")
-    parser.set_defaults(lr=0.1, dropout=0.0)
-    monkeypatch.setattr(sys, "argv", ["s.py", "--decay", "0", "--no-flag"])
-    args, given = utils.parse(parser)
-    assert (args.lr, args.decay, args.dropout, args.flag, args.words) == (0.1, 0.0, 0.0, False, [])
-    assert given == {"decay": 0.0, "flag": False}
-    text = parser.format_help()
-    assert "What it does." in text and "More" not in text and "a number (default: 0.1)" in text and "None" not in text
-    ranges = dict(above_zero="lr", not_negative="decay", shares="dropout")
-    utils.check(args, **ranges)
-    args.decay = None  # not given, and without a default
-    utils.check(args, **ranges)
-    for name, value, message in (("lr", 0.0, "greater than zero"), ("lr", math.nan, "greater than zero"),
-                                 ("decay", -1.0, "at least 0"), ("dropout", 1.0, "at least 0 and less than 1"),
-                                 ("dropout", -0.1, "at least 0 and less than 1")):
-        with pytest.raises(utils.InputError, match=f"--{name} {value} must be {message}"):
-            utils.check(argparse.Namespace(**(vars(args) | {name: value})), **ranges)
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.InputError, match="cannot write .*file.*choose another --out"):
+        parsed(monkeypatch, utils.parser("What it does.", str(tmp_path / "s.py")), "--out", tmp_path / "file")
 
 
-def test_weights_of_another_model_are_an_error():
-    one, other = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
-    saved = {"script": "s.py", "model": {name: p + 1 for name, p in one.state_dict().items()}}
-    utils.load_weights(one, saved, "c.pt")
-    assert torch.equal(one.weight, saved["model"]["weight"])
-    with pytest.raises(utils.InputError, match="c.pt is of another model than s.py builds; .* python s.py"):
-        utils.load_weights(other, saved, "c.pt")
+def test_a_run_goes_on_with_the_options_it_had(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    then = {"lr": 0.1, "data": None, "dtype": torch.bfloat16, "targets": ["a", "b"]}
+    utils.write_atomically(path, torch.save, STATE | {"options": then})
+    assert utils.load_checkpoint(path, "x/train.py", then | {"out": tmp_path})["step"] == 3
+    for name, value in (("lr", 0.2), ("data", "my.csv"), ("dtype", torch.float32), ("targets", ["a"])):
+        with pytest.raises(utils.InputError, match=f"is of a run with --{name} .*; go on with the same"):
+            utils.load_checkpoint(path, "x/train.py", then | {name: value})
 
 
-@pytest.mark.parametrize("config", [{"in_features": 2, "widths": 3}, {"in_features": 2}, {"out_features": "many"}])
-def test_a_model_whose_options_are_those_of_another_version_is_refused(config):
-    saved = {"model": torch.nn.Linear(2, 3).state_dict(), "config": config, "script": "s.py"}
-    with pytest.raises(utils.InputError, match="c.pt is of another model than s.py builds; .* python s.py"):
-        utils.rebuild(lambda: torch.nn.Linear(**saved["config"]), saved, "c.pt")
-
-
-def test_a_model_is_rebuilt_from_its_options_with_its_weights():
-    layer = torch.nn.Linear(2, 3)
-    saved = {"model": layer.state_dict(), "config": {"in_features": 2, "out_features": 3}, "script": "s.py"}
-    again = utils.rebuild(lambda: torch.nn.Linear(**saved["config"]), saved, "c.pt")
-    assert torch.equal(again.weight, layer.weight) and torch.equal(again.bias, layer.bias)
-
-
-def test_signals_leave_a_note_until_they_are_restored():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    caught, restore = utils.catch_signals()
-    signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGTERM)
-    assert caught == [signal.SIGINT, signal.SIGTERM]
-    restore()
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_mean_and_standard_deviation_are_numpys():
-    values = [1.0, 2.0, 4.0, 8.5]
-    assert utils.mean_std(values) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert utils.mean_std([3.0]) == (3.0, 0.0)
+def test_the_notice_of_a_stand_in_is_a_box_and_of_a_real_set_nothing(capsys):
+    utils.stand_in_notice("mnist", "")
+    assert not capsys.readouterr().out
+    utils.stand_in_notice("typeset", "MNIST")
+    edge, line, end = capsys.readouterr().out.splitlines()
+    assert edge == end == f"+{'-' * (len(line) - 2)}+" and "typeset in place of MNIST" in line
