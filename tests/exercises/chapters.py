@@ -1,24 +1,23 @@
-"""What the exercises share: a way to import the scripts of several chapters at once."""
+"""Two chapters in one program: `load` and `train` exist in all six, so what an earlier import left has to go first."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def chapter(folder: str, name: str):
-    """Import a chapter's script under a name of its own, as every chapter has a `train` and a `load`."""
-    sys.path.insert(0, str(ROOT / folder))
-    others = {module: sys.modules.pop(module, None) for module in ("load", "train")}
+def chapter(folder: str, *names: str):
+    """Import scripts of a chapter by name, in that order: one module, or a list of them where several are named.
+
+    ## A folder that starts with a digit is no package, so its scripts are found by path, and import each other by their
+    ## plain names. What was imported from another chapter before stays usable: it only loses its place in sys.modules.
+    """
+    for name in ("load", "from_scratch", "train", "load_model", "experiment"):
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(ROOT / folder))  # before the other chapters
     try:
-        spec = importlib.util.spec_from_file_location(f"{name}_of_{folder}", ROOT / folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)  # its own `from load import ...` finds the chapter's load
-        return module
+        modules = [importlib.import_module(name) for name in names]
     finally:
         sys.path.remove(str(ROOT / folder))
-        for other, before in others.items():
-            sys.modules.pop(other, None)
-            if before:
-                sys.modules[other] = before
+    return modules if len(names) > 1 else modules[0]
