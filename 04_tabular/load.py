@@ -1,20 +1,17 @@
 """A table as numbers: columns of different kinds, missing values, and what may be learned from which rows.
 
-You learn here: how a column of words becomes a column of indices and why missing and never-seen values need an index of
-their own; what standardising and the quantile transform do to skewed numbers; why all of that is fitted on the training
-rows alone; and how good the best possible prediction is, where the model that made the data is known.
+You learn here: how a word becomes an index, and why missing and never-seen values have indices of their own; what
+scaling does to skewed numbers; why all of it is fitted on the training rows alone; and what the best possible is.
 
     python 04_tabular/load.py                                      UCI Adult (downloaded once, 6 MB)
-    python 04_tabular/load.py --data census                        the stand-in: a simulated census
+    python 04_tabular/load.py --data census                        the stand-in: a simulated census, offline
     python 04_tabular/load.py --data my.csv --target COLUMN        a CSV file of yours, to predict one of two values
     python 04_tabular/load.py --data my.csv --target COLUMN --types zip=category id=ignore
 
-You should see (Adult): 26,048 / 6,513 / 16,281 rows, 24.1 % of the training rows above 50K; 6 numeric columns, 8 of
-categories; on the test rows logistic regression with accuracy .8520 and AUC .9053. On the census .8678 and .8941,
-where the best possible are .8934 and .9309.
+You should see (Adult): 26,048 / 6,513 / 16,281 rows, 24.1 % of the training rows above 50K; logistic regression with
+accuracy .8520 and AUC .9053. On the census .8678 and .8941, where the best possible are .8934 and .9309.
 Writes: outputs/columns.png. Left out on purpose: dates and free text, and targets of more than two values.
 """
-
 import csv
 import io
 import math
@@ -25,16 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
+import utils
 
-# Shapes: N rows, F numeric columns, K category columns, V values of one column (with the two extra), Q quantiles,
-#         J bins, I inputs side by side
+# Shapes: N rows, F numeric columns, L columns that are looked up (categories), J bins of a numeric column, V values of
+#         one column (with the two extra), I inputs side by side
 
 URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
 SHA256 = {
@@ -47,13 +43,25 @@ MISSING = {"", "?", "na", "n/a", "nan", "null"}  # in upper or lower case
 NO_VALUE, UNSEEN, KNOWN = 0, 1, 2  # indices in a category column: missing, not in train, the first value of train
 SPLIT_SEED = 0  # the same rows validate whatever --seed a training run has
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-SEPARATED = re.compile(r"[+-]?(\d+(,\d+)+(\.\d+)?|\d{1,3}([. '\u2019\u00a0\u202f]\d{3})+([.,]\d+)?)", re.ASCII)
 ## Such as 1,234.5 and 1.234,5 and 1'234; a decimal comma, 3,5, can't be told from a separator and is one as well.
+SEPARATED = re.compile(r"[+-]?(\d+(,\d+)+(\.\d+)?|\d{1,3}([. '\u2019\u00a0\u202f]\d{3})+([.,]\d+)?)", re.ASCII)
+
+
+class Table(NamedTuple):
+    """A table as it was read: words only. Each function in SETS returns one, and so does read_csv."""
+    columns: dict[str, list[str]]  # name -> one value per row
+    lines: list[str]  # where each row stands, for messages: "line 7"
+    target: str  # the column to predict
+    name: str
+    source: str  # what load_data takes: a name in SETS or a path
+    stand_in: str = ""  # the real set whose place it takes
+    n_test: int = 0  # the last so many rows are for testing; 0: the set has no such rows, so they are drawn
+    p: np.ndarray | None = None  # (N,) the probability that drew each target, where it is known
 
 
 class Part(NamedTuple):
     numeric: Tensor  # (N, F) float32, as in the table; a missing number is the column's median in train
-    categories: Tensor  # (N, K) int64: 0 missing, 1 not in train, 2 ... the values of train
+    categories: Tensor  # (N, L) int64: 0 missing, 1 not in train, 2 ... the values of train
     target: Tensor  # (N,) float32, 1 for the positive value
 
 
@@ -63,26 +71,26 @@ class Data(NamedTuple):
     test: Part
     schema: dict  # plain Python, saved with a model: numeric, median, categorical, values, target, negative, positive
     name: str  # "adult", "census" or the file's name
-    stand_in: bool
-    best_auc: float | None  # of the census: what its own model reaches on the test part; nothing can do better
-    best_accuracy: float | None
+    source: str
+    stand_in: str = ""
+    best_auc: float | None = None  # of the census: what its own model reaches on the test part; nothing does better
+    best_accuracy: float | None = None
 
-
-class Table(NamedTuple):
-    columns: list[str]
-    rows: list[list[str]]
-    lines: list[str]  # where each row stands, for messages: "line 7"
+    @property
+    def label(self) -> str:
+        """The name for titles and tables."""
+        return self.name + ", stand-in" * bool(self.stand_in)
 
 
 # ---------------------------------------------------------------------------------------------- reading
-def read_adult() -> tuple[Table, Table]:
-    """The rows to train and validate on, and those to test on. Downloads both files where they are not there.
+def read_adult() -> Table:
+    """UCI Adult. Its two files are downloaded where they are not there; the second is the test part.
 
     Raises ConnectionError where neither file is there and UCI does not answer; utils.InputError where one is missing,
     or is not the original.
     """
     there = [name for name in SHA256 if (utils.DATA_DIR / name).exists()]
-    tables = []
+    rows, lines = [], []
     for name, sha256 in SHA256.items():
         try:
             path = utils.download([URL + name], utils.DATA_DIR / name, sha256)
@@ -90,58 +98,51 @@ def read_adult() -> tuple[Table, Table]:
             if there:  # half a data set is a mistake, and no reason to use another one
                 raise utils.InputError(f"{utils.DATA_DIR} holds {there[0]} alone: {error} Put it there too.") from error
             raise
-        rows, lines = [], []
         for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), 1):
             if line and line[0] != "|":  # adult.test begins with a remark, and both files end with an empty line
                 rows.append(line.removesuffix(".").split(", "))  # adult.test ends each row with a dot
                 lines.append(f"line {number} of {name}")
-        tables.append(Table(COLUMNS, rows, lines))
-    return tables[0], tables[1]
+    return Table(dict(zip(COLUMNS, map(list, zip(*rows)))), lines, COLUMNS[-1], "adult", "adult",
+                 n_test=sum(line.endswith(name) for line in lines))
 
 
-def read_csv(path: Path) -> Table:
+def read_csv(path: Path, target: str | None) -> Table:
     """A CSV file with a header, separated by commas, semicolons or tabs. Raises utils.InputError naming the line."""
-    if path.is_dir():
-        raise utils.InputError(f"--data {path} is a folder; give one CSV file.")
+    def bad(line: int, what: str) -> utils.InputError:
+        return utils.InputError(f"{path}, line {line}: {what}")
+
     if not path.is_file():
-        raise utils.InputError(f"--data {path}: no such file; give a CSV file, adult or census.")
-    raw = path.read_bytes()
+        raise utils.InputError(f"--data {path} is a folder; give one CSV file." if path.is_dir() else
+                               f"--data {path}: no such file; give a CSV file, {' or '.join(SETS)}.")
+    raw, rows, begins = path.read_bytes(), [], 1
     try:
         text = raw.decode("utf-8-sig")
+        delimiter = max(",;\t", key=next((line for line in text.splitlines() if line.strip()), "").count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+        for row in reader:
+            row = [value.strip() for value in row]
+            if row not in ([], [""]):  # not an empty line
+                rows.append((begins, row))
+            begins = reader.line_num + 1  # a quoted value may run over several lines
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise utils.InputError(f"{path}, line {line}: not UTF-8; convert the file, for example with iconv.") from error
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    columns, rows, lines, begins = [], [], [], 1
-    try:
-        for row in reader:
-            here, begins = begins, reader.line_num + 1  # a quoted value may run over several lines
-            row = [value.strip() for value in row]
-            if row in ([], [""]):
-                continue  # an empty line
-            if not columns:
-                columns = row
-                for name in columns:
-                    if name in ("", "?") or NUMBER.fullmatch(name) or SEPARATED.fullmatch(name):
-                        raise utils.InputError(f"{path}, line {here}: {name!r} is no name of a column; the first line "
-                                               "must be a header that names them all.")
-                    if columns.count(name) > 1:
-                        raise utils.InputError(f"{path}, line {here}: {columns.count(name)} columns are named "
-                                               f"{name!r}; give each a name of its own.")
-                continue
-            if len(row) != len(columns):
-                raise utils.InputError(f"{path}, line {here}: {len(row)} value{'s' * (len(row) > 1)}, but the header "
-                                       f"names {len(columns)} columns; a value that contains the separator needs "
-                                       "quotes around it.")
-            rows.append(row)
-            lines.append(f"line {here}")
+        raise bad(line, "not UTF-8; convert the file, for example with iconv.") from error
     except csv.Error as error:
-        raise utils.InputError(f"{path}, line {reader.line_num}: {error}; is a quote missing there?") from error
-    if not rows:
+        raise bad(reader.line_num, f"{error}; is a quote missing there?") from error
+    if len(rows) < 2:
         raise utils.InputError(f"{path} has no rows; a header and some hundred rows are needed.")
-    return Table(columns, rows, lines)
+    (first, names), *rows = rows
+    for name in names:
+        if name in ("", "?") or NUMBER.fullmatch(name) or SEPARATED.fullmatch(name):
+            raise bad(first, f"{name!r} is no name of a column; the first line must be a header that names them all.")
+        if names.count(name) > 1:
+            raise bad(first, f"{names.count(name)} columns are named {name!r}; give each a name of its own.")
+    for line, row in rows:
+        if len(row) != len(names):
+            raise bad(line, f"{len(row)} value{'s' * (len(row) > 1)}, but the header names {len(names)} columns; a "
+                            "value that contains the separator needs quotes around it.")
+    columns = dict(zip(names, map(list, zip(*(row for _, row in rows)))))
+    return Table(columns, [f"line {line}" for line, _ in rows], target, path.name, str(path.resolve()))
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -159,8 +160,8 @@ COUNTRIES = {"United-States": 900, "Mexico": 20, "Philippines": 6, "Germany": 5,
              "Japan": 2, "Poland": 2, "Haiti": 1, "Iran": 1, "Peru": 1, "Greece": 1, "Scotland": 0.1}
 
 
-def census(n: int, seed: int) -> tuple[Table, np.ndarray]:
-    """n simulated people with Adult's columns, and the probability (n,) with which each one's income was drawn.
+def census(n: int = 25_000, seed: int = 1) -> Table:
+    """n simulated people with Adult's columns, and the probability with which each one's income was drawn.
 
     ## Income is a coin with probability p(row), and p is a formula in what the table shows, after some values have been
     ## blanked out. So p is all there is to know about the coin: no model, however large, can sort rows better than p
@@ -175,6 +176,10 @@ def census(n: int, seed: int) -> tuple[Table, np.ndarray]:
         """An index (n,) for each row, with probabilities in proportion to the weights, numbers or (n,) each."""
         w = np.cumsum([np.broadcast_to(weight, n) for weight in weights], axis=0)  # (V, n)
         return (w < rng.random(n) * w[-1]).sum(0)
+
+    def word(names: str, index: np.ndarray, blank: np.ndarray | bool = False) -> np.ndarray:
+        """The index-th of the names, or a question mark where blank."""
+        return np.where(blank, "?", np.array(names.split())[index])
 
     male = rng.random(n) < 0.67
     age = np.floor(17 + 73 * rng.beta(1.4, 3.3, n))
@@ -208,129 +213,152 @@ def census(n: int, seed: int) -> tuple[Table, np.ndarray]:
     p = 1 / (1 + np.exp(-1.6 * score - 0.9))
     rich = rng.random(n) < p
 
-    pick = lambda names, index: np.array(names)[index]  # noqa: E731
-    classes = "Private Self-emp-not-inc Local-gov State-gov Self-emp-inc Federal-gov".split()
-    statuses = "Never-married Married-civ-spouse Divorced Separated Married-spouse-absent Widowed".split()
-    kins = "Husband Wife Own-child Not-in-family Unmarried".split()
-    races = "White Black Asian-Pac-Islander Amer-Indian-Eskimo Other".split()
-    columns = [age, np.where(no_job, "?", pick(classes, employer)), weight, pick(EDUCATION, years - 1), years,
-               pick(statuses, marital), np.where(no_job, "?", pick(list(OCCUPATIONS), job)), pick(kins, kin),
-               pick(races, race), np.where(male, "Male", "Female"), gain, loss, hours,
-               np.where(no_country, "?", pick(list(COUNTRIES), country)), np.where(rich, ">50K", "<=50K")]
-    columns = [c.tolist() if c.dtype.kind == "U" else [f"{v:.0f}" for v in c] for c in columns]
-    return Table(COLUMNS, [list(row) for row in zip(*columns)], [f"row {i}" for i in range(1, n + 1)]), p
+    columns = [
+        age, word("Private Self-emp-not-inc Local-gov State-gov Self-emp-inc Federal-gov", employer, no_job), weight,
+        np.array(EDUCATION)[years - 1], years,
+        word("Never-married Married-civ-spouse Divorced Separated Married-spouse-absent Widowed", marital),
+        word(" ".join(OCCUPATIONS), job, no_job), word("Husband Wife Own-child Not-in-family Unmarried", kin),
+        word("White Black Asian-Pac-Islander Amer-Indian-Eskimo Other", race), np.where(male, "Male", "Female"), gain,
+        loss, hours, word(" ".join(COUNTRIES), country, no_country), np.where(rich, ">50K", "<=50K")]
+    words = [c.tolist() if c.dtype.kind == "U" else [f"{value:.0f}" for value in c] for c in columns]
+    return Table(dict(zip(COLUMNS, words)), [f"row {i}" for i in range(1, n + 1)], COLUMNS[-1], "census", "census",
+                 "UCI Adult", n * 2 // 5, p)
+
+
+SETS = {"adult": read_adult, "census": census}  # a data set is one function and one line here
+
+
+def read_table(data: str | None = None, target: str | None = None) -> Table:
+    """One of SETS, or a CSV file with the column `target`; None is Adult, or the census where that is out of reach.
+
+    Raises ConnectionError where a set that was asked for by name is out of reach; utils.InputError for a bad file.
+    """
+    name = data or "adult"
+    if name in SETS and target:
+        raise utils.InputError(f"--target {target} belongs to a CSV file; {name}'s target is {COLUMNS[-1]}.")
+    try:
+        table = SETS[name]() if name in SETS else read_csv(Path(name), target)
+    except ConnectionError as error:
+        if data:  # asked for by name: never replaced by something else
+            raise ConnectionError(f"{error} Use --data census to work offline.") from error
+        print(error)
+        table = census()
+    utils.stand_in_notice(table.name, table.stand_in)
+    return table
 
 
 # ---------------------------------------------------------------------------------------------- columns
 def is_missing(value: str) -> bool:
+    """Whether a value, as it is written, stands for none."""
     return value.lower() in MISSING
 
 
-def column_types(table: Table, target: str, types: Sequence[str]) -> dict[str, str]:
+def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
     """{column: "numeric" or "category"}, without target and ignored ones. types: those to set, as "zip=category".
 
     ## A column whose values are all numbers is taken as one of numbers. A computer can't know better: a postcode is
-    ## written as a number, and is none, for the mean of two postcodes means nothing. Only you know; --types says it.
+    ## written as a number but is none, because the mean of two postcodes means nothing. Only you know; --types says it.
     Raises utils.InputError, naming the line, where a column is empty or can't be of the type asked for.
     """
+    others = [name for name in table.columns if name != table.target]
     asked = dict(item.rpartition("=")[::2] for item in types)
     for name, kind in asked.items():
-        if kind not in ("numeric", "category", "ignore"):
+        if name not in others or kind not in ("numeric", "category", "ignore"):
             raise utils.InputError(f"--types {name + '=' * bool(name) + kind}: write COLUMN=numeric, COLUMN=category "
-                                   "or COLUMN=ignore.")
-        if name not in table.columns or name == target:
-            why = "that is the target" if name == target else "no such column"
-            raise utils.InputError(f"--types {name}={kind}: {why}; there are "
-                                   f"{', '.join(c for c in table.columns if c != target)}.")
+                                   f"or COLUMN=ignore; there are the columns {', '.join(others)}.")
     found = {}
-    for k, name in enumerate(table.columns):
-        if name == target or asked.get(name) == "ignore":
+    for name in others:
+        column, kind = table.columns[name], asked.get(name)
+        if kind == "ignore":
             continue
-        there = [i for i, row in enumerate(table.rows) if not is_missing(row[k])]
+
+        def bad(i: int, what: str) -> utils.InputError:
+            return utils.InputError(f"column {name}, {table.lines[i]}: {column[i]!r} {what}")
+
+        there = [i for i, value in enumerate(column) if not is_missing(value)]
         if not there:
             raise utils.InputError(f"column {name} has no value, from {table.lines[0]} to {table.lines[-1]}; remove "
                                    f"it, or add --types {name}=ignore.")
-        odd = [i for i in there if not NUMBER.fullmatch(table.rows[i][k])]  # no plain numbers
-        if asked.get(name) != "category" and odd and all(SEPARATED.fullmatch(table.rows[i][k]) for i in odd):
-            raise utils.InputError(f"column {name}, {table.lines[odd[0]]}: {table.rows[odd[0]][k]!r} is a number with "
-                                   f"separators; write it with digits and one decimal point, or add --types "
-                                   f"{name}=category.")
-        if asked.get(name) == "numeric" and odd:
-            raise utils.InputError(f"column {name}, {table.lines[odd[0]]}: {table.rows[odd[0]][k]!r} is no number; "
-                                   f"correct it, or leave out --types {name}=numeric.")
-        found[name] = asked.get(name) or ("category" if odd else "numeric")
-        if name not in asked and 0 < len(odd) < 0.1 * len(there):
-            print(f"column {name} holds numbers, but {table.rows[odd[0]][k]!r} on {table.lines[odd[0]]}: so it counts "
-                  "as one of categories; empty such places to have a column of numbers")
-        if found[name] == "numeric":
-            for i in there:
-                if not abs(float(table.rows[i][k])) < 1e30:
-                    raise utils.InputError(f"column {name}, {table.lines[i]}: {table.rows[i][k]!r} is too large for a "
-                                           f"32-bit number; correct it, or add --types {name}=ignore.")
+        odd = [i for i in there if not NUMBER.fullmatch(column[i])]  # no plain numbers
+        if odd and (kind == "numeric" or kind is None and all(SEPARATED.fullmatch(column[i]) for i in odd)):
+            raise bad(odd[0], "is no plain number; write it with digits and one decimal point, without separators, or "
+                              f"have it read as a word: --types {name}=category.")
+        if kind is None and 0 < len(odd) < 0.1 * len(there):
+            print(f"column {name} holds numbers, but {column[odd[0]]!r} on {table.lines[odd[0]]}: so it counts as one "
+                  "of categories; empty such places to have a column of numbers")
+        found[name] = kind or ("category" if odd else "numeric")
+        for i in there if found[name] == "numeric" else ():
+            if not abs(float(column[i])) < 1e30:
+                raise bad(i, f"is too large for a 32-bit number; correct it, or add --types {name}=ignore.")
     if not found:
-        raise utils.InputError(f"no column is left to predict {target} from; ignore fewer with --types.")
+        raise utils.InputError(f"no column is left to predict {table.target} from; ignore fewer with --types.")
     return found
 
 
-def target_values(table: Table, target: str) -> tuple[str, str]:
+def target_values(table: Table) -> tuple[str, str]:
     """(negative, positive): the target's two values, the later one in alphabetical order positive, as scikit-learn has
-    it: 1, yes, true, >50K. Raises utils.InputError, naming the line, where there are not exactly two."""
-    k = table.columns.index(target)
-    first = {}  # value -> row
-    for i, row in enumerate(table.rows):
-        if is_missing(row[k]):
-            raise utils.InputError(f"the target {target} is missing on {table.lines[i]}; remove such rows: from them "
-                                   "nothing can be learned.")
-        first.setdefault(row[k], i)
-        if len(first) > 2:
-            raise utils.InputError(f"the target {target} has more than two values: {', '.join(map(repr, first))} by "
-                                   f"{table.lines[i]}; choose a column of two, or make two groups of its values.")
-    if len(first) == 1:
-        raise utils.InputError(f"the target {target} is {next(iter(first))!r} on every line, from {table.lines[0]} to "
-                               f"{table.lines[-1]}; there is nothing to tell apart.")
-    return tuple(sorted(first))
+    it: 1, yes, true, >50K. Raises utils.InputError, naming the line, where there are not two, of ten rows each."""
+    def bad(what: str) -> utils.InputError:
+        return utils.InputError(f"the target {table.target} {what}")
+
+    if table.target not in table.columns:
+        why = "--target is missing" if table.target is None else f"--target {table.target}: no such column"
+        raise utils.InputError(f"{why}; the first line of {table.name} names {', '.join(table.columns)}.")
+    column = table.columns[table.target]
+    counts = Counter(column)
+    first = {value: table.lines[column.index(value)] for value in [*counts][:3]}  # where it comes first
+    for i, value in enumerate(column):
+        if is_missing(value):
+            raise bad(f"is missing on {table.lines[i]}; remove such rows: from them nothing can be learned.")
+    if len(counts) != 2:
+        listed = ", ".join(f"{value!r} on {line}" for value, line in first.items())
+        raise bad(f"has {'one value' if len(counts) == 1 else 'more than two values'}: {listed}; choose a column of "
+                  "two, or make two groups of its values.")
+    rarer, count = counts.most_common()[-1]
+    if count < 10:
+        raise bad(f"is {rarer!r} in {count} rows only, first on {first[rarer]}; all three parts need some, so at least "
+                  "10.")
+    return tuple(sorted(counts))
 
 
-def fit_schema(table: Table, target: str, kinds: dict[str, str], values: tuple[str, str], fit: Tensor) -> dict:
+def fit_schema(table: Table, kinds: dict[str, str], fit: Tensor) -> dict:
     """All that a row needs to become numbers, from the rows `fit` (indices) alone: values per column, medians."""
-    schema = {"numeric": [name for name, kind in kinds.items() if kind == "numeric"], "median": [],
-              "categorical": [name for name, kind in kinds.items() if kind == "category"], "values": [],
-              "target": target, "negative": values[0], "positive": values[1]}
-    rows = [table.rows[i] for i in fit.tolist()]
-    for name in schema["numeric"]:
-        k = table.columns.index(name)
-        numbers = [float(row[k]) for row in rows if not is_missing(row[k])]
-        if not numbers:
-            i = next(i for i, row in enumerate(table.rows) if not is_missing(row[k]))
+    schema = {"numeric": [], "median": [], "categorical": [], "values": [], "target": table.target,
+              **dict(zip(("negative", "positive"), target_values(table)))}
+    for name, kind in kinds.items():
+        column = table.columns[name]
+        there = [column[i] for i in fit.tolist() if not is_missing(column[i])]
+        if kind == "category":
+            schema["categorical"].append(name)
+            counts = Counter(there)
+            schema["values"].append(sorted(counts, key=lambda value: (-counts[value], value)))
+        elif there:
+            schema["numeric"].append(name)
+            schema["median"].append(float(np.median([float(value) for value in there])))
+        else:
+            i = next(i for i, value in enumerate(column) if not is_missing(value))
             raise utils.InputError(f"column {name} has too few values, the first on {table.lines[i]}: none is among "
                                    f"the training rows; add --types {name}=ignore.")
-        schema["median"].append(float(np.median(numbers)))
-    for name in schema["categorical"]:
-        k = table.columns.index(name)
-        counts = Counter(row[k] for row in rows if not is_missing(row[k]))
-        schema["values"].append([value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))])
     return schema
 
 
-def encode(table: Table, schema: dict) -> Part:
-    """Rows to numbers, by a schema fitted before.
+def encode(columns: dict[str, list[str]], schema: dict) -> Part:
+    """Words to numbers, by a schema fitted before. columns: name -> one value per row, the target's among them.
 
     ## A category becomes its place in the list of the training rows' values. Two places are kept free in front: 0 for
     ## "no answer", which is an answer of its own (who does not name an employer often has none), and 1 for a value that
     ## training never showed. Without it, the first Scot in the test rows would stop the program.
     """
-    columns = dict(zip(table.columns, zip(*table.rows)))
     numeric = [[median if is_missing(v) else float(v) for v in columns[name]]
                for name, median in zip(schema["numeric"], schema["median"])]
     categories = []
     for name, values in zip(schema["categorical"], schema["values"]):
         index = {value: i for i, value in enumerate(values, KNOWN)}
         categories.append([NO_VALUE if is_missing(v) else index.get(v, UNSEEN) for v in columns[name]])
-    target = [float(v == schema["positive"]) for v in columns[schema["target"]]]
-    N = len(table.rows)
+    target = torch.tensor([float(v == schema["positive"]) for v in columns[schema["target"]]])
+    N = len(target)
     return Part(torch.tensor(numeric, dtype=torch.float32).view(-1, N).T.contiguous(),  # (N, F)
-                torch.tensor(categories, dtype=torch.int64).view(-1, N).T.contiguous(),  # (N, K)
-                torch.tensor(target))
+                torch.tensor(categories, dtype=torch.int64).view(-1, N).T.contiguous(), target)  # (N, L), (N,)
 
 
 def encode_row(values: dict[str, str], schema: dict) -> Part:
@@ -347,9 +375,13 @@ def encode_row(values: dict[str, str], schema: dict) -> Part:
             if not NUMBER.fullmatch(value.strip()) or not abs(float(value)) < 1e30:
                 raise utils.InputError(f"{name}={value}: {name} needs a number, written with digits and at most one "
                                        "decimal point.")
-    row = [values.get(name, "").strip() for name in names] + [schema["positive"]]
-    part = encode(Table([*names, schema["target"]], [row], ["the row"]), schema)
-    return part._replace(target=torch.full((1,), math.nan))
+    row = {name: [values.get(name, "").strip()] for name in (*names, schema["target"])}
+    return encode(row, schema)._replace(target=torch.full((1,), math.nan))
+
+
+def words_of(schema: dict, k: int) -> list[str]:
+    """What the indices 0, 1, 2, ... of the k-th category column mean."""
+    return ["(missing)", "(unseen)", *schema["values"][k]]
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -377,65 +409,41 @@ def load_data(data: str | None = None, target: str | None = None, types: Sequenc
     target: which column to predict, for a CSV file. types: ["zip=category", "id=ignore", ...], see column_types.
     Raises utils.InputError, naming column and line, for whatever can't be used.
     """
-    name, best, types = data or "adult", None, types or []
-    if name in ("adult", "census") and target:
-        raise utils.InputError(f"--target {target} belongs to a CSV file; {name}'s target is income.")
-    if name == "adult":
-        try:
-            table, test = read_adult()
-            tested = torch.arange(len(table.rows), len(table.rows) + len(test.rows))
-            table = Table(COLUMNS, table.rows + test.rows, table.lines + test.lines)
-        except ConnectionError as error:
-            if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data census to work offline.") from error
-            print(error)
-            name = "census"
-    if name == "census":
-        utils.notice("STAND-IN: this run uses `census`, a table of simulated people.",
-                     "Its figures are not UCI Adult's and can't be compared with them.")
-        table, best = census(25_000, 1)
-        tested = torch.arange(15_000, 25_000)
-    if name not in ("adult", "census"):
-        table = read_csv(Path(name))
-        if target not in table.columns:
-            why = "--target is missing" if target is None else f"--target {target}: no such column"
-            raise utils.InputError(f"{why}; the first line of {name} names {', '.join(table.columns)}.")
-    target = target or "income"
-    negative, positive = target_values(table, target)
-    kinds = column_types(table, target, types)
-    k = table.columns.index(target)
-    y = torch.tensor([float(row[k] == positive) for row in table.rows])  # (N,)
+    return to_data(read_table(data, target), types or [])
 
-    if name in ("adult", "census"):
-        rest = torch.arange(len(y) - len(tested))
+
+def to_data(table: Table, types: Sequence[str] = ()) -> Data:
+    """Split a table into three parts and turn it into numbers.
+
+    ## The model learns from the first part, the second picks among models and says when to stop, the third is looked at
+    ## once. Everything fitted, be it a list of values or a mean, comes from the first alone: in use, too, a model meets
+    ## rows that took no part in fitting anything.
+    """
+    negative, positive = target_values(table)
+    kinds = column_types(table, types)
+    y = torch.tensor([float(value == positive) for value in table.columns[table.target]])  # (N,)
+    if table.n_test:
+        rest, tested = torch.arange(len(y)).split([len(y) - table.n_test, table.n_test])
     else:
-        for value, count in ((positive, int(y.sum())), (negative, int((1 - y).sum()))):
-            if count < 10:
-                i = next(i for i, row in enumerate(table.rows) if row[k] == value)
-                raise utils.InputError(f"the target {target} is {value!r} in {count} rows only, first on "
-                                       f"{table.lines[i]}; all three parts need some, so at least 10.")
         rest, tested = stratified(y, math.ceil(0.2 * len(y)), SPLIT_SEED)
         print("types, as inferred" + " and as asked for" * bool(types) + " (change them with --types):")
         for kind in ("numeric", "category"):
             print(f"  {kind:10}{', '.join(column for column in kinds if kinds[column] == kind) or 'none'}")
-        print(f"target {target}: positive is {positive!r}, negative {negative!r}")
-    ## Three parts. The model learns from the first, the second picks among models and says when to stop, the third is
-    ## looked at once. Everything fitted, be it a list of values or a mean, comes from the first alone: in use, too, a
-    ## model meets rows that took no part in fitting anything.
+        print(f"target {table.target}: positive is {positive!r}, negative {negative!r}")
     train, val = (rest[i] for i in stratified(y[rest], math.ceil(0.2 * len(rest)), SPLIT_SEED))
-    schema = fit_schema(table, target, kinds, (negative, positive), train)
-    everything = encode(table, schema)
-    for column, indices in zip(schema["categorical"], everything.categories.T):
+    schema = fit_schema(table, kinds, train)
+    everything = encode(table.columns, schema)
+    for name, indices in zip(schema["categorical"], everything.categories.T):
         found = (indices == UNSEEN).nonzero()[:, 0].tolist()
         if found:
-            value = table.rows[found[0]][table.columns.index(column)]
-            print(f"{table.lines[found[0]]}: {column} {value!r} is in no training row; it counts as unseen"
-                  + f", and so do {len(found) - 1:,} values further down" * (len(found) > 1))
+            print(f"{table.lines[found[0]]}: {name} {table.columns[name][found[0]]!r} is in no training row; it counts "
+                  "as unseen" + f", and so do {len(found) - 1:,} values further down" * (len(found) > 1))
     parts = [Part(*(tensor[rows] for tensor in everything)) for rows in (train, val, tested)]
-    if best is None:
-        return Data(*parts, schema, Path(name).name, False, None, None)
-    p, y = torch.from_numpy(best[tested.numpy()]), parts[2].target
-    return Data(*parts, schema, name, True, roc_auc(p, y), ((p > 0.5) == (y == 1)).float().mean().item())
+    data = Data(*parts, schema, table.name, table.source, table.stand_in)
+    if table.p is None:
+        return data
+    p, y = torch.from_numpy(table.p[tested.numpy()]), data.test.target
+    return data._replace(best_auc=roc_auc(p, y), best_accuracy=((p > 0.5) == (y == 1)).float().mean().item())
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -452,7 +460,7 @@ def standardise(x: Tensor, fitted: Tensor) -> Tensor:
 
 
 def fit_quantiles(x: Tensor, n: int = 1000) -> Tensor:
-    """Q = min(n, N) quantiles (Q, F) of the training rows x (N, F), from the smallest value to the largest."""
+    """min(n, N) quantiles (rows, F) of the training rows x (N, F), from the smallest value to the largest."""
     levels = np.linspace(0, 1, min(n, len(x)))
     return torch.from_numpy(np.percentile(x.double().numpy(), 100 * levels, axis=0))  # rounds as scikit-learn does
 
@@ -500,18 +508,18 @@ def piecewise_linear(x: Tensor, bins: list[Tensor]) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------- measures, baselines
+# ---------------------------------------------------------------------------------------------- baselines
 def roc_auc(score: Tensor, target: Tensor) -> float:
     """The share of pairs of a positive and a negative row in which the positive has the higher score; a tie is half.
 
     score, target (N,), target 0 or 1. Sorting does it without looking at all pairs (Mann & Whitney 1947): the ranks of
-    the P positive rows among all N sum to P (P + 1) / 2, plus one for each pair won.
+    the n positive rows among all N sum to n (n + 1) / 2, plus one for each pair won.
     """
     _, place, counts = score.unique(return_inverse=True, return_counts=True)  # sorted
     rank = counts.cumsum(0) - (counts - 1) / 2  # equal scores share the mean of their ranks, from 1
     ones = target == 1
-    P, M = ones.sum().item(), (~ones).sum().item()
-    return ((rank.double()[place][ones].sum().item() - P * (P + 1) / 2) / (P * M)) if P and M else math.nan
+    n, pairs = ones.sum().item(), (ones.sum() * (~ones).sum()).item()
+    return (rank.double()[place][ones].sum().item() - n * (n + 1) / 2) / pairs if pairs else math.nan
 
 
 def majority_baseline(data: Data) -> float:
@@ -554,60 +562,54 @@ def logistic_baseline(data: Data, penalty: float = 1.0) -> Tensor:
 
 def draw_columns(data: Data, limit: int = 16):
     """A figure: for each column, how the training rows of either class are spread over its values."""
-    schema, label = data.schema, data.name + ", stand-in" * data.stand_in
+    schema = data.schema
     names = (schema["numeric"] + schema["categorical"])[:limit]
     height = math.ceil(len(names) / 4)
-    figure, axes = plt.subplots(height, 4, figsize=(15, 3.2 * height), squeeze=False)
+    figure, axes = utils.pyplot().subplots(height, 4, figsize=(15, 3.2 * height), squeeze=False)
     ones = data.train.target == 1
-    classes = ((schema["negative"], ~ones, utils.COLORS[0]), (schema["positive"], ones, utils.COLORS[1]))
-    for a, name in zip(axes.flat, names):
-        if name in schema["numeric"]:
-            x = data.train.numeric[:, schema["numeric"].index(name)]
-            low, high = x.min().item(), x.max().item()
-            few = high - low <= 100 and torch.equal(x, x.round())  # integers: a bar for each, or some would get two
-            edges = np.arange(low - 0.5, high + 1) if few else np.linspace(low, high + 1e-6 * (1 + abs(high)), 31)
-            for value, rows, color in classes:
-                n = int(rows.sum())
-                a.hist(x[rows].numpy(), edges, weights=np.full(n, 1 / n), alpha=0.6, color=color)
-            a.set_ylabel("share of its class")
-            if (x == 0).float().mean() > 0.5:
-                a.set_yscale("log")
-        else:
-            k = schema["categorical"].index(name)
-            column = data.train.categories[:, k]
-            words = ["(missing)", "(unseen)", *schema["values"][k]]
-            shown = [i for i in column.bincount(minlength=len(words)).argsort(descending=True)[:10].tolist()
-                     if (column == i).any()]
-            for (value, rows, color), shift in zip(classes, (-0.2, 0.2)):
-                shares = [(column[rows] == i).float().mean().item() for i in shown]
-                a.barh(np.arange(len(shown)) + shift, shares, 0.4, color=color)
-            a.set_yticks(range(len(shown)), [words[i][:22] for i in shown], fontsize=7)
-            a.invert_yaxis()
-            a.set_xlabel("share of its class")
-        a.set_title(name, fontsize=10)
+    classes = ((schema["negative"], ~ones), (schema["positive"], ones))
     for a in axes.flat[len(names) :]:
         a.axis("off")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for *_, color in classes]
-    figure.legend(handles, [f"{schema['target']} {value}" for value, *_ in classes], loc="lower right", fontsize=12)
-    figure.suptitle(f"Each column by itself: the training rows ({label})")
+    for a, name in zip(axes.flat, names):
+        a.set_title(name, fontsize=10)
+        if name in schema["numeric"]:
+            x = data.train.numeric[:, schema["numeric"].index(name)].numpy()
+            few = x.max() - x.min() <= 100 and (x == x.round()).all()  # integers: a bar for each, or some would get two
+            edges = np.arange(x.min() - 0.5, x.max() + 1) if few else np.histogram_bin_edges(x, 30)
+            for value, rows in classes:
+                a.stairs(np.histogram(x[rows], edges)[0] / int(rows.sum()), edges, fill=True, alpha=0.6, label=value)
+            a.set(ylabel="share of its class", yscale="log" if (x == 0).mean() > 0.5 else "linear")
+        else:
+            k = schema["categorical"].index(name)
+            column, words = data.train.categories[:, k], words_of(schema, k)
+            shown = [i for i, _ in Counter(column.tolist()).most_common(10)][::-1]
+            for shift, (value, rows) in zip((0.2, -0.2), classes):
+                shares = [(column[rows] == i).float().mean().item() for i in shown]
+                a.barh(np.arange(len(shown)) + shift, shares, 0.4, label=value)
+            a.set_yticks(range(len(shown)), [words[i][:22] for i in shown], fontsize=7)
+            a.set_xlabel("share of its class")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), title=schema["target"], loc="lower right", fontsize=12)
+    figure.suptitle(f"Each column by itself: the training rows ({data.label})")
     figure.tight_layout()
     return figure
 
 
-def main() -> None:
-    parser = utils.parser(__doc__)
+# ---------------------------------------------------------------------------------------------- main
+def add_options(parser) -> None:
+    """Give an ArgumentParser the three options that load_data takes."""
     add = parser.add_argument
     add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
     add("--target", help="for a CSV file: the column to predict, which has two values")
     add("--types", nargs="+", metavar="COLUMN=TYPE", help="numeric, category or ignore, where the guess is wrong")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
-    args = parser.parse_args()
-    utils.check_writable(args.out)
-    data = load_data(args.data, args.target, args.types)
-    schema, label = data.schema, data.name + ", stand-in" * data.stand_in
-    train = data.train
 
-    print(f"{label}: {len(train.target):,} rows to train on, {len(data.val.target):,} to validate, "
+
+def main() -> None:
+    parser = utils.parser(__doc__, __file__)
+    add_options(parser)
+    args = utils.parse_args(parser)
+    data = load_data(args.data, args.target, args.types)
+    schema, train = data.schema, data.train
+    print(f"{data.label}: {len(train.target):,} rows to train on, {len(data.val.target):,} to validate, "
           f"{len(data.test.target):,} to test")
     shares = [f"{part.target.mean():.1%} of {name}" for name, part in zip(Data._fields, data[:3])]
     print(f"{schema['target']} is {schema['positive']} in {', '.join(shares)}")
@@ -639,10 +641,9 @@ def main() -> None:
     print(f"{'logistic regression':36}{accuracy:8.4f}  {roc_auc(logits, data.test.target):.4f}")
     if data.best_auc:
         print(f"{'best possible: the known model':36}{data.best_accuracy:8.4f}  {data.best_auc:.4f}")
-    utils.save_figure(draw_columns(data), args.out / "columns.png")
+    utils.write_atomically(args.out / "columns.png", draw_columns(data).savefig)
     print(f"\nwrote {args.out / 'columns.png'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

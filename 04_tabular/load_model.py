@@ -1,6 +1,6 @@
 """Using a model of a table: one person's probability and what moved it, and what to ask of a model before trusting it.
 
-You learn here: how a probability becomes a decision, and why the threshold is chosen on validation rows; what ROC,
+You learn here: how a probability becomes a decision, and why validation rows choose its threshold; what ROC,
 precision-recall and calibration curves show; which columns a model needs; which values it takes to be alike; how to
 share out a probability among the values that made it; and that one accuracy can be several, by group.
 
@@ -8,38 +8,38 @@ share out a probability among the values that made it; and that one accuracy can
     python 04_tabular/load_model.py                        all of the above, on the test rows
     python 04_tabular/load_model.py --person "age=39, education=Bachelors, occupation=Sales, relationship=Husband"
 
-You should see (Adult, test rows, after train.py with seed 0): accuracy .8756 and F1 .718 at threshold 0.5, .8655 and
-.726 at 0.40, which validation chose for F1; probabilities off by 0.6 % on average; accuracy .844 for men and .940 for
-women, of whom 30 % and 11 % are above 50K; capital-gain and marital-status moving AUC most (validation rows); 72 % for
-the person above.
+You should see (Adult, the default model): accuracy .876 and F1 .72 at threshold 0.5; accuracy .844 for men and .940 for
+women; capital-gain and marital-status moving AUC most; 72 % for the person above.
 Writes to outputs/: curves.png, importance.png, embeddings.png; with --person: person.png. Left out on purpose: making
 a model fair; this only shows where it is not.
 """
-
-import math
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import COLUMNS, KNOWN, NO_VALUE, UNSEEN, Data, Part, encode_row, is_missing, load_data  # noqa: E402
-from load import logistic_baseline, read_csv, roc_auc  # noqa: E402
-from train import SCRIPT, TabularNet, measures, predict  # noqa: E402
+import utils
+from load import KNOWN, NO_VALUE, SETS, UNSEEN, Data, Part, encode_row, is_missing, logistic_baseline, read_table
+from load import roc_auc, to_data, words_of
+from train import SCRIPT, TabularNet, evaluate, predict
 
-# Shapes: N rows, F numeric columns, K category columns, C = F + K columns, G groups of columns, S samples, V values of
-#         one column, E members, D width of an embedding, T thresholds
+# Shapes: N rows, F numeric columns, L columns that are looked up (the category columns), V values of one of them, E
+#         members, C width of an embedding
 
 
-def load_tabular(path: Path, device: torch.device) -> tuple[TabularNet, dict]:
+def load_tabular(path: Path, device: torch.device | str = "cpu") -> tuple[TabularNet, dict]:
     """Rebuild the model that train.py saved; also return the checkpoint, for its schema and data name."""
-    saved = utils.load_checkpoint(path, SCRIPT, device)
-    model = utils.rebuild(lambda: TabularNet(**saved["config"]), saved, path)
+    saved = utils.load_checkpoint(path, SCRIPT)
+    try:
+        model = TabularNet(**saved["config"])
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise utils.InputError(f"{path} is of another version of train.py; make it anew: python {SCRIPT}") from error
     return model.to(device).eval(), saved
 
 
@@ -49,16 +49,15 @@ def data_of(saved: dict, path: str | None) -> Data:
     The columns' types come from the model's schema, whatever was asked for or inferred at training time.
     """
     name, schema = path or saved["source"], saved["schema"]
-    if name not in ("adult", "census") and not Path(name).exists():
+    if name not in SETS and not Path(name).exists():
         raise utils.InputError(f"--data {path}: no such file; give {saved['data']}, which the model was trained on." if
                                path else f"{name}, which the model was trained on, is not there; say where it is with "
                                "--data.")
-    columns = COLUMNS if name in ("adult", "census") else read_csv(Path(name)).columns
+    table = read_table(name, None if name in SETS else schema["target"])
     kinds = {**dict.fromkeys(schema["numeric"], "numeric"), **dict.fromkeys(schema["categorical"], "category")}
-    if not {*kinds, schema["target"]} <= {*columns}:
+    if not {*kinds, schema["target"]} <= {*table.columns}:
         raise utils.InputError(f"--data {name} lacks columns that the model was trained on; give {saved['data']}.")
-    types = [f"{c}={kinds.get(c, 'ignore')}" for c in columns if c != schema["target"]]
-    data = load_data(name, None if name in ("adult", "census") else schema["target"], types)
+    data = to_data(table, [f"{c}={kinds.get(c, 'ignore')}" for c in table.columns if c != table.target])
     if data.schema != schema:
         raise utils.InputError(f"--data {name} is not the table that the model was trained on; give {saved['data']} as "
                                "it was then.")
@@ -67,7 +66,7 @@ def data_of(saved: dict, path: str | None) -> Data:
 
 # ---------------------------------------------------------------------------------------------- columns
 def to_matrix(part: Part) -> Tensor:
-    """All columns side by side, (N, C) float64: the numbers, then the categories' indices."""
+    """All columns side by side, (N, F + L) float64: the numbers, then the categories' indices."""
     return torch.cat([part.numeric.double(), part.categories.double()], 1)
 
 
@@ -78,7 +77,7 @@ def to_part(matrix: Tensor, schema: dict) -> Part:
 
 
 def tied_columns(matrix: Tensor) -> list[list[int]]:
-    """The columns of a matrix (N, C) in groups: one is with another where each tells exactly what the other is.
+    """The columns of a matrix (N, F + L) in groups: one is with another where each tells exactly what the other is.
 
     ## Adult has education twice, as a word and as a number of school years. To change one and leave the other makes a
     ## person who can't exist, and a model may say anything of such a person. So they are moved together. Values that
@@ -100,8 +99,8 @@ def tied_columns(matrix: Tensor) -> list[list[int]]:
 
 # ---------------------------------------------------------------------------------------------- curves
 def counts_by_threshold(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thresholds (T,), every probability that occurs, falling, and how many positives (T,) and negatives (T,) are at
-    or above each. All curves below are made of these three."""
+    """The thresholds, every probability that occurs, falling; and how many positives and negatives are at or above
+    each. All curves below are made of these three, of one length."""
     order = p.argsort(descending=True)
     p, y = p[order], y[order].double()
     last = torch.cat([p.diff() != 0, torch.tensor([True])])  # of equal probabilities, all pass or none
@@ -109,7 +108,7 @@ def counts_by_threshold(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def roc_curve(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """False positive rates and true positive rates (T + 1,) each, from no row named to all rows named.
+    """False positive rates and true positive rates, from no row named to all rows named: one more than thresholds.
 
     ##     true positive rate  = TP / all positives       false positive rate = FP / all negatives
     ## Lower the threshold step by step: each positive row that passes is a step up, each negative one a step to the
@@ -121,7 +120,7 @@ def roc_curve(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def precision_recall(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Precision, recall and thresholds (T,) each, thresholds falling.
+    """Precision, recall and thresholds, of one length; thresholds falling.
 
     ##     precision = TP / (TP + FP)       recall = TP / all positives
     ## Where positives are rare, a small false positive rate may still be more rows than there are positives. The ROC
@@ -173,24 +172,20 @@ def best_threshold(p: Tensor, y: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------- what the model needs
 def permutation_importance(model: TabularNet, part: Part, schema: dict, groups: list[list[int]], repeats: int,
                            seed: int) -> Tensor:
-    """How much AUC is lost on part when a group of columns is shuffled: (G, repeats) (Breiman 2001).
+    """How much AUC is lost on part when a group of columns is shuffled: (groups, repeats) (Breiman 2001).
 
     ## Shuffled, a column still has the values it had, but at other rows: whatever it told about its row is gone. What
     ## AUC that costs is how much the model relies on it. Not how much there is to know in it: where two columns tell
     ## nearly the same, as marital status and relationship do, the model may get by with the other one.
     """
     matrix, generator = to_matrix(part), torch.Generator().manual_seed(seed)
-    before = roc_auc(predict(model, part), part.target)
+    before, begun = roc_auc(predict(model, part), part.target), time.perf_counter()
     lost = torch.zeros(len(groups), repeats)
-    bar = utils.Progress(lost.numel(), "shuffles")
-    for g, columns in enumerate(groups):
-        for r in range(repeats):
-            shuffled = matrix.clone()
-            rows = torch.randperm(len(matrix), generator=generator)
-            shuffled[:, columns] = matrix[rows][:, columns]
-            lost[g, r] = before - roc_auc(predict(model, to_part(shuffled, schema)), part.target)
-            bar.update(g * repeats + r + 1, "importance")
-    bar.clear()
+    for i in range(lost.numel()):
+        columns, shuffled = groups[i // repeats], matrix.clone()
+        shuffled[:, columns] = matrix[torch.randperm(len(matrix), generator=generator)][:, columns]
+        lost.view(-1)[i] = before - roc_auc(predict(model, to_part(shuffled, schema)), part.target)
+        utils.progress(i + 1, lost.numel(), begun, "importance", "shuffles")
     return lost
 
 
@@ -207,7 +202,7 @@ def pca(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def value_embeddings(model: TabularNet, k: int, n_values: int) -> Tensor:
-    """What all members learned of category column k's values: (V, E D), without the places for missing and unseen.
+    """What all members learned of category column k's values: (V, E C), without the places for missing and unseen.
 
     ## Each member's embedding has axes of its own: only distances within one mean something. Side by side, the squared
     ## distance of two values is the sum of their squared distances in all members.
@@ -217,30 +212,28 @@ def value_embeddings(model: TabularNet, k: int, n_values: int) -> Tensor:
 
 
 def by_group(p: Tensor, part: Part, schema: dict, column: str, threshold: float) -> dict[str, dict[str, float]]:
-    """For each value of a category column: number of rows, share of positives, share named, and the usual measures."""
-    k = schema["categorical"].index(column)
-    words = {NO_VALUE: "(missing)", UNSEEN: "(unseen)", **dict(enumerate(schema["values"][k], KNOWN))}
-    out = {}
-    for i, word in words.items():
+    """For each value of a category column: number of rows, share of positives, share named, and evaluate's figures."""
+    k, out = schema["categorical"].index(column), {}
+    for i, word in enumerate(words_of(schema, k)):
         rows = part.categories[:, k] == i
         if rows.any():
             y, here = part.target[rows], p[rows]
             named = (here > threshold).double().mean().item()
-            out[word] = {"rows": len(y), "positive": y.mean().item(), "named": named, **measures(here, y, threshold)}
+            out[word] = {"rows": len(y), "positive": y.mean().item(), "named": named, **evaluate(here, y, threshold)}
     return out
 
 
 # ---------------------------------------------------------------------------------------------- one person
 class Person(NamedTuple):
-    row: Tensor  # (C,) as in to_matrix
+    row: Tensor  # (F + L,) as in to_matrix
     given: list[list[int]]  # the known columns, those that are moved together in one group
     words: dict[int, str]  # column -> what was said of it
 
 
 def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
     """A description such as "age=39, sex=Female". Raises utils.InputError for what the table has no place for."""
-    schema, values = data.schema, {}
-    names = schema["numeric"] + schema["categorical"]
+    schema, values, words = data.schema, {}, {}
+    names, n = schema["numeric"] + schema["categorical"], len(schema["numeric"])
     for item in text.split(","):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not name:
@@ -248,32 +241,30 @@ def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
         if name in values:
             raise utils.InputError(f"--person: {name} is given twice; leave one out.")
         values[name] = value
-    row = to_matrix(encode_row(values, schema))[0]  # names strangers
-    train, n = to_matrix(data.train), len(schema["numeric"])
-    words = {names.index(name): value for name, value in values.items()}
-    for c in list(words):
-        if is_missing(words[c]) and (c < n or not (train[:, c] == NO_VALUE).any()):
-            del words[c]  # in training everybody answered, so what silence means was never learned
-        elif c < n and not train[:, c].min() <= row[c] <= train[:, c].max():
-            print(f"{names[c]}={words[c]} lies outside what training saw, {train[:, c].min():g} to "
-                  f"{train[:, c].max():g}")
+    row, train = to_matrix(encode_row(values, schema))[0], to_matrix(data.train)  # encode_row names strangers
+    for name, value in values.items():
+        c = names.index(name)
+        seen = train[:, c]
+        if is_missing(value) and (c < n or not (seen == NO_VALUE).any()):
+            continue  # in training everybody answered, so what silence means was never learned
+        words[c] = value
+        if c < n and not seen.min() <= row[c] <= seen.max():
+            print(f"{name}={value} lies outside what training saw, {seen.min():g} to {seen.max():g}")
         elif c >= n and row[c] == UNSEEN:
-            print(f"{names[c]}={words[c]} was in no training row; it counts as unseen")
+            print(f"{name}={value} was in no training row; it counts as unseen")
     for group in groups:  # what follows from what was said
         known = [c for c in group if c in words]
-        for c in group:
-            same = (train[:, known] == row[known]).all(1)
-            if known and c not in words and same.any():
-                row[c] = train[same][0, c]
-                words[c] = f"{row[c]:g}" if c < n else ["(missing)", "(unseen)", *schema["values"][c - n]][
-                    int(row[c])]
+        same = train[(train[:, known] == row[known]).all(1)]
+        for c in group if known and len(same) else ():
+            if c not in words:
+                row[c] = same[0, c]
+                words[c] = f"{row[c]:g}" if c < n else words_of(schema, c - n)[int(row[c])]
                 print(f"{names[c]}={words[c]} follows from {names[known[0]]}")
-    known = [[c for c in group if c in words] for group in groups]
-    return Person(row, [group for group in known if group], words)
+    return Person(row, [known for group in groups if (known := [c for c in group if c in words])], words)
 
 
 def fill_in(person: Person, data: Data, samples: int, generator: torch.Generator, nearest: int = 200) -> Tensor:
-    """The person `samples` times, (S, C): what is not known of them taken from training rows that are like them.
+    """The person `samples` times, (samples, F + L); what is not known of them comes from training rows like them.
 
     ## Any row will not do: a husband whose marital status is drawn from all rows would be unmarried every other time.
     ## So draw from the nearest rows, by what is known: a category differs by 1 or by 0, a number by the share of the
@@ -289,7 +280,7 @@ def fill_in(person: Person, data: Data, samples: int, generator: torch.Generator
         else:
             distance += train[:, c] != person.row[c]
     near = distance.argsort()[:nearest]
-    rows = train[near[torch.randint(len(near), (samples,), generator=generator)]]  # (S, C)
+    rows = train[near[torch.randint(len(near), (samples,), generator=generator)]]  # (samples, F + L)
     known = [c for group in person.given for c in group]
     rows[:, known] = person.row[known]
     return rows
@@ -297,10 +288,11 @@ def fill_in(person: Person, data: Data, samples: int, generator: torch.Generator
 
 def contributions(model: TabularNet, rows: Tensor, groups: list[list[int]], data: Data,
                   generator: torch.Generator) -> tuple[float, float, Tensor, Tensor]:
-    """What moved the mean probability of rows (S, C), each a person, from that of S random training rows.
+    """What moved the mean probability of rows (samples, F + L), each a person, from that of as many random
+    training rows.
 
-    Returns both means, each group of columns' share of the difference (G,), and by how much the probability falls
-    where one group alone is replaced (G,). groups: all columns, each in one of them.
+    Returns both means, each group of columns' share of the difference, and by how much the probability falls where
+    one group alone is replaced. groups: all columns, each in one of them.
 
     ## The simple way is the last one: replace one value by those of the training rows and see what changes. It misses
     ## what two values do together: take away "married", and "husband" still says it; take away "husband", and "married"
@@ -309,26 +301,25 @@ def contributions(model: TabularNet, rows: Tensor, groups: list[list[int]], data
     ## Shapley value (Strumbelj & Kononenko 2014). The steps of a walk lead from its first probability to its last, and
     ## so the shares sum to the difference exactly. Both say what moved the model, not what would move an income.
     """
-    train, (S, C), G = to_matrix(data.train), rows.shape, len(groups)
-    start = train[torch.randint(len(train), (S,), generator=generator)]  # (S, C)
-    mask = torch.zeros(G, C, dtype=torch.bool)  # which columns belong to group g
+    train, (samples, width), steps = to_matrix(data.train), rows.shape, len(groups)
+    start = train[torch.randint(len(train), (samples,), generator=generator)]  # (samples, width)
+    mask = torch.zeros(steps, width, dtype=torch.bool)  # which columns belong to group g
     for g, group in enumerate(groups):
         mask[g, group] = True
-    order = torch.rand(S, G, generator=generator).argsort(1)  # (S, G): which group comes when
-    put = torch.cat([torch.zeros(S, 1, C), mask[order].cumsum(1)], 1) > 0  # (S, G + 1, C): after each step, what is put
-    walks = torch.where(put, rows[:, None], start[:, None])  # (S, G + 1, C)
-    p = predict(model, to_part(walks.flatten(0, 1), data.schema)).view(S, G + 1)
-    shares = torch.zeros(S, G, dtype=p.dtype).scatter_(1, order, p.diff(dim=1)).mean(0)
-    without = torch.where(mask, start[:, None], rows[:, None])  # (S, G, C)
-    alone = p[:, -1:] - predict(model, to_part(without.flatten(0, 1), data.schema)).view(S, G)
+    order = torch.rand(samples, steps, generator=generator).argsort(1)  # which group comes when
+    put = torch.cat([torch.zeros(samples, 1, width), mask[order].cumsum(1)], 1) > 0  # (samples, steps + 1, width)
+    walks = torch.where(put, rows[:, None], start[:, None])
+    p = predict(model, to_part(walks.flatten(0, 1), data.schema)).view(samples, steps + 1)
+    shares = torch.zeros(samples, steps, dtype=p.dtype).scatter_(1, order, p.diff(dim=1)).mean(0)
+    without = torch.where(mask, start[:, None], rows[:, None])  # (samples, steps, width)
+    alone = p[:, -1:] - predict(model, to_part(without.flatten(0, 1), data.schema)).view(samples, steps)
     return p[:, -1].mean().item(), p[:, 0].mean().item(), shares, alone.mean(0)
 
 
 def show_person(model: TabularNet, data: Data, text: str, out: Path, seed: int) -> None:
     """Print and draw one person's probability and what moved it."""
     schema, names = data.schema, data.schema["numeric"] + data.schema["categorical"]
-    groups = tied_columns(to_matrix(data.train))
-    person = read_person(text, data, groups)
+    person = read_person(text, data, tied_columns(to_matrix(data.train)))
     threshold = best_threshold(predict(model, data.val), data.val.target)
     unknown = [c for c in range(len(names)) if c not in person.words]
     words = [" and ".join(f"{names[c]}={person.words[c]}" for c in group) for group in person.given]
@@ -346,78 +337,57 @@ def show_person(model: TabularNet, data: Data, text: str, out: Path, seed: int) 
     for g in order:
         print(f"{words[g]:52}{shares[g]:+9.1%}{alone[g]:+17.1%}")
     print(f"{'all together':52}{shares.sum():+9.1%}")
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(order)))
-    axes.use_sticky_edges, left = False, mean  # bars keep away from the frame
-    for place, g in enumerate(order):  # each bar begins where the one above it ended
-        axes.barh(place, shares[g].item(), left=left, color=utils.COLORS[2 if shares[g] > 0 else 1])
-        left += shares[g].item()
+    figure, axes = utils.pyplot().subplots(figsize=(8, 1.2 + 0.35 * len(order)))
+    steps = shares[order]
+    begins = mean + steps.cumsum(0) - steps  # each bar begins where the one above it ended
+    axes.use_sticky_edges = False  # bars keep away from the frame
+    axes.barh([words[g] for g in order], steps.tolist(), left=begins.tolist(),
+              color=["C0" if step > 0 else "C1" for step in steps])
     axes.axvline(mean, color="black", lw=1, ls=":", label=f"average row {mean:.1%}")
     axes.axvline(p, color="black", lw=1, label=f"this one {p:.1%}")
-    axes.set_yticks(range(len(order)), [words[g] for g in order], fontsize=8)
     axes.invert_yaxis()
-    axes.set(title=f"What moved the probability ({data.name}{', stand-in' * data.stand_in})",
+    axes.set(title=f"What moved the probability ({data.label})",
              xlabel=f"probability of {schema['target']} {schema['positive']}")
     axes.legend(fontsize=8)
-    utils.save_figure(figure, out / "person.png")
+    utils.write_atomically(out / "person.png", figure.savefig)
     print(f"\nwrote {out / 'person.png'}")
 
 
 # ---------------------------------------------------------------------------------------------- pictures
 def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: str):
     """ROC, precision-recall and calibration of several models: probabilities (N,) each."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    figure, (roc, pr, said) = utils.pyplot().subplots(1, 3, figsize=(15, 4.5))
     for (name, p), style in zip(curves.items(), ("-", "--")):
         fpr, tpr = roc_curve(p, y)
-        axes[0].plot(fpr, tpr, style, label=f"{name}, AUC {roc_auc(p, y):.4f}")
         precision, recall, thresholds = precision_recall(p, y)
-        axes[1].plot(recall, precision, style, label=f"{name}, mean {average_precision(p, y):.4f}")
         mean, share, _ = calibration(p, y)
-        axes[2].plot(mean, share, style, marker="o", label=f"{name}, error {calibration_error(p, y):.4f}")
+        roc.plot(fpr, tpr, style, label=f"{name}, AUC {roc_auc(p, y):.4f}")
+        pr.plot(recall, precision, style, label=f"{name}, mean {average_precision(p, y):.4f}")
+        said.plot(mean, share, style, marker="o", label=f"{name}, error {calibration_error(p, y):.4f}")
         if style == "-":
-            here = int((thresholds > threshold).sum()) - 1
-            spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")
-            axes[0].plot(fpr[here + 1], tpr[here + 1], **spot)
-            if here >= 0:  # else no row is named, and of none there is no precision
-                axes[1].plot(recall[here], precision[here], **spot)
-    axes[0].plot([0, 1], [0, 1], ":", color="grey", label="guessing")
-    axes[1].axhline(y.mean().item(), ls=":", color="grey", label="guessing")
-    axes[2].plot([0, 1], [0, 1], ":", color="grey", label="as said")
-    axes[0].set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
-    axes[1].set(title="Precision and recall", xlabel="recall", ylabel="precision")
-    axes[2].set(title="Calibration", xlabel="probability, mean in the bin", ylabel="share of positives")
-    for a in axes:
-        a.legend(fontsize=8)
+            here = int((thresholds > threshold).sum())  # so many thresholds are higher; at 0 no row is named, and of
+            spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")  # none no precision
+            roc.plot(fpr[here], tpr[here], **spot)
+            pr.plot(recall[:here][-1:], precision[:here][-1:], **spot)
+    guessing = dict(ls=":", color="grey", label="guessing")
+    roc.axline((0, 0), (1, 1), **guessing)
+    pr.axhline(y.mean().item(), **guessing)
+    said.axline((0, 0), (1, 1), **guessing | {"label": "as said"})
+    roc.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
+    pr.set(title="Precision and recall", xlabel="recall", ylabel="precision")
+    said.set(title="Calibration", xlabel="probability, mean in the bin", ylabel="share of positives")
+    for axes in (roc, pr, said):
+        axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure
 
 
-def write_labels(a, places: Tensor, words: list[str]) -> None:
-    """Write each word beside its dot (V, 2), on the side where it covers the fewest words and dots."""
-    low, high = torch.tensor([a.get_xlim(), a.get_ylim()]).T  # (2,) each
-    dots = (places - low) / (high - low)  # of the axes' width and height
-    taken = [(x - 0.01, y - 0.01, x + 0.01, y + 0.01) for x, y in dots.tolist()]
-    for (x, y), word in zip(dots.tolist(), words):
-        width, height, fewest = 0.017 * len(word), 0.035, math.inf  # of 7-point letters
-        for left, bottom in ((x + 0.012, y), (x + 0.012, y - height), (x - 0.012 - width, y),
-                             (x - 0.012 - width, y - height), (x - width / 2, y + 0.015),
-                             (x - width / 2, y - 0.015 - height)):
-            box = left, bottom, left + width, bottom + height
-            covered = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-            covered += 9 * (box[0] < 0 or box[2] > 1)  # off the axes
-            if covered < fewest:
-                fewest, best = covered, box
-        taken.append(best)
-        a.text((best[0] + best[2]) / 2, (best[1] + best[3]) / 2, word, fontsize=7, ha="center", va="center",
-               transform=a.transAxes)
-
-
-def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 50, limit: int = 6):
-    """The values of the largest category columns in two dimensions, those that at least so many training rows have."""
+def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 50):
+    """The values of the six largest category columns in two dimensions, those of at least so many training rows."""
     schema = data.schema
     shown = sorted((k for k, values in enumerate(schema["values"]) if len(values) > 2),
-                   key=lambda k: -len(schema["values"][k]))[:limit]
-    height = math.ceil(len(shown) / 3)
-    figure, axes = plt.subplots(height, 3, figsize=(15, 4.6 * height), squeeze=False)
+                   key=lambda k: -len(schema["values"][k]))[:6]
+    figure, axes = utils.pyplot().subplots(2, 3, figsize=(15, 9.2))
     for a in axes.flat[len(shown) :]:
         a.axis("off")
     for a, k in zip(axes.flat, shown):
@@ -429,31 +399,37 @@ def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 5
         dots = a.scatter(*places.T, c=rate, cmap="viridis", s=25)
         figure.colorbar(dots, ax=a, label=f"share of {schema['positive']}")
         a.set_title(f"{schema['categorical'][k]} ({shares.sum():.0%} of the variance)", fontsize=10)
-        a.margins(0.12)
-        write_labels(a, places, [values[i][:18] for i in often.tolist()])
+        a.margins(0.15)
+        for n, i in enumerate(places[:, 1].argsort().tolist()):  # names below and above their dots, in turn
+            a.annotate(values[often[i]][:18], places[i].tolist(), (0, (-10, 4)[n % 2]), textcoords="offset points",
+                       ha="center", fontsize=7)
     figure.suptitle(title)
     figure.tight_layout()
     return figure
 
 
+def draw_importance(lost: Tensor, words: list[str], title: str):
+    """A bar for the mean of each group of columns, a dot for each of its shuffles. lost: (groups, repeats)."""
+    figure, axes = utils.pyplot().subplots(figsize=(7, 1 + 0.35 * len(words)))
+    axes.barh(words, lost.mean(1).tolist())
+    axes.plot(lost.flatten(), np.repeat(np.arange(len(words)), lost.shape[1]), ".", color="black", ms=4)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="AUC")
+    return figure
+
+
 def main() -> None:
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "device", "seed")
     add = parser.add_argument
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     add("--data", help="the table it was trained on, where that is a CSV file of yours")
     add("--person", help='one row, as "age=39, sex=Female"; what is left out is averaged over rows like it')
     add("--by", nargs="+", metavar="COLUMN", help="category columns to show figures by; without it sex and race")
-    add("--repeats", type=int, default=3, help="shuffles of each column for its importance; more make its mean surer")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seed", type=int, default=0, help="decides shuffles, and the rows that fill in what is not known of a person")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
-    args = parser.parse_args()
-    utils.check(args, above_zero="repeats")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
-    model, saved = load_tabular(args.model, utils.pick_device(args.device))
+    add("--repeats", type=utils.count, default=3, help="shuffles of each column; more make its mean importance surer")
+    args = utils.parse_args(parser)
+    model, saved = load_tabular(args.model, args.device)
     data = data_of(saved, args.data)
-    schema, label = data.schema, data.name + ", stand-in" * data.stand_in
+    schema = data.schema
     columns = args.by or [name for name in ("sex", "race") if name in schema["categorical"]]
     for name in columns:
         if name not in schema["categorical"]:
@@ -461,24 +437,21 @@ def main() -> None:
                                    f"{', '.join(schema['categorical'])}.")
     if args.person is not None:
         show_person(model, data, args.person, args.out, args.seed)
-        if data.stand_in:
-            utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
-        return
+        return utils.stand_in_notice(data.name, data.stand_in)
 
     ## The threshold comes from the validation rows; the figures beside it from the test rows, which chose nothing.
-    y = data.test.target
-    p, p_val = predict(model, data.test), predict(model, data.val)
-    threshold = best_threshold(p_val, data.val.target)
-    print(f"\n{f'test ({label})':32}" + "".join(f"{name:>10}" for name in measures(p, y)))
+    y, p = data.test.target, predict(model, data.test)
+    threshold = best_threshold(predict(model, data.val), data.val.target)
+    print(f"\n{f'test ({data.label})':32}" + "".join(f"{name:>10}" for name in evaluate(p, y)))
     for name, t in (("threshold 0.50", 0.5), (f"threshold {threshold:.2f}, best F1 on val", threshold)):
-        print(f"{name:32}" + "".join(f"{value:10.4f}" for value in measures(p, y, t).values()))
+        print(f"{name:32}" + "".join(f"{value:10.4f}" for value in evaluate(p, y, t).values()))
     mean, share, count = calibration(p, y)
     print(f"\nprobabilities and how often they came true; off by {calibration_error(p, y):.4f} on average\n"
           "  said     " + "".join(f"{value:8.1%}" for value in mean) + "\n  came true" +
           "".join(f"{value:8.1%}" for value in share) + "\n  rows     " + "".join(f"{value:8,}" for value in count))
-    linear = logistic_baseline(data).sigmoid()
-    utils.save_figure(draw_curves({"network": p, "logistic regression": linear}, y, threshold, f"Test rows ({label})"),
-                      args.out / "curves.png")
+    curves = {"network": p, "logistic regression": logistic_baseline(data).sigmoid()}
+    figure = draw_curves(curves, y, threshold, f"Test rows ({data.label})")
+    utils.write_atomically(args.out / "curves.png", figure.savefig)
 
     ## One accuracy for all may be two: a group of few positives is easily named right. What is missed shows in recall.
     ## Where the columns "named" and "positive" differ, a group is said to have more positives, or fewer, than it has;
@@ -494,26 +467,21 @@ def main() -> None:
                   "".join(f"{figures[m]:10.4f}" for m in shown))
 
     names, groups = schema["numeric"] + schema["categorical"], tied_columns(to_matrix(data.train))
-    lost = permutation_importance(model, data.val, schema, groups, args.repeats, args.seed)  # (G, repeats)
-    words, order = ["\n".join(names[c] for c in group) for group in groups], lost.mean(1).argsort(descending=True)
+    lost = permutation_importance(model, data.val, schema, groups, args.repeats, args.seed)  # (groups, repeats)
+    order = lost.mean(1).argsort(descending=True)
+    lost, words = lost[order], [" and ".join(names[c] for c in groups[g]) for g in order]
     print(f"\n{'AUC lost when shuffled (validation)':40}{'mean':>8}{'std':>9}")
-    for g in order.tolist():
-        spread = lost[g].std().item() if args.repeats > 1 else 0.0
-        print(f"{words[g].replace(chr(10), ' and '):40}{lost[g].mean():8.4f}{spread:9.4f}")
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(groups)))
-    axes.barh([words[g] for g in order], lost.mean(1)[order].tolist(), color=utils.COLORS[0])
-    axes.plot(lost[order].flatten(), np.repeat(np.arange(len(groups)), args.repeats), ".", color="black", ms=4)
-    axes.invert_yaxis()
-    axes.set(title=f"AUC lost when a column is shuffled ({label}, validation)", xlabel="AUC")
-    utils.save_figure(figure, args.out / "importance.png")
+    for word, each in zip(words, lost):
+        print(f"{word:40}{each.mean():8.4f}{each.std() if args.repeats > 1 else 0.0:9.4f}")
+    title = f"AUC lost when a column is shuffled ({data.label}, validation)"
+    utils.write_atomically(args.out / "importance.png", draw_importance(lost, words, title).savefig)
     wrote = ["curves.png", "importance.png"]
     if any(len(values) > 2 for values in schema["values"]):
-        title = f"Embeddings in two dimensions; values close together are alike to the model ({label})"
-        utils.save_figure(draw_embeddings(model, data, title), args.out / "embeddings.png")
+        title = f"Embeddings in two dimensions; values close together are alike to the model ({data.label})"
+        utils.write_atomically(args.out / "embeddings.png", draw_embeddings(model, data, title).savefig)
         wrote.append("embeddings.png")
     print(f"\nwrote {', '.join(wrote)} to {args.out}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,16 @@ train them as one; and which figures tell how good a yes-or-no prediction is.
     python 04_tabular/train.py                                     UCI Adult
     python 04_tabular/train.py --data my.csv --target COLUMN       any table with a column of two values
     python 04_tabular/train.py --members 1                         a single network
-    python 04_tabular/train.py --resume                            after Ctrl-C
 
-You should see (UCI Adult, test rows; seeds 0 to 4, one run each; one core of an AMD EPYC with AVX512-BF16, no AMX;
-torch 2.15), mean ± standard deviation:
-                                accuracy           AUC                log loss
-    majority class              .7638              .5000              .5467
-    logistic regression         .8520              .9053              .3178
-    one member                  .8747 ± .0004      .9293 ± .0001
-    all 16 members              .8752 ± .0003      .9297 ± .0001      .2714 ± .0002
-    with the seeds              .8756 .8754 .8748 .8753 .8749 and .9297 .9297 .9297 .9298 .9296
-after 13 to 20 s of training. tests/benchmark.py sets boosted trees beside it.
-Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
-Left out on purpose: attention over columns (FT-Transformer), retrieval of similar rows, a search over options.
+You should see (UCI Adult, test rows, one CPU core, five seeds): accuracy .8752 ± .0003 and AUC .9297 ± .0001 after
+some 15 s of training; logistic regression .8520 and .9053. tests/benchmark.py sets boosted trees beside it.
+Writes to outputs/: model.pt (the best epoch's weights), metrics.json, history.png. Left out on purpose: attention over
+columns (FT-Transformer), retrieval of similar rows, a search over options.
 """
-
-import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import KNOWN, NO_VALUE, UNSEEN, Data, Part, fit_bins, load_data  # noqa: E402
-from load import logistic_baseline, piecewise_linear, roc_auc  # noqa: E402
+import utils
+from load import KNOWN, NO_VALUE, UNSEEN, Data, Part, add_options, fit_bins, load_data, logistic_baseline
+from load import piecewise_linear, roc_auc
 
-# Shapes: N rows, B batch, F numeric columns, J bins of one, K columns looked up, V values of all of them together,
-#         D width of an embedding, E members (networks side by side), I inputs of a layer, M hidden units
+# Shapes: N rows, B batch, F numeric columns, J bins of one, L columns that are looked up, V rows of the table of
+#         embeddings, C width of an embedding, E members (networks side by side), I inputs of a layer, M hidden units
 
 SCRIPT = "04_tabular/train.py"
 
@@ -63,12 +53,12 @@ class MemberLinear(nn.Module):
 
 
 class TabularNet(nn.Module):
-    """E networks over one table. Of each: an embedding of D numbers per column, then an MLP, then one logit.
+    """E networks over one table. Of each: an embedding of C numbers per column, then an MLP, then one logit.
 
     ## A word becomes a row of a table of trained numbers (from_scratch.py): "Sales" can come to lie close to "Tech
     ## support" and far from "Priv house serv", and what is learned of one helps with the other.
     ##
-    ## A number becomes D numbers too, each a curve over it with kinks at the edges of its bins (Gorishniy et al. 2022).
+    ## A number becomes C numbers too, each a curve over it with kinks at the edges of its bins (Gorishniy et al. 2022).
     ## Fed in as it is, a number can only be multiplied; a bend, as in income over age, is up to later layers, and they
     ## are slow to make sharp ones. Boosted trees cut anywhere at once, and that is much of why they are hard to beat.
     ##
@@ -89,39 +79,46 @@ class TabularNet(nn.Module):
         self.exact = [torch.tensor(values, dtype=torch.float32) for values in exact]
         rows = [*sizes, *(len(values) + KNOWN for values in exact if values)]  # rows of the table that a column needs
         first = torch.tensor([0, *rows], dtype=torch.int64).cumsum(0)[:-1]
-        self.register_buffer("first", first, persistent=False)  # (K,) where each column's rows begin
-        E, D, J = members, n_embd, max((len(edges) - 1 for edges in bins), default=0)
-        self.table = nn.Parameter(torch.randn(sum(rows), E, D) * 0.3)  # (V, E, D)
-        self.slopes = nn.Parameter(torch.randn(len(bins), J, E, D) * 0.3)  # (F, J, E, D)
-        self.offsets = nn.Parameter(torch.zeros(len(bins), 1, E, D))
+        self.register_buffer("first", first, persistent=False)  # (L,) where each column's rows begin
+        E, C, J = members, n_embd, max((len(edges) - 1 for edges in bins), default=0)
+        self.table = nn.Parameter(torch.randn(sum(rows), E, C) * 0.3)  # (V, E, C)
+        self.slopes = nn.Parameter(torch.randn(len(bins), J, E, C) * 0.3)  # (F, J, E, C)
+        self.offsets = nn.Parameter(torch.zeros(len(bins), 1, E, C))
         ## What training never shows is never trained, and a random row would be a random opinion. The mean is 0.
         with torch.no_grad():
             self.table[self.first + UNSEEN] = 0
-        widths = [(len(rows) + len(bins)) * D] + [hidden] * n_layer
+        widths = [(len(rows) + len(bins)) * C] + [hidden] * n_layer
         self.layers = nn.ModuleList(MemberLinear(E, a, b) for a, b in zip(widths, widths[1:]))
         self.head = MemberLinear(E, widths[-1], 1)
         self.dropout = nn.Dropout(dropout)
 
+    @torch.no_grad()
+    def zero_missing(self, part: Part) -> None:
+        """Set a missing value's embedding to 0 in category columns where no row of part, the training rows, has one."""
+        for first, column in zip(self.first, part.categories.T):
+            if not (column == NO_VALUE).any():
+                self.table[first + NO_VALUE] = 0
+
     def encode(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Raw columns -> bins (N, F, J) float32 and row numbers of the table (N, K): done once, before training."""
+        """Raw columns -> bins (N, F, J) float32 and row numbers of the table (N, L): done once, before training."""
         index = [part.categories]
         for column, values in zip(part.numeric.T, self.exact):
             if len(values):
                 place = torch.searchsorted(values, column.contiguous()).clamp(max=len(values) - 1)
                 index.append(torch.where(values[place] == column, place + KNOWN, UNSEEN)[:, None])
         bins = piecewise_linear(part.numeric, self.bins) if self.bins else torch.zeros(len(part.numeric), 0, 0)
-        return bins, torch.cat(index, 1) + self.first.cpu()
+        return bins.to(self.first.device), torch.cat(index, 1).to(self.first.device) + self.first
 
     def embed(self, bins: Tensor, index: Tensor) -> Tensor:
-        """(B, F, J) and (B, K) -> (E, B, I): for each member the embeddings of all columns, side by side."""
-        B, (V, E, D) = len(index), self.table.shape
-        looked_up = F.embedding(index, self.table.view(V, E * D))  # (B, K, E D)
-        curves = torch.baddbmm(self.offsets.flatten(2), bins.transpose(0, 1), self.slopes.flatten(2))  # (F, B, E D)
-        x = torch.cat([looked_up, curves.transpose(0, 1)], 1)  # (B, K + F, E D)
-        return x.view(B, -1, E, D).permute(2, 0, 1, 3).reshape(E, B, -1)  # (E, B, I), I = (K + F) D
+        """(B, F, J) and (B, L) -> (E, B, I): for each member the embeddings of all columns, side by side."""
+        B, (V, E, C) = len(index), self.table.shape
+        looked_up = F.embedding(index, self.table.view(V, E * C))  # (B, L, E C)
+        curves = torch.baddbmm(self.offsets.flatten(2), bins.transpose(0, 1), self.slopes.flatten(2))  # (F, B, E C)
+        x = torch.cat([looked_up, curves.transpose(0, 1)], 1)  # (B, L + F, E C)
+        return x.view(B, -1, E, C).permute(2, 0, 1, 3).reshape(E, B, -1)  # (E, B, I), I = (L + F) C
 
     def forward(self, bins: Tensor, index: Tensor) -> Tensor:
-        """(B, F, J) and (B, K) -> logits (E, B)."""
+        """(B, F, J) and (B, L) -> logits (E, B)."""
         x = self.embed(bins, index)
         for layer in self.layers:
             x = self.dropout(F.relu(layer(x)))  # (E, B, M)
@@ -145,13 +142,12 @@ def fit_columns(data: Data, bins: int, exact: int) -> dict:
             "sizes": [len(values) + KNOWN for values in data.schema["values"]]}
 
 
-# ---------------------------------------------------------------------------------------------- small functions
+# ---------------------------------------------------------------------------------------------- the loop
 @torch.no_grad()
 def member_logits(model: TabularNet, inputs: tuple[Tensor, Tensor]) -> Tensor:
     """Logits (E, N) of encoded rows: all of them, in pieces that fit into the memory."""
     model.eval()
     pieces = [model(bins, index) for bins, index in zip(*(tensor.split(4096) for tensor in inputs))]
-    model.train()
     return torch.cat(pieces, 1)
 
 
@@ -166,11 +162,10 @@ def probabilities(logits: Tensor) -> Tensor:
 
 def predict(model: TabularNet, part: Part) -> Tensor:
     """Probability of the positive value for each row of part, (N,) float64 on the CPU."""
-    device = model.table.device
-    return probabilities(member_logits(model, tuple(tensor.to(device) for tensor in model.encode(part))))
+    return probabilities(member_logits(model, model.encode(part)))
 
 
-def measures(p: Tensor, target: Tensor, threshold: float = 0.5) -> dict[str, float]:
+def evaluate(p: Tensor, target: Tensor, threshold: float = 0.5) -> dict[str, float]:
     """Six figures from probabilities p (N,) and targets (N,), 0 or 1; a row counts as positive where p > threshold.
 
     ##                         predicted positive      predicted negative
@@ -191,186 +186,118 @@ def measures(p: Tensor, target: Tensor, threshold: float = 0.5) -> dict[str, flo
             "auc": roc_auc(p, target), "log_loss": -right.log().mean().item()}
 
 
-def batches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield row numbers (B,), in a new random order for each pass over the n rows, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(n, generator=generator).split(batch_size)
+def batches(columns: Sequence[Tensor], batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    """Yield all N rows of the columns, (N, ...) each, once and in a random order, B at a time: (B, ...) each."""
+    for rows in torch.randperm(len(columns[0]), generator=generator).split(batch_size):  # (B,)
+        yield tuple(column[rows] for column in columns)
 
 
-# ---------------------------------------------------------------------------------------------- options
-def parse_options() -> tuple[argparse.Namespace, dict]:
-    """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = utils.parser(__doc__)
-    add = parser.add_argument
-    add("--data", type=utils.name_or_path("adult", "census"),
-        help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
-    add("--target", help="for a CSV file: the column to predict, which has two values")
-    add("--types", nargs="+", metavar="COLUMN=TYPE", help="numeric, category or ignore, where the guess is wrong")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seed", type=int, default=0, help="decides weights, batches and dropout; the split is always the same")
-    add("--epochs", type=int, default=8, help="passes over the training rows; the learning rate ends at zero")
-    add("--batch-size", type=int, default=512, help="rows per step; larger: fewer steps, each by a smoother gradient")
-    add("--lr", type=float, default=5e-3, help="AdamW's learning rate at the start")
-    add("--weight-decay", type=float, default=0.3, help="share of every weight taken per step, times the rate")
-    add("--members", type=int, default=16, help="networks trained side by side, whose probabilities are averaged")
-    add("--n-embd", type=int, default=8, help="width D of each column's embedding; 1 is what a linear model has")
-    add("--hidden", type=int, default=128, help="units per hidden layer of one member")
-    add("--n-layer", type=int, default=1, help="hidden layers; without any, columns can't act together")
-    add("--dropout", type=float, default=0.1, help="share of hidden units zeroed: against overfitting, slows learning")
-    add("--bins", type=int, default=48, help="bins per numeric column, the kinks that its curve may have")
-    add("--exact", type=int, default=256, help="numeric columns of at most so many values get embeddings for them too")
-    add("--patience", type=int, default=3, help="stop after so many epochs without a better AUC (early stopping)")
-    add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
-    args, given = utils.parse(parser)
-    utils.check(args, above_zero="epochs batch_size lr members n_embd hidden bins patience",
-                not_negative="weight_decay n_layer exact", shares="dropout")
-    return args, given
+def fit(model: TabularNet, train: Part, val: Part, epochs: int, batch_size: int, lr: float, weight_decay: float,
+        seed: int) -> Iterator[dict]:
+    """Train on the rows of train; pause after each epoch and yield its figures, to be printed and saved.
+
+    seed decides the order of the rows; what dropout zeroes comes from torch's own generator."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    columns, val_inputs = (*model.encode(train), train.target.to(model.first.device)), model.encode(val)
+    generator, per_epoch, seconds = torch.Generator().manual_seed(seed), math.ceil(len(train.target) / batch_size), 0.0
+    for epoch in range(epochs):
+        begun, losses = time.perf_counter(), []
+        model.train()
+        for step, (bins, index, target) in enumerate(batches(columns, batch_size, generator), epoch * per_epoch):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / (epochs * per_epoch))
+            optimizer.zero_grad()
+            z = model(bins, index)  # (E, B)
+            ## Each member is held to the targets by itself. The loss of their mean probability would be another thing:
+            ## it asks only for the crowd to be right, and lets members lean on each other's mistakes. The mean over
+            ## rows is summed over members, so that each gets the gradient it would get alone.
+            loss = F.binary_cross_entropy_with_logits(z, target.expand_as(z), reduction="none").mean(1)  # (E,)
+            loss.sum().backward()
+            optimizer.step()
+            losses.append(loss.detach().mean() * len(target))
+        train_loss = torch.stack(losses).sum().item() / len(train.target)  # waits for a GPU to finish
+        seconds += time.perf_counter() - begun
+        if not math.isfinite(train_loss):
+            raise utils.InputError(f"the loss became {train_loss} in epoch {epoch + 1}; start again with a smaller lr.")
+        figures = evaluate(probabilities(member_logits(model, val_inputs)), val.target)
+        yield {"step": step + 1, "epoch": epoch + 1, "seconds": seconds, "train_loss": train_loss,
+               "val_loss": figures["log_loss"], "val_auc": figures["auc"], "val_accuracy": figures["accuracy"]}
 
 
+# ---------------------------------------------------------------------------------------------- main
 def main() -> None:
-    utils.keep_memory()
-    args, given = parse_options()
-    checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.resume(args, given, SCRIPT)
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
-
-    # data
+    parser = utils.parser(__doc__, __file__, "device", "seed")
+    add_options(parser)
+    add = parser.add_argument
+    add("--epochs", type=utils.count, default=8, help="passes over the training rows; the learning rate ends at zero")
+    add("--batch-size", type=utils.count, default=512, help="rows per step; larger: fewer steps, smoother gradients")
+    add("--lr", type=utils.positive, default=5e-3, help="AdamW's learning rate at the start")
+    add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.3,
+        help="share of every weight taken per step, times the rate")
+    add("--members", type=utils.count, default=16, help="networks trained side by side, to average their probabilities")
+    add("--n-embd", type=utils.count, default=8, help="width C of each column's embedding; a linear model's is 1")
+    add("--hidden", type=utils.count, default=128, help="units per hidden layer of one member")
+    add("--n-layer", type=utils.number(int, "[0, inf)"), default=1,
+        help="hidden layers; without any, columns can't act together")
+    add("--dropout", type=utils.share, default=0.1, help="share of hidden units zeroed; more: less overfitting, slower")
+    add("--bins", type=utils.count, default=48, help="bins per numeric column, the kinks that its curve may have")
+    add("--exact", type=utils.number(int, "[0, inf)"), default=256,
+        help="numeric columns of at most so many values get embeddings for them too")
+    add("--patience", type=utils.count, default=3, help="epochs without a better AUC that end the run (early stopping)")
+    args = utils.parse_args(parser)
     data = load_data(args.data, args.target, args.types)
-    args.data = args.data or data.name  # what it came to be, for --resume
-    label = data.name + ", stand-in" * data.stand_in
-    if saved and (saved["schema"], saved["rows"]) != (data.schema, len(data.train.target)):
-        raise utils.InputError(f"--resume: {data.name} is not the table it was then; start anew without --resume.")
-
-    # model and optimizer
-    utils.set_seed(args.seed)
-    config = fit_columns(data, args.bins, args.exact) | dict(
-        members=args.members, n_embd=args.n_embd, hidden=args.hidden, n_layer=args.n_layer, dropout=args.dropout)
-    model = TabularNet(**config).to(device)
-    with torch.no_grad():  # nor does training show a missing value where a column has none
-        for first, column in zip(model.first.tolist(), data.train.categories.T):
-            if not (column == NO_VALUE).any():
-                model.table[first + NO_VALUE] = 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    (bins, index), val = (tuple(tensor.to(device) for tensor in model.encode(part)) for part in (data.train, data.val))
-    target = data.train.target.to(device)
-    first_step, seconds, history, losses, best = 0, 0.0, [], [], {"epoch": 0, "step": 0, "val_auc": -math.inf}
-    if saved:
-        utils.load_weights(model, saved, checkpoint_path)
-        optimizer.load_state_dict(saved["optimizer"])
-        first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
-        losses = [loss.to(device) for loss in saved["losses"]]
-        torch.set_rng_state(saved["random_state"])
-
-    # sanity numbers before training
-    per_epoch = math.ceil(len(target) / args.batch_size)
-    steps = args.epochs * per_epoch
-    share = target.mean().item()
-    print(f"{label}: {len(target):,} rows to train on, {len(data.val.target):,} to validate, "
-          f"{len(data.test.target):,} to test; {data.schema['target']} is {data.schema['positive']} in {share:.1%}\n"
-          f"{utils.count_parameters(model):,} parameters in {args.members} members; {device.type}; {steps:,} steps")
-    if saved:
-        print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
-    else:
-        ## Nothing learned yet, all probabilities should be near a half: loss ln 2. The second figure is what one gets
-        ## for naming the same probability for everyone, the share of positives. Training has to go below it at once.
-        before = measures(probabilities(member_logits(model, val)).cpu(), data.val.target)["log_loss"]
-        entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
-        print(f"a row: {data.train.numeric[0].tolist()} {data.train.categories[0].tolist()}, rows of the embedding "
-              f"{index[0].tolist()}, {data.train.target[0]:.0f}\n"
-              f"before training: loss {before:.4f} (ln 2 = {math.log(2):.4f}; the same for everyone: {entropy:.4f})\n")
-
-    def save() -> None:
-        """Write all that decides how the run goes on; and, where the newest weights are the best so far, the model."""
-        state = {"script": SCRIPT, "config": config, "schema": data.schema, "data": data.name, "source": args.data,
-                 "stand_in": data.stand_in, "torch": str(torch.__version__), "model": model.state_dict(),
-                 "metrics": best}
-        if best["step"] == done:
-            utils.save_checkpoint(model_path, state)
-        utils.save_checkpoint(checkpoint_path, state | {
-            "options": utils.plain(args), "rows": len(target), "step": done, "seconds": seconds, "history": history,
-            "best": best, "losses": losses, "optimizer": optimizer.state_dict(),
-            "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
-
-    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
-    interrupted, restore_signals = utils.catch_signals()
-
-    # ------------------------------------------------------------------------------------------ the loop
-    bar, begun = utils.Progress(steps, "rows", first_step), time.perf_counter()
-    for step, rows in zip(range(steps), batches(len(target), args.batch_size, args.seed)):  # rows (B,)
-        if step < first_step:
-            continue  # resumed: these were seen before
-        if history and history[-1]["epoch"] - best["epoch"] >= args.patience:
+    torch.manual_seed(args.seed)
+    config = fit_columns(data, args.bins, args.exact) | {
+        name: vars(args)[name] for name in ("members", "n_embd", "hidden", "n_layer", "dropout")}
+    model = TabularNet(**config).to(args.device)
+    model.zero_missing(data.train)
+    schema, rows, share = data.schema, len(data.train.target), data.train.target.mean().item()
+    ## Nothing learned yet, all probabilities should be near a half: loss ln 2. The second figure is what one gets for
+    ## naming the same probability for everyone, the share of positives. Training has to go below it at once.
+    one = Part(*(column[:1] for column in data.train))
+    before = evaluate(predict(model, data.val), data.val.target)["log_loss"]
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    print(f"{data.label}: {rows:,} rows to train on, {len(data.val.target):,} to validate, "
+          f"{len(data.test.target):,} to test; {schema['target']} is {schema['positive']} in {share:.1%}\n"
+          f"{utils.count_parameters(model):,} parameters in {args.members} members; {args.device.type}; "
+          f"{args.epochs * math.ceil(rows / args.batch_size):,} steps\n"
+          f"a row: {one.numeric[0].tolist()} {one.categories[0].tolist()}, rows of the embedding "
+          f"{model.encode(one)[1][0].tolist()}, {one.target[0]:.0f}\n"
+          f"before training: loss {before:.4f} (ln 2 = {math.log(2):.4f}; the same for everyone: {entropy:.4f})\n")
+    history, best = [], {"epoch": 0, "val_auc": -math.inf}
+    for row in fit(model, data.train, data.val, args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed):
+        history.append(row)
+        print("epoch {epoch:2}  {seconds:4.0f} s  train {train_loss:.4f}  validation {val_loss:.4f}, "
+              "AUC {val_auc:.4f}, accuracy {val_accuracy:.2%}".format(**row), flush=True)
+        if row["val_auc"] > best["val_auc"]:
+            best = row
+            utils.write_atomically(args.out / "model.pt", torch.save, {
+                "script": SCRIPT, "config": config, "schema": schema, "data": data.name, "source": data.source,
+                "stand_in": data.stand_in, "torch": str(torch.__version__), "metrics": best,
+                "model": model.state_dict()})
+        if row["epoch"] - best["epoch"] >= args.patience:
             break  # early stopping
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
 
-        optimizer.zero_grad()
-        z = model(bins[rows], index[rows])  # (E, B)
-        ## Each member is held to the targets by itself. The loss of their mean probability would be another thing: it
-        ## asks only for the crowd to be right, and lets members lean on each other's mistakes. The mean over rows is
-        ## summed over members, so that each gets the gradient it would get alone.
-        loss = F.binary_cross_entropy_with_logits(z, target[rows].expand_as(z), reduction="none").mean(1)  # (E,)
-        loss.sum().backward()
-        optimizer.step()
-        losses.append(loss.detach().mean() * len(rows))
-
-        done = step + 1
-        due = done % per_epoch == 0
-        if not due and done % 10 and not interrupted:  # looking at the loss makes a GPU wait, so not at every step
-            continue
-        if not math.isfinite(loss.sum().item()):
-            raise utils.InputError(f"the loss became {loss.sum().item()} by step {done}; no file was touched since the "
-                                   "last epoch's end; start again with a smaller --lr.")
-        bar.update(done, f"loss {loss.mean().item():.3f}", args.batch_size)
-        if due or interrupted:
-            seconds += time.perf_counter() - begun
-            if due:
-                figures = measures(probabilities(member_logits(model, val)).cpu(), data.val.target)
-                row = {"step": done, "epoch": done // per_epoch, "seconds": seconds,
-                       "train_loss": torch.stack(losses).sum().item() / len(target),
-                       "val_loss": figures["log_loss"], "val_auc": figures["auc"], "val_accuracy": figures["accuracy"]}
-                history.append(row)
-                losses = []
-                best = row if row["val_auc"] > best["val_auc"] else best
-            save()
-            if interrupted:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
-            bar.clear()
-            print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation "
-                  f"{row['val_loss']:.4f}, AUC {row['val_auc']:.4f}, accuracy {row['val_accuracy']:.2%}", flush=True)
-            begun = time.perf_counter()
-
-    # report
-    restore_signals()
-    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
+    model.load_state_dict(utils.load_checkpoint(args.out / "model.pt", SCRIPT)["model"])  # the best, maybe not the last
     ## The test part is used here, once. It chose nothing: not the epoch, not an option.
-    y = data.test.target
-    logits = member_logits(model, tuple(tensor.to(device) for tensor in model.encode(data.test))).cpu()
-    each = [measures(z.double().sigmoid(), y) for z in logits]
-    table = {"majority class": measures(torch.full(y.shape, share), y),
-             "logistic regression": measures(logistic_baseline(data).sigmoid(), y),
-             "one member, on average": {name: sum(m[name] for m in each) / len(each) for name in each[0]},
-             f"all {args.members}, epoch {best['epoch']}": measures(probabilities(logits), y)}
-    print(f"\n{f'test ({label})':28}" + "".join(f"{name:>10}" for name in each[0]))
+    y, logits = data.test.target, member_logits(model, model.encode(data.test)).cpu()
+    each = [evaluate(z.double().sigmoid(), y) for z in logits]
+    table = {"majority class": evaluate(torch.full(y.shape, share), y),
+             "logistic regression": evaluate(logistic_baseline(data).sigmoid(), y),
+             "one member, on average": {name: sum(figures[name] for figures in each) / len(each) for name in each[0]},
+             f"all {args.members}, epoch {best['epoch']}": evaluate(probabilities(logits), y)}
+    print(f"\n{f'test ({data.label})':28}" + "".join(f"{name:>10}" for name in each[0]))
     for name, figures in table.items():
         print(f"{name:28}" + "".join(f"{value:10.4f}" for value in figures.values()))
     if data.best_auc:
         print(f"{'the model behind the data':28}{data.best_accuracy:10.4f}{data.best_auc:40.4f}")
-    print(f"{seconds:.0f} s of training")
+    print(f"{history[-1]['seconds']:.0f} s of training")
     majority, logistic, single, ours = table.values()
-    metrics = {f"test_{name}": value for name, value in ours.items()} | {
+    utils.save_metrics(args, SCRIPT, data, model, {f"test_{name}": value for name, value in ours.items()} | {
         "val_auc": best["val_auc"], "best_epoch": best["epoch"], "majority": majority, "logistic_regression": logistic,
-        "one_member": single}
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in,
-                       device=device.type, seed=args.seed, seconds=seconds, parameters=utils.count_parameters(model),
-                       metrics=metrics, history=history)
+        "one_member": single}, history)
     utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"],
-                       f"{args.members} networks with embeddings on {label}", x="epoch", y="log loss, nats")
-    print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for UCI Adult.")
+                       f"{args.members} networks with embeddings on {data.label}", "epoch", "log loss, nats")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 ## Try this. Each was run once (UCI Adult, seed 0, one core); as it is: test accuracy .8756, AUC .9297 in about 14 s.

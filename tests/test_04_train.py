@@ -4,16 +4,13 @@ import csv
 import json
 import math
 import re
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, chapter, run_script
+from conftest import REAL, ROOT, call_main, chapter, refusal, run_script
 
 import utils
 
@@ -47,15 +44,15 @@ def census():
     return load.load_data("census")
 
 
-# ---------------------------------------------------------------------------------------------- measures
+# ---------------------------------------------------------------------------------------------- evaluate
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
-def test_measures_against_scikit_learn(threshold):
+def test_evaluate_against_scikit_learn(threshold):
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     y = rng.random(500) < 0.3
     for p in (rng.random(500), np.round(rng.random(500) * 0.6 + 0.3 * y, 1),  # many ties, some at the threshold
               np.full(500, 0.2), np.full(500, 0.9), y * 0.98 + 0.01, y * 1.0, 1.0 - y):
-        mine = train.measures(torch.from_numpy(p), torch.from_numpy(y * 1.0), threshold)
+        mine = train.evaluate(torch.from_numpy(p), torch.from_numpy(y * 1.0), threshold)
         named = p > threshold
         theirs = {"accuracy": metrics.accuracy_score(y, named),
                   "precision": metrics.precision_score(y, named, zero_division=0),
@@ -64,10 +61,10 @@ def test_measures_against_scikit_learn(threshold):
         assert mine == pytest.approx(theirs, abs=1e-12)
 
 
-def test_measures_of_one_class_and_of_certainty():
-    figures = train.measures(torch.tensor([0.9, 0.8]), torch.ones(2))
+def test_evaluate_of_one_class_and_of_certainty():
+    figures = train.evaluate(torch.tensor([0.9, 0.8]), torch.ones(2))
     assert math.isnan(figures["auc"]) and figures["accuracy"] == figures["recall"] == 1
-    wrong = train.measures(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
+    wrong = train.evaluate(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
     assert wrong["accuracy"] == wrong["f1"] == wrong["auc"] == 0 and 30 < wrong["log_loss"] < math.inf
 
 
@@ -75,8 +72,8 @@ def test_the_mean_of_members_is_of_probabilities_and_no_worse_than_its_members()
     logits, y = torch.randn(5, 200) * 3, (torch.rand(200) < 0.5).float()
     p = train.probabilities(logits)
     torch.testing.assert_close(p, torch.stack([1 / (1 + (-z).exp()) for z in logits.double()]).sum(0) / 5)
-    losses = [train.measures(z.double().sigmoid(), y)["log_loss"] for z in logits]
-    assert train.measures(p, y)["log_loss"] < sum(losses) / 5
+    losses = [train.evaluate(z.double().sigmoid(), y)["log_loss"] for z in logits]
+    assert train.evaluate(p, y)["log_loss"] < sum(losses) / 5
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -183,11 +180,11 @@ def test_tables_of_words_alone_and_of_numbers_alone():
         assert model(*model.encode(part)).shape == (3, 5)
 
 
-def test_evaluation_is_in_pieces_without_dropout_and_leaves_training_mode():
+def test_evaluation_is_in_pieces_and_without_dropout():
     model, part = small_net(dropout=0.5), small_part(N=5000)
     inputs = model.encode(part)
     pieces = train.member_logits(model, inputs)
-    assert model.training and pieces.shape == (3, 5000)
+    assert not model.training and pieces.shape == (3, 5000)
     torch.testing.assert_close(pieces, model.eval()(*inputs))
     assert not torch.equal(model.train()(*inputs), model(*inputs))  # with dropout, never the same twice
     torch.testing.assert_close(train.predict(model, part), train.probabilities(pieces))
@@ -196,7 +193,7 @@ def test_evaluation_is_in_pieces_without_dropout_and_leaves_training_mode():
 def test_loss_before_training_is_close_to_ln_2(census):
     model = train.TabularNet(**train.fit_columns(census, 48, 256), members=4, n_embd=8, hidden=64, n_layer=2,
                              dropout=0.0)
-    assert train.measures(train.predict(model, census.val), census.val.target)["log_loss"] == pytest.approx(
+    assert train.evaluate(train.predict(model, census.val), census.val.target)["log_loss"] == pytest.approx(
         math.log(2), abs=0.06)
 
 
@@ -215,31 +212,53 @@ def test_one_batch_can_be_learned_by_heart():
 
 
 def test_batches_hold_every_row_once_in_a_new_order():
-    stream = train.batches(1000, 128, seed=0)
-    first, second = (torch.cat([next(stream) for _ in range(8)]) for _ in range(2))
-    assert torch.equal(first.sort().values, torch.arange(1000)) and torch.equal(second.sort().values, first.sort()[0])
-    assert not torch.equal(first, torch.arange(1000)) and not torch.equal(first, second)
-    assert torch.equal(first[:128], next(train.batches(1000, 128, seed=0)))
-    assert not torch.equal(first[:128], next(train.batches(1000, 128, seed=1)))
+    rows, generator = torch.arange(1000), torch.Generator().manual_seed(0)
+    first, second = (list(train.batches((rows, -rows), 128, generator)) for _ in range(2))
+    assert [len(a) for a, _ in first] == [128] * 7 + [104] and all(torch.equal(a, -b) for a, b in first)
+    first, second = (torch.cat([a for a, _ in part]) for part in (first, second))
+    assert torch.equal(first.sort().values, rows) and torch.equal(second.sort().values, rows)
+    assert not torch.equal(first, rows) and not torch.equal(first, second)
+    again, other = (next(train.batches((rows,), 128, torch.Generator().manual_seed(seed)))[0] for seed in (0, 1))
+    assert torch.equal(first[:128], again) and not torch.equal(first[:128], other)
+
+
+def test_what_training_never_shows_starts_at_zero():
+    model, part = small_net(), small_part()
+    part = part._replace(categories=part.categories.clamp(min=torch.tensor([0, 1])))  # only the first lacks values
+    model.zero_missing(part)
+    assert not model.table[4 + load.NO_VALUE].any() and model.table[load.NO_VALUE].any()
+
+
+def test_fit_yields_after_each_epoch_what_the_model_then_is():
+    """The learning rate falls to nothing, the loss is the mean over rows, and the figures are of all rows of val."""
+    part, val, model = small_part(100), small_part(40, seed=1), small_net()
+    rows = []
+    for row in train.fit(model, part, val, 3, 32, 0.01, 0.1, 0):
+        rows.append(row)
+        figures = train.evaluate(train.predict(model, val), val.target)
+        assert (row["val_auc"], row["val_loss"]) == (figures["auc"], figures["log_loss"])
+    assert [row["step"] for row in rows] == [4, 8, 12] and rows[2]["train_loss"] < rows[0]["train_loss"]
+    still = small_net()
+    first = next(train.fit(still, part, val, 1, 32, 1e-12, 0.0, 0))["train_loss"]  # a rate too small to move anything
+    z = member_mean = still(*still.encode(part))  # (E, N)
+    member_mean = F.binary_cross_entropy_with_logits(z, part.target.expand_as(z))
+    assert first == pytest.approx(member_mean.item(), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- as users run them
-LONG = [*SMALL, "--epochs", "6", "--batch-size", "512", "--patience", "6"]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """One small run that is never stopped, with dropout, for several tests to look at."""
+    """One small run, with dropout, for several tests to look at."""
     out = tmp_path_factory.mktemp("trained")
-    return out, run("train.py", *LONG, "--out", out)
+    return out, run("train.py", *SMALL, "--epochs", 4, "--out", out)
 
 
 def test_train_learns_and_leaves_everything(trained):
     out, text = trained
     written = json.loads((out / "metrics.json").read_text())
     metrics = written["metrics"]
-    assert written["stand_in"] is True and written["data"] == "census" and len(written["history"]) == 6
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "history.png", "metrics.json", "model.pt"]
+    assert written["stand_in"] is True and written["data"] == "census" and len(written["history"]) == 4
+    assert sorted(p.name for p in out.iterdir()) == ["history.png", "metrics.json", "model.pt"]
     assert metrics["logistic_regression"]["auc"] + 0.01 < metrics["test_auc"]
     assert metrics["majority"]["auc"] == 0.5 and metrics["majority"]["accuracy"] < metrics["test_accuracy"]
     assert metrics["one_member"]["log_loss"] >= metrics["test_log_loss"]
@@ -255,7 +274,7 @@ def test_saved_model_gives_the_reported_figures_and_scikit_learns(trained, censu
     model = train.TabularNet(**saved["config"])
     model.load_state_dict(saved["model"])
     assert saved["schema"] == census.schema
-    assert train.measures(train.predict(model, census.val), census.val.target)["auc"] == pytest.approx(
+    assert train.evaluate(train.predict(model, census.val), census.val.target)["auc"] == pytest.approx(
         saved["metrics"]["val_auc"], abs=1e-6)
     p, y = train.predict(model, census.test).numpy(), census.test.target.numpy()
     metrics = json.loads((trained[0] / "metrics.json").read_text())["metrics"]
@@ -265,81 +284,47 @@ def test_saved_model_gives_the_reported_figures_and_scikit_learns(trained, censu
     assert metrics["test_accuracy"] == pytest.approx(sklearn.accuracy_score(y, p > 0.5), abs=1e-4)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_run_resumes_bit_identically(trained, tmp_path, number, code):
-    child = subprocess.Popen([sys.executable, "-u", str(FOLDER / "train.py"), *LONG, "--out", str(tmp_path)],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if line.startswith("epoch  2"):
-            break
-    time.sleep(0.03)
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == code and "Traceback" not in errors
-    assert number == signal.SIGKILL or "--resume" in errors
-    stopped_at = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
-    assert 48 <= stopped_at < 144
-    assert f"resumed after step {stopped_at}" in run("train.py", "--resume", "--out", tmp_path)
-    a, b = (utils.load_checkpoint(folder / "checkpoint.pt", train.SCRIPT) for folder in (trained[0], tmp_path))
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    for name in ("train_loss", "val_loss", "val_auc"):
-        assert [row[name] for row in a["history"]] == [row[name] for row in b["history"]]
-
-
-def test_early_stopping_on_a_table_with_nothing_to_learn_then_resume_refuses_another_table(tmp_path):
+def test_early_stopping_on_a_table_with_nothing_to_learn(tmp_path):
     rng = np.random.default_rng(0)
-    path, out = tmp_path / "coins.csv", tmp_path / "o"
-
-    def write(words):
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([["x", "word", "coin"], *(
-                [f"{rng.normal():.3f}", rng.choice(words), rng.choice(["heads", "tails"])] for _ in range(400))])
-
-    write(["a", "b"])
-    options = ["--data", path, "--target", "coin", "--members", 2, "--hidden", 32, "--epochs", 40, "--batch-size", 32]
-    text = run("train.py", *options, "--patience", 2, "--lr", 0.01, "--out", out)
-    metrics = json.loads((out / "metrics.json").read_text())
+    path = tmp_path / "coins.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["x", "word", "coin"], *(
+            [f"{rng.normal():.3f}", rng.choice(["a", "b"]), rng.choice(["heads", "tails"])] for _ in range(400))])
+    text = call_main(train, "--data", path, "--target", "coin", "--members", 2, "--hidden", 32, "--epochs", 40,
+                     "--batch-size", 32, "--patience", 2, "--lr", 0.01, "--out", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     aucs = [row["val_auc"] for row in metrics["history"]]
     assert len(aucs) < 40 and len(aucs) - 1 - aucs.index(max(aucs)) == 2
-    saved = utils.load_checkpoint(out / "model.pt", train.SCRIPT)
+    saved = utils.load_checkpoint(tmp_path / "model.pt", train.SCRIPT)
     assert saved["metrics"]["epoch"] == metrics["metrics"]["best_epoch"] == aucs.index(max(aucs)) + 1
     assert 0.3 < metrics["metrics"]["test_auc"] < 0.7 and "STAND-IN" not in text
-    before = (out / "checkpoint.pt").read_bytes()
-    assert "--hidden 32, not --hidden 64" in run("train.py", "--resume", "--hidden", 64, "--out", out, code=1)
-    again = run("train.py", "--resume", "--out", out)  # it had stopped early, and stays stopped
-    assert [row["val_auc"] for row in json.loads((out / "metrics.json").read_text())["history"]] == aucs, again
-    write(["a", "c"])
-    assert "not the table it was" in run("train.py", "--resume", "--out", out, code=1)
-    assert (out / "checkpoint.pt").read_bytes() == before
+    assert saved["source"] == str(path) and saved["stand_in"] == ""
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--epochs", "0"], "--epochs 0 must be greater than zero"),
-    (["--members", "-1"], "--members -1 must be greater than zero"),
-    (["--n-embd", "0"], "--n-embd 0 must be greater than zero"),
-    (["--lr", "nan"], "--lr nan must be greater than zero"),
-    (["--dropout", "1"], "--dropout 1.0 must be at least 0"),
-    (["--n-layer", "-1"], "--n-layer -1 must be at least 0"),
-    (["--exact", "-1"], "--exact -1 must be at least 0"),
     (["--device", "abacus"], "--device abacus"),
-    (["--seed", "-1"], "--seed -1"),
     (["--data", "/no/such/file.csv", "--target", "y"], "no such file"),
     (["--data", "census", "--target", "age"], "--target age belongs to a CSV file"),
-    (["--resume"], "does not exist"),
     (["--out", "/dev/null/x"], "cannot write"),
 ])
-def test_bad_options_get_one_sentence(tmp_path, monkeypatch, capsys, options, words):
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(tmp_path / "o"), *options])
-    with pytest.raises(utils.InputError) as error:  # utils.run prints it, as the tests of subprocesses see
-        train.main()
-    assert words in str(error.value) and "\n" not in str(error.value)
+def test_bad_options_get_one_sentence(tmp_path, options, words):
+    assert words in refusal(train, *SMALL, "--out", tmp_path / "o", *options)
+
+
+@pytest.mark.parametrize("name, value, interval", [
+    ("--epochs", 0, "[1, inf)"), ("--members", -1, "[1, inf)"), ("--n-embd", 0, "[1, inf)"),
+    ("--lr", "nan", "(0, inf)"), ("--dropout", 1, "[0, 1)"), ("--n-layer", -1, "[0, inf)"), ("--exact", -1, "[0, inf)"),
+    ("--seed", -1, "[0, 4294967295]"), ("--patience", 0, "[1, inf)")])
+def test_values_out_of_range(capsys, name, value, interval):
+    with pytest.raises(SystemExit):
+        call_main(train, *SMALL, name, value)
+    assert f"{name}: {value} is not in {interval}" in capsys.readouterr().err
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(tmp_path):
-    run("train.py", *SMALL, "--epochs", 1, "--out", tmp_path)
+    call_main(train, *SMALL, "--epochs", 1, "--out", tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert "the loss became" in run("train.py", *SMALL, "--epochs", 1, "--lr", "1e38", "--out", tmp_path, code=1)
+    assert "the loss became" in refusal(train, *SMALL, "--epochs", 1, "--lr", "1e38", "--out", tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -352,8 +337,10 @@ def same_weights(model, other):
 
 
 def test_the_experiment_starts_from_what_train_uses(census, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    options = vars(train.parse_options()[0])
+    monkeypatch.setattr(utils, "parse_args", lambda parser: sys.exit(parser.parse_args()))
+    with pytest.raises(SystemExit) as stop:
+        call_main(train)
+    options = vars(stop.value.code)
     shared = experiment.BASE.keys() & options.keys()
     assert len(shared) == len(experiment.BASE) - 2  # but for categories and numbers
     assert {name for name in shared if experiment.BASE[name] != options[name]} <= {"members"}
@@ -401,7 +388,7 @@ def test_ways_in_for_numbers(census):
     inputs, E, D = model.embed(bins, index), experiment.BASE["members"], experiment.BASE["n_embd"]
     f, e, n = 3, 1, 2
     angle = 2 * math.pi * model.frequencies[f, :, e] * bins[n, f, 0]
-    waves = torch.cat([angle.cos(), angle.sin()])  # (2 P,)
+    waves = torch.cat([angle.cos(), angle.sin()])  # (32,)
     expected = F.relu(waves @ model.slopes[f, :, e] + model.offsets[f, 0, e])
     assert len(inputs) == E
     torch.testing.assert_close(inputs[e, n].view(-1, D)[index.shape[1] + f], expected)
@@ -413,33 +400,32 @@ def test_experiment_runs(tmp_path):
     rows = [[f"{x:.2f}", w, int(x + (w == "a") + rng.normal() > 0)] for x, w in zip(rng.normal(size=300), "abc" * 100)]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["x", "word", "y"], *rows])
-    out = run("experiment.py", "--data", path, "--target", "y", "--seeds", 2, "--epochs", 2, "--device", "cpu",
+    out = run("experiment.py", "--data", path, "--target", "y", "--seeds", 2, "--epochs", 1, "--device", "cpu",
               "--out", tmp_path)
     assert "16 of 16 members" in out and (tmp_path / "experiment.png").stat().st_size > 1000
     results = json.loads((tmp_path / "experiment.json").read_text())
     assert len(results["rows"]) == len(experiment.CHANGES)
     assert all(len(row["auc"]) == 2 and 0 <= min(row["auc"]) for row in results["rows"])
     assert results["auc_by_members"][1][-1] == pytest.approx(results["rows"][-1]["auc"][1], abs=1e-12)
-    assert "no row" in run("experiment.py", "--data", path, "--target", "y", "--rows", "xyz", "--out", tmp_path, code=1)
+    assert "no row" in refusal(experiment, "--data", path, "--target", "y", "--only", "xyz", "--out", tmp_path)
 
 
 @pytest.mark.real("adult.data")
 def test_what_train_says_of_capital_gains_in_adult_is_so(monkeypatch):
     monkeypatch.setattr(utils, "DATA_DIR", REAL)
-    rows = load.read_adult()[0].rows
+    table = load.read_adult()
+    n_train = len(table.lines) - table.n_test  # the rows of adult.data
+    gains, incomes = (table.columns[name][:n_train] for name in ("capital-gain", "income"))
     for gain, n, rich in (("5013", 69, 0), ("5178", 97, 97)):
-        found = [row[-1] for row in rows if row[load.COLUMNS.index("capital-gain")] == gain]
+        found = [income for income, g in zip(incomes, gains) if g == gain]
         assert (len(found), found.count(">50K")) == (n, rich)
-    zero = sum(row[load.COLUMNS.index("capital-gain")] == "0" for row in rows) / len(rows)
-    assert round(100 * zero) == 92
+    assert round(100 * gains.count("0") / n_train) == 92
 
 
 @pytest.mark.real("adult.data")
 def test_one_pass_over_adult_beats_logistic_regression(monkeypatch, tmp_path):
     monkeypatch.setattr(utils, "DATA_DIR", REAL)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "adult", "--members", "2", "--epochs", "2", "--out",
-                                      str(tmp_path), "--device", "cpu"])
-    train.main()
+    call_main(train, "--data", "adult", "--members", 2, "--epochs", 2, "--out", tmp_path, "--device", "cpu")
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["stand_in"] is False
     assert written["metrics"]["test_auc"] > written["metrics"]["logistic_regression"]["auc"] + 0.005
