@@ -61,7 +61,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from load import Data, load_data, normalise  # noqa: E402
-from train import epoch_batches, evaluate  # noqa: E402
+from train import batches as epoch_batches, evaluate  # noqa: E402
 
 # Shapes: N pictures, B batch, I inputs (784 pixels), K classes (10 digits), H height, W width
 
@@ -371,9 +371,9 @@ def main() -> None:
     utils.check_writable(args.out)
     device = utils.pick_device(args.device)
     data = load_data(args.data)
-    label = data.name + ", stand-in" * data.stand_in
+    label = data.label
     y, val_y = data.train_y.to(device), data.val_y.to(device)
-    tables = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
+    tables = {"script": SCRIPT, "data": data.name, "stand_in": bool(data.stand_in), "device": device.type,
               "torch": str(torch.__version__), "epochs": args.epochs}
     seeds = range(args.seeds)
 

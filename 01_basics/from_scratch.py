@@ -5,24 +5,23 @@ You learn here: what a layer computes, what the loss measures, how the chain rul
 
     python 01_basics/from_scratch.py
 
-You should see (MNIST, seed 0): differences to autograd below 1e-15, then 97.73 % of the test pictures right after
-3.6 s of training (two cores of an AMD EPYC, torch 2.15).
+You should see (MNIST, seed 0): differences to autograd below 1e-15, then 97.73 % of the test pictures correct after
+3.6 s of training.
 Writes: outputs/first_layer.png. Left out on purpose: autograd, nn.Module and optimizers; train.py has them.
 """
-
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import linear_baseline, load_data, majority_baseline, normalise  # noqa: E402
+import utils
+from load import baselines, load_data, prepare
 
 # Shapes: N pictures, B batch, I inputs (784 pixels), M hidden units (128), K classes (10 digits)
 
@@ -31,15 +30,15 @@ from load import linear_baseline, load_data, majority_baseline, normalise  # noq
 def init(sizes: tuple[int, int, int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Weights and biases [W1 (I, M), b1 (M,), W2 (M, K), b2 (K,)] for sizes (I, M, K).
 
-    ## All weights equal would stay equal: every hidden unit would get the same gradient. So they start at random. Their
-    ## size keeps the variance of what passes through: a sum over I inputs has I times the variance of one product, and
-    ## ReLU halves it, hence sqrt(2 / I) (He et al. 2015). The last layer starts small: large scores at random would be
-    ## confident nonsense.
+    ## Equal weights would stay equal, because every hidden unit would get the same gradient. So they start at random.
+    ## Their size keeps the variance of what passes through: a sum over I inputs has I times the variance of one
+    ## product, and ReLU halves it, hence sqrt(2 / I) (He et al. 2015). The last layer starts small: large random scores
+    ## would be confident nonsense.
     """
-    I, M, K = sizes  # noqa: E741
-    W1 = torch.randn(I, M, generator=generator, dtype=dtype) * (2 / I) ** 0.5
-    W2 = torch.randn(M, K, generator=generator, dtype=dtype) * 0.01
-    return [W1, torch.zeros(M, dtype=dtype), W2, torch.zeros(K, dtype=dtype)]
+    inputs, hidden, classes = sizes
+    W1 = torch.randn(inputs, hidden, generator=generator, dtype=dtype) * (2 / inputs) ** 0.5
+    W2 = torch.randn(hidden, classes, generator=generator, dtype=dtype) * 0.01
+    return [W1, torch.zeros(hidden, dtype=dtype), W2, torch.zeros(classes, dtype=dtype)]
 
 
 def forward(x: Tensor, params: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -59,9 +58,9 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss in nats, (), and the probabilities (B, K), of logits (B, K) with labels y (B,).
 
     ##     p_k = exp(l_k) / sum_j exp(l_j)            softmax: positive numbers that sum to 1
-    ##     loss = -log p_y                            0 if sure and right; large if sure and wrong
-    ## A nat is the unit of a natural logarithm: 0.69 nats is the loss of one who gives the truth an even chance.
-    ## exp(90) is more than float32 can hold. Subtracting the largest logit first changes no ratio, so no p.
+    ##     loss = -log p_y                            0 if sure and correct; large if sure and wrong
+    ## A nat is the unit of a natural logarithm: giving the correct digit a probability of one half costs 0.69 nats.
+    ## exp(90) is more than float32 can hold. Subtracting the largest logit first changes no ratio, and so no p.
     """
     shifted = logits - logits.amax(1, keepdim=True)  # (B, K)
     log_p = shifted - shifted.exp().sum(1, keepdim=True).log()  # (B, K)
@@ -78,13 +77,13 @@ def backward(p: Tensor, y: Tensor, params: list[Tensor], cache: tuple[Tensor, ..
     x, z, h = cache
     ##     d loss / d logits = (p - onehot(y)) / B
     ## One picture's loss is log(sum_j exp(l_j)) - l_y. Its slope in l_k is exp(l_k) / sum_j exp(l_j) = p_k, less 1
-    ## where k = y: what was said, minus what was right. The mean over the batch divides by B.
+    ## where k = y: what was said, minus what is correct. The mean over the batch divides by B.
     d_logits = p.clone()  # (B, K)
     d_logits[torch.arange(len(y)), y] -= 1
     d_logits /= len(y)
     ## logits = h W2 + b2. W2[m, k] is multiplied by h[b, m] in each row b: its gradient is the sum of their products.
     dW2, db2 = h.T @ d_logits, d_logits.sum(0)  # (M, K), (K,)
-    ## h[b, m] enters every score k with weight W2[m, k]: it collects what comes back along each.
+    ## h[b, m] enters every score k with weight W2[m, k], so it collects what comes back along each of them.
     dh = d_logits @ W2.T  # (B, M)
     ## ReLU lets the gradient through where it let the value through, and nothing where it put a zero.
     dz = dh * (z > 0)  # (B, M)
@@ -108,7 +107,7 @@ def check_against_pytorch(device: torch.device) -> dict[str, float]:
     theirs.backward()
     differences = {"loss, PyTorch's": (loss - theirs).abs().item(),
                    "gradients, autograd's": max((a - b.grad).abs().max().item() for a, b in zip(grads, leaves))}
-    ## What a gradient means, taken by its word: move one weight by a little, and look at what the loss does.
+    ## What a gradient means, taken literally: move one weight a little, and look at what the loss does.
     ##     dL/dw ~ (L(w + e) - L(w - e)) / 2e
     worst, e = 0.0, 1e-6
     for param, grad in zip(params, grads):
@@ -122,85 +121,81 @@ def check_against_pytorch(device: torch.device) -> dict[str, float]:
     return differences | {"gradients, finite differences": worst}
 
 
-def accuracy(x: Tensor, y: Tensor, params: list[Tensor]) -> float:
-    """Share of pictures x (N, I) named as y (N,) says."""
-    return (forward(x, params)[0].argmax(1) == y).float().mean().item()
+# ---------------------------------------------------------------------------------------------- the loop
+def evaluate(params: list[Tensor], x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(mean loss in nats, share of correct answers) on all of x (N, I), y (N,)."""
+    logits, _ = forward(x, params)
+    return cross_entropy(logits, y)[0].item(), (logits.argmax(1) == y).float().mean().item()
+
+
+def fit(params: list[Tensor], train: tuple[Tensor, Tensor], epochs: int, batch_size: int, lr: float,
+        generator: torch.Generator) -> Iterator[tuple[float, float]]:
+    """Change params step by step; after each epoch yield its mean loss and the seconds of training so far."""
+    all_x, all_y = train  # (N, I), (N,)
+    per_epoch, seconds, step = len(all_y.split(batch_size)), 0.0, 0
+    for _ in range(epochs):
+        begun, total = time.perf_counter(), 0.0
+        ## A random order: were all sevens together, the network would forget the rest while it learns them. Sorted by
+        ## digit it ends at 54 %; whether the order is a new one in every pass makes no difference here (experiment.py).
+        order = torch.randperm(len(all_y), generator=generator).to(all_y.device)
+        for rows in order.split(batch_size):
+            x, y = all_x[rows], all_y[rows]  # (B, I), (B,)
+            logits, cache = forward(x, params)
+            loss, p = cross_entropy(logits, y)
+            grads = backward(p, y, params, cache)
+            ## Stochastic gradient descent: each number takes a step against its gradient, downhill. A batch's gradient
+            ## is only an estimate, and its noise keeps long steps from settling. So the steps shrink to nothing.
+            rate = lr * (1 - step / (epochs * per_epoch))
+            for param, grad in zip(params, grads):
+                param -= rate * grad  # changes the tensor itself, which the list holds
+            total += loss
+            step += 1
+        train_loss = total.item() / per_epoch  # waits for a GPU to finish
+        seconds += time.perf_counter() - begun
+        if not math.isfinite(train_loss):
+            raise utils.InputError(f"the loss became {train_loss}; start again with a smaller lr.")
+        yield train_loss, seconds
+
+
+def draw_weights(weights: Tensor, label: str, path: Path) -> None:
+    """Write a picture of what the first 32 hidden units weigh: weights (I, M)."""
+    figure, axes = utils.pyplot().subplots(4, 8, figsize=(8, 4.4), subplot_kw={"xticks": [], "yticks": []})
+    for a, w in zip(axes.flat, weights.T.cpu().numpy()):  # (I,)
+        a.imshow(w.reshape(28, 28), cmap="RdBu", vmin=-abs(w).max(), vmax=abs(w).max())
+    figure.suptitle(f"What 32 of the hidden units look for ({label})\nblue: ink here speaks for it, red: against it")
+    utils.write_atomically(path, figure.savefig)
 
 
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "device", "seed")
     add = parser.add_argument
     add("--data", help="mnist or typeset; without it MNIST, or typeset if that is out of reach")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (whose lack of float64 leaves out the checks)")
-    add("--seed", type=int, default=0, help="decides weights and batches")
-    add("--epochs", type=int, default=10, help="passes over the training pictures")
-    add("--batch-size", type=int, default=64, help="pictures per step; smaller: more steps, each by a rougher gradient")
-    add("--lr", type=float, default=0.1, help="learning rate: how far each step goes; too large and the loss grows")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
-    args = parser.parse_args()
-    utils.check(args, above_zero="epochs batch_size lr")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
-    device = utils.pick_device(args.device)
-    if device.type != "mps":  # which has no float64
+    add("--epochs", type=utils.count, default=10, help="passes over the training pictures")
+    add("--batch-size", type=utils.count, default=64, help="pictures per step; smaller: more and rougher steps")
+    add("--lr", type=utils.positive, default=0.1, help="learning rate: how far each step goes; too large: loss grows")
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
+    if args.device.type != "mps":  # which has no float64
         print("against PyTorch, largest absolute difference in float64:")
-        for name, difference in check_against_pytorch(device).items():
+        for name, difference in check_against_pytorch(args.device).items():
             print(f"    {name:32}{difference:.1e}")
             assert difference < 1e-5, name
 
     data = load_data(args.data)
-    label = data.name + ", stand-in" * data.stand_in
-    train_x, val_x, test_x = (normalise(x, data.mean, data.std).flatten(1).to(device)  # (N, I)
-                              for x in (data.train_x, data.val_x, data.test_x))
-    train_y, val_y, test_y = (y.to(device) for y in (data.train_y, data.val_y, data.test_y))
+    train, val, test = prepare(data, args.device)  # (x (N, I), y (N,)) each
     generator = torch.Generator().manual_seed(args.seed)
-    params = [p.to(device) for p in init((train_x.shape[1], 128, 10), generator)]
-    first, _ = cross_entropy(forward(val_x, params)[0], val_y)
-    print(f"\n{label}: {len(train_y):,} pictures; {sum(p.numel() for p in params):,} parameters; before training: "
-          f"validation loss {first:.3f} (guessing: ln 10 = 2.303), accuracy {accuracy(val_x, val_y, params):.1%}\n")
-
-    # ------------------------------------------------------------------------------------------ the loop
-    seconds, steps = 0.0, args.epochs * len(train_y.split(args.batch_size))
-    done = 0
-    for epoch in range(args.epochs):
-        begun, total = time.perf_counter(), 0.0
-        ## A random order: were all sevens together, the network would forget the rest while it learns them. Sorted by
-        ## digit it ends at 54 %; whether the order is a new one in every pass makes no difference here (experiment.py).
-        order = torch.randperm(len(train_y), generator=generator).to(device)
-        for rows in order.split(args.batch_size):
-            x, y = train_x[rows], train_y[rows]  # (B, I), (B,)
-            logits, cache = forward(x, params)
-            loss, p = cross_entropy(logits, y)
-            grads = backward(p, y, params, cache)
-            ## Stochastic gradient descent: each number takes a step against its gradient, downhill. The step shrinks to
-            ## nothing over the run, for a batch's gradient is only an estimate, and its noise keeps long steps from
-            ## settling.
-            lr = args.lr * (1 - done / steps)
-            for param, grad in zip(params, grads):
-                param -= lr * grad  # changes the tensor itself, which the list holds
-            total += loss
-            done += 1
-        total = total.item() / len(order.split(args.batch_size))  # waits for a GPU to finish
-        seconds += time.perf_counter() - begun
-        print(f"epoch {epoch + 1:2}  {seconds:5.1f} s  train {total:.4f}  "
-              f"validation accuracy {accuracy(val_x, val_y, params):.2%}", flush=True)
-        if not math.isfinite(total):
-            raise utils.InputError("the loss is no longer a number; start again with a smaller --lr.")
-
-    print(f"\ntest accuracy ({label}): most frequent digit {majority_baseline(data):.2%}, linear model "
-          f"{linear_baseline(data):.2%}, 784-128-10 by hand "
-          f"{accuracy(test_x, test_y, params):.2%}; {seconds:.1f} s of training")
-
-    figure, axes = plt.subplots(4, 8, figsize=(8, 4.4))
-    for a, w in zip(axes.flat, params[0].T.cpu()):  # (I,)
-        a.imshow(w.view(28, 28), cmap="RdBu", vmin=-w.abs().max(), vmax=w.abs().max())
-        a.axis("off")
-    figure.suptitle(f"What 32 of the hidden units look for ({label})\nblue: ink here speaks for it, red: against it")
-    utils.save_figure(figure, args.out / "first_layer.png")
+    params = [p.to(args.device) for p in init((784, 128, 10), generator)]
+    loss, accuracy = evaluate(params, *val)
+    print(f"\n{data.label}: {data.sizes}; {sum(p.numel() for p in params):,} parameters; before training: validation "
+          f"loss {loss:.3f} (guessing: ln 10 = 2.303), accuracy {accuracy:.1%}\n")
+    for epoch, (loss, seconds) in enumerate(fit(params, train, args.epochs, args.batch_size, args.lr, generator), 1):
+        accuracy = evaluate(params, *val)[1]
+        print(f"epoch {epoch:2}  {seconds:5.1f} s  train {loss:.4f}  validation accuracy {accuracy:.2%}", flush=True)
+    print("\ntest accuracy: most frequent digit {majority_accuracy:.2%}, linear model {linear_accuracy:.2%}, by hand "
+          "{0:.2%}; {1:.1f} s of training".format(evaluate(params, *test)[1], seconds, **baselines(data)))
+    draw_weights(params[0], data.label, args.out / "first_layer.png")
     print(f"wrote {args.out / 'first_layer.png'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for MNIST.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

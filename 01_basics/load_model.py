@@ -1,25 +1,22 @@
 """Using what was trained: load it safely, predict, look at its mistakes, and read your own handwriting.
 
-You learn here: what a checkpoint should hold and why a pickled model should not be opened; what eval() and no_grad()
-change, in numbers; how scores become probabilities and a prediction; and why a photograph has to be made to look like
-the training pictures first.
+You learn here: what a checkpoint should hold, and why a pickled model should not be opened; what eval() and no_grad()
+change; how scores become a prediction; and why a photograph first has to be made to look like the training pictures.
 
     python 01_basics/train.py                              first, to have a model
     python 01_basics/load_model.py                         all of the above on the test part
     python 01_basics/load_model.py --image my_digit.jpg    one digit, drawn or written by you, evenly lit
 
-You should see (MNIST, after train.py with seed 0): a pickled model refused; 98.2 % of the test pictures right in eval
+You should see (MNIST, after train.py with seed 0): a pickled model refused; 98.2 % of the test pictures correct in eval
 mode, 87.6 % where dropout in the middle is left on; 181 of 10,000 wrong.
 Writes to outputs/: mistakes.png, confusion.png; with --image: image.png. Left out on purpose: digits in a scene.
 """
-
 import io
 import pickle
 import sys
-import time
+import timeit
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -28,9 +25,9 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import as_characters, load_data, normalise  # noqa: E402
-from train import SCRIPT, SimpleNN  # noqa: E402
+import utils
+from load import as_characters, load_data, normalise
+from train import SCRIPT, SimpleNN
 
 # Shapes: N pictures, I inputs (784 pixels), K classes (10 digits), H height, W width
 
@@ -40,16 +37,16 @@ def read_image(path: Path) -> Tensor:
     """A picture of one digit, of any size, colour and mode, as MNIST would have it: (28, 28) uint8, ink 255.
 
     ## LeCun et al. 1998 scaled every digit to fit a box of 20 x 20 pixels, grey at the edges, and put its centre of
-    ## mass into the centre of 28 x 28. A network reads best what looks like its lessons.
-    Raises utils.InputError for what is no picture, is blank, or shows several digits.
+    ## mass into the centre of 28 x 28. A network reads best what looks like its training pictures.
+    Raises utils.InputError if path is no picture, or if the picture is blank or shows several digits.
     """
     if not path.is_file():
-        raise utils.InputError(f"--image {path}: no such file; give a JPEG or PNG file.")
+        raise utils.InputError(f"{path}: no such file; give a JPEG or PNG file.")
     try:
         with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)  # a phone writes down which way is up, instead of turning
+            picture = ImageOps.exif_transpose(picture)  # a phone notes which way is up, and does not turn the pixels
             if picture.mode in ("RGBA", "LA", "PA", "P"):
-                ## What is transparent shows paper: white, or black where the ink is light.
+                ## Paper shows through transparent pixels: white paper, or black if the ink is light.
                 picture = picture.convert("RGBA")
                 visible = pil_to_tensor(picture)[:3, pil_to_tensor(picture)[3] > 127].float()
                 paper = "black" if visible.numel() and visible.mean() > 200 else "white"
@@ -60,19 +57,18 @@ def read_image(path: Path) -> Tensor:
             if picture.mode[0] in "IF":
                 grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=1e-6) * 255
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise utils.InputError(f"--image {path} can't be read as a picture; give a JPEG or PNG file.") from error
+        raise utils.InputError(f"{path} can't be read as a picture; give a JPEG or PNG file.") from error
     shrink = max(1, max(grey.shape) / 280)  # ten times what is needed
     size = [max(1, round(side / shrink)) for side in grey.shape]
     grey = F.interpolate(grey[None, None], size, mode="bilinear", antialias=True)[0, 0]
 
-    ## Ink is what differs from the paper, darker or lighter; the paper is what most of the border shows.
-    border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    ink = (grey - border.median()).abs()  # (H, W)
-    ink = (ink / ink.max().clamp(min=1e-6) - 0.2).clamp(min=0) / 0.8  # the paper's grain and shades fall below 0.2
-    if (grey - border.median()).abs().max() < 0.15 * 255:
-        raise utils.InputError(f"--image {path} looks blank; give one clear digit, dark on light or light on dark.")
+    ## Ink is what differs from the paper, darker or lighter. The median of the border is the paper.
+    ink = (grey - edges(grey).median()).abs()  # (H, W)
+    if ink.max() < 0.15 * 255:
+        raise utils.InputError(f"{path} looks blank; give one clear digit, dark on light or light on dark.")
+    ink = (ink / ink.max() - 0.2).clamp(min=0) / 0.8  # the paper's grain and shades fall below 0.2
     if (ink > 0.3).float().mean() > 0.5:
-        raise utils.InputError(f"--image {path} shows no digit on paper of one shade; cut off frames and dark edges, "
+        raise utils.InputError(f"{path} shows no digit on paper of one shade; cut off frames and dark edges, "
                                "and light it evenly.")
     ink = keep_digit(ink, path)
 
@@ -91,10 +87,15 @@ def read_image(path: Path) -> Tensor:
     return (out * 255).round().to(torch.uint8)
 
 
-def keep_digit(ink: Tensor, path: Path) -> Tensor:
-    """ink (H, W), without specks. Raises utils.InputError where more than one thing is as large as a digit.
+def edges(x: Tensor) -> Tensor:
+    """The numbers along the border of x (H, W), (2 H + 2 W,)."""
+    return torch.cat([x[0], x[-1], x[:, 0], x[:, -1]])
 
-    ## Pixels that touch get one label: each starts with a number of its own and takes the largest of its neighbours'
+
+def keep_digit(ink: Tensor, path: Path) -> Tensor:
+    """ink (H, W), without specks. Raises utils.InputError if more than one thing is as large as a digit.
+
+    ## Pixels that touch get one label. Each starts with a number of its own and takes the largest of its neighbours'
     ## numbers, again and again, until nothing changes.
     """
     mask = ink > 0.3
@@ -105,7 +106,7 @@ def keep_digit(ink: Tensor, path: Path) -> Tensor:
             break
         label = grown
     ## What touches the border is the edge of the paper or of a table, unless there is nothing else but specks.
-    edge = torch.cat([label[0], label[-1], label[:, 0], label[:, -1]]).unique()
+    edge = edges(label).unique()
     inside = label[mask & ~torch.isin(label, edge)].unique(return_counts=True)[1]
     if len(inside) and inside.max() > max(9, 0.0005 * label.numel()):
         label = torch.where(torch.isin(label, edge), 0.0, label)
@@ -115,34 +116,48 @@ def keep_digit(ink: Tensor, path: Path) -> Tensor:
     for number in numbers:
         rows, columns = torch.where(label == number)
         boxes.append([columns.min().item(), columns.max().item(), rows.min().item(), rows.max().item()])
-    ## Digits stand side by side, or above each other; then each is about as high as the other, and higher than wide.
-    ## What hangs above the rest without being that is the upper stroke of a 5.
+    ## Two digits stand side by side and are about equally high; or one stands above the other, and both are also higher
+    ## than wide. Anything else above the rest is the upper stroke of a 5.
     boxes.sort()
     digits = boxes[:1]
     for box in boxes[1:]:
         last = digits[-1]
         heights = [b[3] - b[2] + 1 for b in (box, last)]
         widths = [b[1] - b[0] + 1 for b in (box, last)]
-        beside = box[0] > last[1] and min(heights) > 0.4 * max(heights)
-        above = ((box[2] > last[3] or last[2] > box[3]) and min(heights) > 0.4 * max(heights)
-                 and all(h > w for h, w in zip(heights, widths)))
-        if beside or above:
+        beside = box[0] > last[1]
+        above = (box[2] > last[3] or last[2] > box[3]) and all(h > w for h, w in zip(heights, widths))
+        if min(heights) > 0.4 * max(heights) and (beside or above):
             digits.append(box)
         else:
             digits[-1] = [last[0], max(last[1], box[1]), min(last[2], box[2]), max(last[3], box[3])]
     if len(digits) > 1:
-        raise utils.InputError(f"--image {path} shows {len(digits)} things as large as a digit; cut out one of them.")
+        raise utils.InputError(f"{path} shows {len(digits)} things as large as a digit; cut out one of them.")
     return torch.where(torch.isin(label, numbers), ink, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- lessons
+def load_network(path: Path) -> tuple[SimpleNN, dict]:
+    """The network that train.py wrote to path, in eval mode, and all else that the file holds.
+
+    Raises utils.InputError for any other file.
+    """
+    saved = utils.load_checkpoint(path, SCRIPT)
+    try:
+        model = SimpleNN(**saved["config"])
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise utils.InputError(f"{path} holds another model than {SCRIPT} builds; make it anew with: python {SCRIPT}"
+                               ) from error
+    return model.eval(), saved
+
+
 def show_loading(model: nn.Module) -> None:
-    """Print what a state_dict is, and that a pickled model is refused, before anything in it runs."""
+    """Print what a state_dict is, and that a pickled model is refused before anything in it runs."""
     print("a state_dict is names and numbers, nothing else:")
     for name, value in model.state_dict().items():
         print(f"    {name:16}{tuple(value.shape)!s:14}{value.dtype}")
     ## torch.save(model) pickles the object. Pickle is a small programming language: a file says which functions to call
-    ## with which arguments, and unpickling calls them. So whoever wrote the file decides what runs on your machine. It
+    ## with which arguments, and unpickling calls them. So the author of the file decides what runs on your machine. It
     ## also breaks whenever the class is renamed or moved. weights_only=True allows tensors and plain values alone.
     whole = io.BytesIO()
     torch.save(model, whole)
@@ -160,42 +175,33 @@ def show_modes(model: nn.Module, x: Tensor, y: Tensor) -> None:
     ## Dropout zeroes a random half of the hidden units in training, so that none can rely on another. In use all of
     ## them should speak. SimpleNN has none; here it is put in between, to see what forgetting eval() does.
     dropped = nn.Sequential(model.hidden, nn.ReLU(), nn.Dropout(0.5), model.out)
-    right = lambda: (dropped(x).argmax(1) == y).float().mean().item()  # noqa: E731
     torch.manual_seed(0)
     with torch.no_grad():
-        dropped.train()
-        forgotten = [right(), right()]
-        dropped.eval()
-        print(f"with dropout 0.5 in the middle: in train mode {forgotten[0]:.2%}, asked again {forgotten[1]:.2%}; "
-              f"after eval() {right():.2%}, always")
-    ## With gradients on, every operation keeps what its derivative needs, until backward() or for as long as its result
-    ## lives. Counted are tensors that would otherwise be gone: not the weights, and not x.
+        first, again, evaluated = ((dropped.train(training)(x).argmax(1) == y).float().mean().item()
+                                   for training in (True, True, False))
+    print(f"with dropout 0.5 in the middle: in train mode {first:.2%}, asked again {again:.2%}; after eval() "
+          f"{evaluated:.2%}, always")
+    ## With gradients on, every operation keeps what its derivative needs, until backward() or as long as its result
+    ## lives. Only tensors that would otherwise be gone are counted: neither the weights nor x.
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
         model(x)
     for t in (x, *model.parameters()):
         kept.pop(t.data_ptr(), None)
-    with torch.no_grad():
-        logits = model(x)
-    seconds = {}
-    for enabled in (True, False) * 5:
+    milliseconds = []
+    for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
-            begun = time.perf_counter()
-            model(x)[0, 0].item()  # waits for a GPU
-            seconds[enabled] = min(seconds.get(enabled, 9.0), time.perf_counter() - begun)
-    print(f"one forward pass over {len(x):,} pictures: {seconds[True] * 1e3:.1f} ms and "
-          f"{sum(kept.values()) / 1e6:.0f} MB kept for a backward pass that never comes; under no_grad() "
-          f"{seconds[False] * 1e3:.1f} ms and 0 MB "
-          f"(requires_grad: {logits.requires_grad})\n")
+            milliseconds.append(1e3 * min(timeit.repeat(lambda: model(x)[0, 0].item(), number=1)))  # waits for a GPU
+    print(f"one forward pass over {len(x):,} pictures: {milliseconds[0]:.1f} ms and {sum(kept.values()) / 1e6:.0f} MB "
+          f"kept for a backward pass that never comes; under no_grad() {milliseconds[1]:.1f} ms and 0 MB\n")
 
 
 def show_prediction(logits: Tensor) -> None:
     """Print one picture's scores, (K,), as probabilities and as a prediction.
 
     ##     p_k = exp(l_k) / sum_j exp(l_j)
-    ## Only differences count: a lead of 2.3 is ten times the probability. The largest logit stays the largest, so
-    ## that a prediction needs no softmax. A high p is no promise: the network must name a digit, even
-    ## for a picture of a cat.
+    ## Only differences count: a lead of 2.3 is ten times the probability. The largest logit stays the largest, so a
+    ## prediction needs no softmax. A high p is no promise: the network must name a digit, even for a picture of a cat.
     """
     p = logits.softmax(0)
     print("digit        " + "".join(f"{k:>9}" for k in range(10)))
@@ -203,95 +209,97 @@ def show_prediction(logits: Tensor) -> None:
     print("probability  " + "".join(f"{v:9.2%}" for v in p.tolist()) + f"   -> {p.argmax().item()}\n")
 
 
+# ---------------------------------------------------------------------------------------------- pictures
+def draw_prediction(x: Tensor, logits: Tensor, label: str, path: Path) -> None:
+    """Draw what the network saw, x (28, 28), beside the probabilities of its logits (K,)."""
+    figure, axes = utils.pyplot().subplots(1, 2, figsize=(7, 3))
+    axes[0].imshow(x.numpy(), cmap="gray_r", vmin=0, vmax=255)
+    axes[0].axis("off")
+    axes[1].bar(range(10), logits.softmax(0).numpy())
+    axes[1].set(xticks=range(10), xlabel="digit", ylabel="probability")
+    figure.suptitle(f"What the network saw, and what it thinks ({label})")
+    utils.write_atomically(path, figure.savefig)
+
+
+def draw_confusion(confusion: Tensor, label: str, path: Path) -> None:
+    """Draw how often each true digit (rows of confusion (K, K)) was called what (columns)."""
+    figure, axes = utils.pyplot().subplots(figsize=(6, 5.4))
+    axes.imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+    for i, j in confusion.nonzero().tolist():
+        axes.text(j, i, confusion[i, j].item(), ha="center", va="center", fontsize=7,
+                  color="white" if i == j else "black")
+    axes.set(xticks=range(10), yticks=range(10), xlabel="said", ylabel="true",
+             title=f"Confusion matrix ({label}, test)")
+    axes.grid(False)
+    utils.write_atomically(path, figure.savefig)
+
+
+def draw_mistakes(x: Tensor, y: Tensor, p: Tensor, label: str, path: Path) -> None:
+    """Draw the 24 worst mistakes among pictures x (N, H, W) with digits y (N,) and probabilities p (N, K)."""
+    ## Looking at the test part is fine. Changing the recipe because of what you see there is not: that would be picking
+    ## by the test, and its figure would no longer be one for new digits.
+    ## The worst mistakes are those where the correct digit got the least: the largest losses.
+    said = p.argmax(1)
+    wrong = (said != y).nonzero()[:, 0]
+    wrong = wrong[p[wrong, y[wrong]].argsort()]
+    figure, axes = utils.pyplot().subplots(3, 8, figsize=(9, 4.6), subplot_kw={"xticks": [], "yticks": []})
+    for a, i in zip(axes.flat, wrong.tolist()):
+        a.imshow(x[i].numpy(), cmap="gray_r", vmin=0, vmax=255)
+        a.set_title(f"a {y[i]}, said {said[i]}\n({p[i, said[i]]:.0%})", fontsize=8)
+    figure.suptitle(f"The worst mistakes ({label}, test)")
+    figure.tight_layout()
+    utils.write_atomically(path, figure.savefig)
+
+
 def main() -> None:
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "device")
     add = parser.add_argument
     add("--data", help="mnist or typeset; without it, what the model was trained on")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--image", type=Path, help="read this picture of one digit instead")
-    folder = Path(__file__).parent / "outputs"
-    add("--model", type=Path, default=folder / "model.pt", help="what train.py wrote")
-    add("--out", type=Path, default=folder, help="folder for the plots")
-    args = parser.parse_args()
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
-    saved = utils.load_checkpoint(args.model, SCRIPT, device)
-    model = utils.rebuild(lambda: SimpleNN(**saved["config"]), saved, args.model).to(device)
-    trained_on = saved["data"] + ", stand-in" * saved["stand_in"]
-    if saved["stand_in"] and (args.image or args.data not in (None, saved["data"])):  # else load_data says so
-        utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on MNIST.")
-    model.eval()
+    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
+    args = utils.parse_args(parser)
+    model, saved = load_network(args.model)
+    model.to(args.device)
+    trained_on = f"trained on {saved['data']}" + ", stand-in" * bool(saved["stand_in"])
 
     if args.image:
         x = read_image(args.image)
         print(f"what the network sees of {args.image}:\n{as_characters(x)}\n")
         with torch.no_grad():
-            logits = model(normalise(x[None], saved["mean"], saved["std"]).flatten(1).to(device))[0].cpu()
+            logits = model(normalise(x[None], saved["mean"], saved["std"]).flatten(1).to(args.device))[0].cpu()
         show_prediction(logits)
-        figure, axes = plt.subplots(1, 2, figsize=(7, 3))
-        axes[0].imshow(x, cmap="gray_r", vmin=0, vmax=255)
-        axes[0].axis("off")
-        axes[1].bar(range(10), logits.softmax(0))
-        axes[1].set(xticks=range(10), xlabel="digit", ylabel="probability")
-        figure.suptitle(f"What the network saw, and what it thinks (trained on {trained_on})")
-        utils.save_figure(figure, args.out / "image.png")
+        draw_prediction(x, logits, trained_on, args.out / "image.png")
         print(f"wrote {args.out / 'image.png'}")
-        if saved["stand_in"]:
-            utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on MNIST.")
+        utils.stand_in_notice(saved["data"], saved["stand_in"])
         return
 
     data = load_data(args.data or saved["data"])
-    label = data.name + ", stand-in" * data.stand_in
-    if saved["data"] != data.name:
-        label += f", trained on {trained_on}"
-    x, y = normalise(data.test_x, saved["mean"], saved["std"]).flatten(1).to(device), data.test_y.to(device)
+    label = data.label if data.name == saved["data"] else f"{data.label}, {trained_on}"
+    x = normalise(data.test_x, saved["mean"], saved["std"]).flatten(1).to(args.device)  # (N, I)
+    y = data.test_y
     show_loading(model)
-    show_modes(model, x, y)
+    show_modes(model, x, y.to(args.device))
     with torch.no_grad():
-        logits = model(x)  # (N, K)
+        logits = model(x).cpu()  # (N, K)
     print(f"the first test picture, a {y[0]}:")
-    show_prediction(logits[0].cpu())
+    show_prediction(logits[0])
 
-    p = logits.softmax(1).cpu()  # (N, K)
-    y, predicted = y.cpu(), p.argmax(1)
-    right = predicted == y
-    print(f"{label}: {right.float().mean():.2%} of {len(y):,} test pictures right, {(~right).sum()} wrong")
-    confusion = torch.bincount(y * 10 + predicted, minlength=100).view(10, 10)  # rows: true, columns: said
+    said = logits.argmax(1)
+    wrong = (said != y).sum().item()
+    print(f"{label}: {1 - wrong / len(y):.2%} of {len(y):,} test pictures correct, {wrong} wrong")
+    confusion = torch.bincount(y * 10 + said, minlength=100).view(10, 10)  # rows: true, columns: said
     print("true \\ said" + "".join(f"{k:6}" for k in range(10)) + "   found")
     for k, row in enumerate(confusion):
         print(f"{k:11}" + "".join(f"{n:6}" for n in row.tolist()) + f"{row[k] / row.sum().clamp(min=1):9.1%}")
     pairs = (confusion * (1 - torch.eye(10, dtype=torch.long))).flatten().topk(3)
     print("most often: " + ", ".join(f"{n} times a {i // 10} was called {i % 10}"
                                      for n, i in zip(pairs.values.tolist(), pairs.indices.tolist())))
-
-    figure, axes = plt.subplots(figsize=(6, 5.4))
-    axes.imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).sqrt(), cmap="Blues", vmin=0, vmax=1)
-    for i in range(10):
-        for j in range(10):
-            if confusion[i, j]:
-                axes.text(j, i, confusion[i, j].item(), ha="center", va="center", fontsize=7,
-                          color="white" if i == j else "black")
-    axes.set(xticks=range(10), yticks=range(10), xlabel="said", ylabel="true",
-             title=f"Confusion matrix ({label}, test)")
-    axes.grid(False)
-    utils.save_figure(figure, args.out / "confusion.png")
-    ## Looking at the test part is fine. Changing the recipe because of what you see there is not: that would be picking
-    ## by the test, and its figure would no longer be one for new digits.
-    ## The worst mistakes are those where the right digit got the least: the largest losses.
-    wrong = (~right).nonzero()[:, 0]
-    wrong = wrong[p[wrong, y[wrong]].argsort()][:24]
-    figure, axes = plt.subplots(3, 8, figsize=(9, 4.6))
-    for a in axes.flat:
-        a.axis("off")
-    for a, i in zip(axes.flat, wrong.tolist()):
-        a.imshow(data.test_x[i], cmap="gray_r", vmin=0, vmax=255)
-        a.set_title(f"a {y[i]}, said {predicted[i]}\n({p[i, predicted[i]]:.0%})", fontsize=8)
-    figure.suptitle(f"The worst mistakes ({label}, test)")
-    figure.tight_layout()
-    utils.save_figure(figure, args.out / "mistakes.png")
+    draw_confusion(confusion, label, args.out / "confusion.png")
+    draw_mistakes(data.test_x, y, logits.softmax(1), label, args.out / "mistakes.png")
     print(f"\nwrote confusion.png and mistakes.png to {args.out}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for MNIST.")
+    utils.stand_in_notice(data.name, data.stand_in)
+    if data.name != saved["data"]:
+        utils.stand_in_notice(saved["data"], saved["stand_in"])
 
 
 if __name__ == "__main__":

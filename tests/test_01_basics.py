@@ -1,9 +1,9 @@
 """Chapter 01 against PyTorch, torchvision, scikit-learn and MNIST itself, and its scripts as users run them."""
 
 import gzip
+import hashlib
 import json
 import re
-import signal
 import subprocess
 import sys
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, chapter, run_script
+from conftest import REAL, ROOT, call_main, chapter, refusal, run_script, serving
 from PIL import Image
 from torchvision.datasets import MNIST
 from torchvision.transforms import InterpolationMode
@@ -23,16 +23,27 @@ load, from_scratch, train, load_model, experiment = chapter(
     "01_basics", "load", "from_scratch", "train", "load_model", "experiment"
 )
 FOLDER = ROOT / "01_basics"
+draw_all_digits = load.draw_digits
 
 
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
+@pytest.fixture(autouse=True, scope="module")
+def few_digits():
+    """A stand-in of a sixth of its size, drawn once, wherever a test or a script asks for it."""
+    data = load.with_statistics(*load.typeset(1600, "train", 1), *load.typeset(300, "val", 2),
+                                *load.typeset(300, "test", 3), name="typeset", stand_in="MNIST")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "draw_digits", lambda: data)
+        patch.setitem(load.SETS, "typeset", lambda: data)
+        yield data
 
 
 # ---------------------------------------------------------------------------------------------- data
 def test_typeset_fonts_are_disjoint_and_the_digits_are_what_they_say():
     fonts = sum(load.FONTS.values(), [])
     assert len(fonts) == len(set(fonts))
+    data = draw_all_digits()
+    assert [len(data.train_y), len(data.val_y), len(data.test_y)] == [10_000, 1_000, 1_000]
+    assert (data.name, data.stand_in, data.label) == ("typeset", "MNIST", "typeset, stand-in")
     x, y = load.typeset(1000, "train", 1)
     assert x.shape == (1000, 28, 28) and x.dtype == torch.uint8 and y.bincount().min() > 70
     again, other = load.typeset(1000, "train", 1)[0], load.typeset(1000, "train", 2)[0]
@@ -44,11 +55,21 @@ def test_typeset_fonts_are_disjoint_and_the_digits_are_what_they_say():
     assert judge.score(test_x.flatten(1).numpy(), test_y) > 0.5
 
 
-def test_the_split_and_its_statistics_come_from_train_alone(monkeypatch):
+def test_the_split_and_its_statistics_come_from_train_alone(monkeypatch, tmp_path):
     g = torch.Generator().manual_seed(0)
     x, test_x = (torch.randint(0, 256, (n, 28, 28), generator=g, dtype=torch.uint8) for n in (60_000, 10_000))
-    monkeypatch.setattr(load, "read_mnist", lambda: (x, torch.arange(60_000), test_x, torch.arange(10_000)))
+    class Raw:  # what torchvision reads
+        def __init__(self, folder, train):
+            self.data, self.targets = (x, torch.arange(60_000)) if train else (test_x, torch.arange(10_000))
+
+    Raw.resources = MNIST.resources
+    monkeypatch.setattr(load, "MNIST", Raw)
+    monkeypatch.setattr(load, "download_mnist", lambda folder: None)
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    hashes = [hashlib.sha256(a.numpy().tobytes() + torch.arange(len(a)).numpy().tobytes()) for a in (x, test_x)]
+    monkeypatch.setattr(load, "SHA256", dict(zip(("train", "test"), (h.hexdigest() for h in hashes))))
     data = load.load_data("mnist")
+    assert data.label == "mnist" and not data.stand_in
     assert [len(data.train_y), len(data.val_y), len(data.test_y)] == [55_000, 5_000, 10_000]
     assert torch.equal(torch.cat([data.train_y, data.val_y]), torch.arange(60_000))
     pixels = x[:55_000].numpy() / 255
@@ -85,18 +106,18 @@ def test_mnist_that_is_damaged_or_incomplete_is_an_error(tmp_path, monkeypatch):
 def test_without_a_network_the_stand_in_takes_over_unless_mnist_was_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    assert load.load_data().name == "typeset" and "STAND-IN" in capsys.readouterr().out
-    with pytest.raises(utils.InputError, match="--data typeset"):
+    data = load.load_data()
+    assert data.label == "typeset, stand-in" and "STAND-IN" in capsys.readouterr().out
+    with pytest.raises(ConnectionError, match="--data typeset"):
         load.load_data("mnist")
-    with pytest.raises(utils.InputError, match="--data letters"):
+    with pytest.raises(utils.InputError, match="data letters.*mnist, typeset"):
         load.load_data("letters")
 
 
 def test_mnist_is_downloaded_from_a_mirror(tmp_path, monkeypatch):
     """torchvision's download, from files served here; the hashes are those of these files."""
-    import hashlib
+    import functools
     import http.server
-    import threading
 
     rng = np.random.default_rng(0)
     resources = []
@@ -106,10 +127,13 @@ def test_mnist_is_downloaded_from_a_mirror(tmp_path, monkeypatch):
         with gzip.open(tmp_path / "www" / name, "wb") as file:
             file.write((tmp_path / "www" / stem).read_bytes())
         resources.append((name, hashlib.md5((tmp_path / "www" / name).read_bytes()).hexdigest()))
-    handler = lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=str(tmp_path / "www"))  # noqa: E731
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        __init__ = functools.partialmethod(http.server.SimpleHTTPRequestHandler.__init__,
+                                           directory=str(tmp_path / "www"))
+
+    with serving(Handler) as address:
+        monkeypatch.setattr(MNIST, "mirrors", [address])
         monkeypatch.setattr(MNIST, "resources", resources)
         monkeypatch.setattr(utils, "DATA_DIR", tmp_path / "data")
         with pytest.raises(utils.InputError, match="not the original"):  # it came, and is not MNIST
@@ -119,8 +143,26 @@ def test_mnist_is_downloaded_from_a_mirror(tmp_path, monkeypatch):
         with pytest.raises(utils.InputError, match="a mirror sent"):
             load.load_data()
         assert not (tmp_path / "other" / "MNIST").exists()
-        server.shutdown()
     assert (tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte").exists()
+
+
+def test_a_file_can_be_taken_away(tmp_path):
+    """Imported from another program, each script brings none of these along, changes no setting, and prints nothing."""
+    code = """if True:
+        import random, sys, torch, torchvision, torchvision.datasets, torchvision.transforms.functional
+        sys.path[:0] = sys.argv[1:]
+        import utils  # which test_utils.py looks at
+        heavy = ("argparse", "requests", "matplotlib", "matplotlib.pyplot")
+        before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()
+        for name in ("load", "train", "from_scratch", "load_model"):
+            for module in heavy:
+                sys.modules.pop(module, None)
+            __import__(name)
+            assert not set(heavy) & set(sys.modules), (name, set(heavy) & set(sys.modules))
+        after = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()
+        assert torch.equal(before[0], after[0]) and before[1:] == after[1:]"""
+    done = subprocess.run([sys.executable, "-c", code, FOLDER, ROOT], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- by hand
@@ -136,10 +178,10 @@ def test_cross_entropy_by_hand_survives_large_scores():
 
 
 def test_from_scratch_learns(tmp_path):
-    out = run("from_scratch.py", "--data", "typeset", "--epochs", 3, "--out", tmp_path)
-    assert "STAND-IN" in out and float(out.split("by hand ")[1].split("%")[0]) > 75
+    out = call_main(from_scratch, "--data", "typeset", "--epochs", 8, "--out", tmp_path)
+    assert out.count("STAND-IN") == 2 and float(out.split("by hand ")[1].split("%")[0]) > 75
     assert (tmp_path / "first_layer.png").stat().st_size > 1000
-    assert "--lr" in run("from_scratch.py", "--data", "typeset", "--lr", 1e9, "--out", tmp_path, code=1)
+    assert "smaller lr" in refusal(from_scratch, "--data", "typeset", "--epochs", 1, "--lr", 1e9, "--out", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- model and loop
@@ -155,10 +197,10 @@ def test_the_model_has_the_size_it_says_and_is_two_linear_layers():
 
 def test_an_epoch_shows_every_picture_once_with_its_label():
     x, y = torch.arange(1000.0)[:, None], torch.arange(1000)
-    parts = list(train.epoch_batches(x, y, 64, 5))
+    parts = list(train.batches(x, y, 64, 5))
     seen_x, seen_y = torch.cat([a for a, _ in parts])[:, 0], torch.cat([b for _, b in parts])
     assert torch.equal(seen_x.long(), seen_y) and torch.equal(seen_y.sort()[0], y) and not torch.equal(seen_y, y)
-    assert not torch.equal(seen_y, torch.cat([b for _, b in train.epoch_batches(x, y, 64, 6)]))
+    assert not torch.equal(seen_y, torch.cat([b for _, b in train.batches(x, y, 64, 6)]))
 
 
 def test_gradients_add_up_unless_they_are_cleared():
@@ -192,76 +234,79 @@ def test_a_batch_can_be_learned_by_heart():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, few_digits):
     out = tmp_path_factory.mktemp("trained")
-    printed = run("train.py", "--data", "typeset", "--epochs", 6, "--out", out)
+    printed = call_main(train, "--data", "typeset", "--epochs", 6, "--batch-size", 16, "--out", out)
     return out, printed
 
 
-def test_train_learns_and_leaves_what_it_should(trained):
+def test_train_learns_and_leaves_what_it_should(trained, few_digits):
     out, printed = trained
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["metrics"]["test_accuracy"] > 0.8 > 0.3 > metrics["metrics"]["majority_accuracy"]
-    assert metrics["stand_in"] and metrics["data"] == "typeset" and len(metrics["history"]) == 6
+    assert metrics["stand_in"] is True and metrics["data"] == "typeset" and len(metrics["history"]) == 6
     assert metrics["parameters"] == 101_770 and printed.count("STAND-IN") == 2
-    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "metrics.json", "history.png"}
-    saved = utils.load_checkpoint(out / "model.pt", train.SCRIPT)
-    model = train.SimpleNN(**saved["config"])
-    model.load_state_dict(saved["model"])
-    data = load.load_data("typeset")
-    x = load.normalise(data.test_x, saved["mean"], saved["std"]).flatten(1)
-    assert train.evaluate(model, x, data.test_y)[1] == pytest.approx(metrics["metrics"]["test_accuracy"])
+    assert {p.name for p in out.iterdir()} == {"model.pt", "metrics.json", "history.png"}
+    best = max(metrics["history"], key=lambda row: row["val_accuracy"])  # the first of equals
+    assert metrics["metrics"]["epoch"] == best["epoch"] and metrics["metrics"]["val_accuracy"] == best["val_accuracy"]
+    model, saved = load_model.load_network(out / "model.pt")
+    assert saved["stand_in"] == "MNIST"
+    x = load.normalise(few_digits.test_x, saved["mean"], saved["std"]).flatten(1)
+    assert train.evaluate(model, x, few_digits.test_y)[1] == pytest.approx(metrics["metrics"]["test_accuracy"])
 
 
-def test_resume_after_ctrl_c_is_bit_identical(trained, tmp_path):
-    command = [sys.executable, "-u", FOLDER / "train.py", "--data", "typeset", "--epochs", 6, "--out", tmp_path]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch  2"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
-    assert "resumed after" in run("train.py", "--resume", "--out", tmp_path)
-    whole, cut = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (trained[0], tmp_path))
-    assert all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
-    assert [r["val_loss"] for r in whole["history"]] == [r["val_loss"] for r in cut["history"]]
-    assert "--lr" in run("train.py", "--lr", 0.5, "--resume", "--out", tmp_path, code=1)
+def test_fit_pauses_after_each_epoch_and_repeats_itself(few_digits):
+    (x, y), val, _ = load.prepare(few_digits)
+    rows = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = train.SimpleNN(hidden=8)
+        for row in train.fit(model, (x[:200], y[:200]), val, 2, 64, 1e-3, 0.1, seed):
+            assert train.evaluate(model, *val) == (row.pop("val_loss"), row.pop("val_accuracy"))
+            del row["seconds"]
+            rows.append(row)
+    assert rows[:2] == rows[2:4] != rows[4:] and [row["step"] for row in rows[:2]] == [4, 8]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [
-        (["--epochs", 0], "--epochs"),
-        (["--lr", "nan"], "--lr"),
-        (["--weight-decay", -1], "--weight-decay"),
-        (["--seed", 2**40], "--seed"),
-        (["--data", "nowhere"], "--data nowhere"),
-        (["--device", "tpu"], "--device"),
-        (["--data", "typeset", "--lr", 1e30], "smaller --lr"),
-    ],
+    [(["--epochs", 0], "--epochs: 0"), (["--lr", "nan"], "--lr: nan"), (["--weight-decay", -1], "--weight-decay: -1"),
+     (["--seed", 2**40], "--seed")],
+)
+def test_options_out_of_range_are_named(tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit, match="2"):
+        call_main(train, *options, "--out", tmp_path)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--data", "nowhere"], "data nowhere"), (["--device", "tpu"], "--device"),
+     (["--data", "typeset", "--lr", 1e30], "smaller lr")],
 )
 def test_bad_input_gets_one_sentence(tmp_path, options, words):
-    assert words in run("train.py", *options, "--out", tmp_path, code=1)
+    assert words in refusal(train, *options, "--out", tmp_path)
     assert not (tmp_path / "model.pt").exists()
 
 
+def test_bad_input_in_a_real_process(tmp_path):
+    assert "data nowhere" in run_script(FOLDER / "train.py", "--data", "nowhere", "--out", tmp_path, code=1)
+
+
 # ---------------------------------------------------------------------------------------------- the model in use
-def test_load_model_runs_and_counts_as_scikit_learn_does(trained, tmp_path):
+def test_load_model_runs_and_counts_as_scikit_learn_does(trained, few_digits, tmp_path):
     metrics = pytest.importorskip("sklearn.metrics")
     out, _ = trained
-    printed = run("load_model.py", "--model", out / "model.pt", "--out", tmp_path)
+    printed = call_main(load_model, "--model", out / "model.pt", "--out", tmp_path)
     for name in ("confusion.png", "mistakes.png"):
         assert (tmp_path / name).stat().st_size > 1000
-    saved = utils.load_checkpoint(out / "model.pt", train.SCRIPT)
-    model = train.SimpleNN(**saved["config"])
-    model.load_state_dict(saved["model"])
-    data = load.load_data("typeset")
+    model, saved = load_model.load_network(out / "model.pt")
+    data = few_digits
     said = model(load.normalise(data.test_x, saved["mean"], saved["std"]).flatten(1)).argmax(1)
     theirs = metrics.confusion_matrix(data.test_y, said)
     rows = printed.split("found\n")[1].split("\n")[:10]
     assert np.array_equal(np.array([row.split()[1:11] for row in rows]).astype(int), theirs)
-    assert f"{metrics.accuracy_score(data.test_y, said):.2%} of 1,000" in printed and "is refused" in printed
+    assert f"{metrics.accuracy_score(data.test_y, said):.2%} of 300" in printed and "is refused" in printed
     # train mode with dropout is worse, and no_grad keeps nothing
     worse, again, right = map(float, re.findall(r"([\d.]+)%", printed.split("dropout 0.5")[1])[:3])
     assert max(worse, again) < right
@@ -343,7 +388,7 @@ def test_a_digit_cut_off_at_the_border_is_read_and_not_the_speck_beside_it(tmp_p
 def test_a_linear_model_against_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = load.typeset(1500, "train", 5)
-    data = load.Data(x[:1000], y[:1000], x[:9], y[:9], x[1000:], y[1000:], 0.12, 0.25, "typeset", True)
+    data = load.Data(x[:1000], y[:1000], x[:9], y[:9], x[1000:], y[1000:], 0.12, 0.25, "typeset", "MNIST")
     flat = [load.normalise(part, 0.12, 0.25).flatten(1).numpy() for part in (x[:1000], x[1000:])]
     theirs = linear_model.LogisticRegression(C=1e3, max_iter=40).fit(flat[0], y[:1000]).score(flat[1], y[1000:])
     assert load.linear_baseline(data) == pytest.approx(theirs, abs=0.05)
@@ -354,18 +399,20 @@ def test_a_users_digit_is_read(trained, tmp_path):
     out, _ = trained
     glyph = 255 - 255 * load.glyph("DejaVuSans", 7, 300)
     Image.fromarray(glyph.to(torch.uint8).numpy()).save(tmp_path / "seven.png")
-    printed = run("load_model.py", "--model", out / "model.pt", "--image", tmp_path / "seven.png", "--out", tmp_path)
+    options = ["--model", out / "model.pt", "--out", tmp_path]
+    printed = call_main(load_model, *options, "--image", tmp_path / "seven.png")
     assert printed.count("@@") > 10 and "-> " in printed and (tmp_path / "image.png").stat().st_size > 1000
-    missing = run("load_model.py", "--model", out / "model.pt", "--image", "x", "--out", tmp_path, code=1)
-    assert "no such file" in missing
+    assert printed.count("STAND-IN") == 1 and "no such file" in refusal(load_model, *options, "--image", "x")
 
 
 def test_another_models_checkpoint_is_refused(trained, tmp_path):
     saved = utils.load_checkpoint(trained[0] / "model.pt", train.SCRIPT)
-    utils.save_checkpoint(tmp_path / "model.pt", saved | {"config": saved["config"] | {"hidden": 9}})
-    assert "another model" in run("load_model.py", "--model", tmp_path / "model.pt", "--out", tmp_path, code=1)
-    utils.save_checkpoint(tmp_path / "model.pt", {"script": "05_transformer/train.py"})
-    assert "05_transformer" in run("load_model.py", "--model", tmp_path / "model.pt", "--out", tmp_path, code=1)
+    options = ["--model", tmp_path / "model.pt", "--out", tmp_path]
+    for config in ({"hidden": 9}, {"hidden": 128, "layers": 3}):
+        torch.save(saved | {"config": config}, tmp_path / "model.pt")
+        assert "another model" in refusal(load_model, *options)
+    torch.save({"script": "05_transformer/train.py"}, tmp_path / "model.pt")
+    assert "not from 01_basics/train.py" in refusal(load_model, *options)
 
 
 # ---------------------------------------------------------------------------------------------- experiment, real data
@@ -477,8 +524,9 @@ def test_ladder_can_clean_as_well_as_wiener():
 
 
 def test_load_and_experiment_run(tmp_path):
-    assert "STAND-IN" in run("load.py", "--data", "typeset", "--out", tmp_path)
-    printed = run("experiment.py", "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
+    assert call_main(load, "--data", "typeset", "--out", tmp_path).count("STAND-IN") == 2
+    assert (tmp_path / "samples.png").stat().st_size > 1000
+    printed = call_main(experiment, "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
     table = json.loads((tmp_path / "choices.json").read_text())
     found = {row["name"]: row["mean"] for row in table["rows"]}
     assert len(found) == len(experiment.CHANGES) and "lowest validation loss" in printed
