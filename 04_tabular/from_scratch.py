@@ -178,15 +178,12 @@ def init_mlp(n_numeric: int, n_columns: int, n_values: int, n_embd: int, hidden:
 
     ## The L columns share one table: column k's values follow those of the columns before it. So L lookups are one.
     """
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    inputs = n_numeric + n_columns * n_embd  # (I)
-    return {"e": normal(n_values, n_embd) * 0.3,
-            "w1": normal(inputs, hidden) * (2 / inputs) ** 0.5,  # keeps the variance through a ReLU (chapter 01)
-            "b1": torch.zeros(hidden),
-            "w2": normal(hidden, 1) * 0.01,  # the first probabilities are all close to a half
-            "b2": torch.zeros(1)}
+    inputs = n_numeric + n_columns * n_embd  # I
+    shapes = (n_values, n_embd), (inputs, hidden), (hidden, 1)
+    e, w1, w2 = (torch.randn(shape, generator=generator) for shape in shapes)
+    return {"e": e * 0.3, "b1": torch.zeros(hidden), "b2": torch.zeros(1),
+            "w1": w1 * (2 / inputs) ** 0.5,  # keeps the variance through a ReLU (chapter 01)
+            "w2": w2 * 0.01}  # the first probabilities are all close to a half
 
 
 def mlp_forward(w: dict[str, Tensor], x: Tensor, index: Tensor, p: float = 0.0,

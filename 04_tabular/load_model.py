@@ -50,9 +50,8 @@ def data_of(saved: dict, path: str | None) -> Data:
     """
     name, schema = path or saved["source"], saved["schema"]
     if name not in SETS and not Path(name).exists():
-        raise utils.InputError(f"--data {path}: no such file; give {saved['data']}, which the model was trained on." if
-                               path else f"{name}, which the model was trained on, is not there; say where it is with "
-                               "--data.")
+        raise utils.InputError(f"{name}: no such file; say with --data where {saved['data']} is, the table that the "
+                               "model was trained on.")
     table = read_table(name, None if name in SETS else schema["target"])
     kinds = {**dict.fromkeys(schema["numeric"], "numeric"), **dict.fromkeys(schema["categorical"], "category")}
     if not {*kinds, schema["target"]} <= {*table.columns}:
@@ -475,12 +474,10 @@ def main() -> None:
         print(f"{word:40}{each.mean():8.4f}{each.std() if args.repeats > 1 else 0.0:9.4f}")
     title = f"AUC lost when a column is shuffled ({data.label}, validation)"
     utils.write_atomically(args.out / "importance.png", draw_importance(lost, words, title).savefig)
-    wrote = ["curves.png", "importance.png"]
     if any(len(values) > 2 for values in schema["values"]):
         title = f"Embeddings in two dimensions; values close together are alike to the model ({data.label})"
         utils.write_atomically(args.out / "embeddings.png", draw_embeddings(model, data, title).savefig)
-        wrote.append("embeddings.png")
-    print(f"\nwrote {', '.join(wrote)} to {args.out}")
+    print(f"\nwrote the pictures to {args.out}")
     utils.stand_in_notice(data.name, data.stand_in)
 
 

@@ -13,16 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, call_main, chapter, refusal, run_script
+from conftest import REAL, ROOT, call_main, chapter, refusal
 
 import utils
 
 load, from_scratch, train, load_model = chapter("04_tabular", "load", "from_scratch", "train", "load_model")
 FOLDER = ROOT / "04_tabular"
-
-
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
 
 
 @pytest.fixture(scope="module")
@@ -805,7 +801,7 @@ def test_the_saved_model_gives_the_reported_figures_and_knows_its_columns(traine
 
 def test_load_model_shows_all_and_refuses_what_it_must(trained, tmp_path, capsys):
     model = ["--model", trained / "model.pt", "--out", tmp_path]
-    out = run("load_model.py", *model, "--repeats", 1)
+    out = call_main(load_model, *model, "--repeats", 1)
     assert "best F1 on val" in out and "came true" in out and out.count("STAND-IN") == 2
     for word in ("Female", "Amer-Indian-Eskimo", "education-num and education"):
         assert word in out
@@ -843,7 +839,7 @@ def test_a_model_of_a_csv_file_needs_that_file(tmp_path):
     assert "color=?" in find()  # found where it was
     moved = tmp_path / "moved.csv"
     os.rename(path, moved)
-    assert "say where it is with --data" in refusal(load_model, *options)
+    assert "say with --data where a.csv is" in refusal(load_model, *options)
     assert "color=?" in find("--data", moved)
     other = write(tmp_path / "b.csv", *shop(300, seed=1))
     message = refusal(load_model, *options, "--data", other)
@@ -852,9 +848,9 @@ def test_a_model_of_a_csv_file_needs_that_file(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- as users run them
 def test_load_and_from_scratch_run(tmp_path):
-    out = run("load.py", "--data", "census", "--out", tmp_path)
+    out = call_main(load, "--data", "census", "--out", tmp_path)
     assert "best possible" in out and out.count("STAND-IN") == 2 and (tmp_path / "columns.png").stat().st_size > 1000
-    out = run("from_scratch.py", "--data", "census", "--epochs", 2, "--out", tmp_path)
+    out = call_main(from_scratch, "--data", "census", "--epochs", 2, "--out", tmp_path)
     lines = {line[:40].strip(): line[40:].split() for line in out.splitlines()}
     majority, logistic, mlp = (lines[name] for name in ("always the more frequent class", "logistic regression",
                                                         "MLP with embeddings"))

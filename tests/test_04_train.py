@@ -19,10 +19,6 @@ FOLDER = ROOT / "04_tabular"
 SMALL = ["--data", "census", "--members", "2", "--hidden", "16", "--n-embd", "4", "--lr", "0.01", "--device", "cpu"]
 
 
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
-
-
 def small_net(**changes):
     """Two numeric columns, one of them looked up too, and two of categories; random weights everywhere."""
     torch.manual_seed(0)
@@ -250,7 +246,7 @@ def test_fit_yields_after_each_epoch_what_the_model_then_is():
 def trained(tmp_path_factory):
     """One small run, with dropout, for several tests to look at."""
     out = tmp_path_factory.mktemp("trained")
-    return out, run("train.py", *SMALL, "--epochs", 4, "--out", out)
+    return out, run_script(FOLDER / "train.py", *SMALL, "--epochs", 4, "--out", out)
 
 
 def test_train_learns_and_leaves_everything(trained):
@@ -400,14 +396,14 @@ def test_experiment_runs(tmp_path):
     rows = [[f"{x:.2f}", w, int(x + (w == "a") + rng.normal() > 0)] for x, w in zip(rng.normal(size=300), "abc" * 100)]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["x", "word", "y"], *rows])
-    out = run("experiment.py", "--data", path, "--target", "y", "--seeds", 2, "--epochs", 1, "--device", "cpu",
-              "--out", tmp_path)
+    options = ["--data", path, "--target", "y", "--out", tmp_path]
+    out = call_main(experiment, *options, "--seeds", 2, "--epochs", 1, "--device", "cpu")
     assert "16 of 16 members" in out and (tmp_path / "experiment.png").stat().st_size > 1000
     results = json.loads((tmp_path / "experiment.json").read_text())
     assert len(results["rows"]) == len(experiment.CHANGES)
     assert all(len(row["auc"]) == 2 and 0 <= min(row["auc"]) for row in results["rows"])
     assert results["auc_by_members"][1][-1] == pytest.approx(results["rows"][-1]["auc"][1], abs=1e-12)
-    assert "no row" in refusal(experiment, "--data", path, "--target", "y", "--only", "xyz", "--out", tmp_path)
+    assert "no row" in refusal(experiment, *options, "--only", "xyz")
 
 
 @pytest.mark.real("adult.data")
