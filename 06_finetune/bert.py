@@ -7,14 +7,11 @@ families of weight files call the same parts; what a head is, and what a vector 
     python 06_finetune/bert.py --query "I am ill"  your own query; --sentences FILE: your own sentences, one per line
     python 06_finetune/bert.py --model stand-in    a small one, pre-trained here on Python's manual
 
-You should see: bert-base-uncased 109,482,240, distilbert-base-uncased 66,362,880, minilm 22,713,216 parameters; that a
-sentence gets the same vectors alone and beside a longer one, to 1e-5; and, with MiniLM, that of sixteen sentences the
-one about a doctor is nearest to "I have the flu", with which it shares no word (cosine 0.350).
-Writes: under DATA_DIR, what was downloaded or pre-trained; with --steps, outputs/bert_pretraining.png. `save_model`
-writes folders that transformers opens.
+You should see (MiniLM): a sentence gets the same vectors alone and beside a longer one, to 1e-5; of sixteen sentences
+the one about a doctor is nearest to "I have the flu" (cosine 0.350), with which it shares no word.
+Writes: under DATA_DIR, what was downloaded or pre-trained; with --steps, outputs/bert_pretraining.png.
 Left out on purpose: the heads of pre-training; relatives with other activations or positions, which are refused.
 """
-
 import json
 import math
 import sys
@@ -27,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from bpe import read_text  # noqa: E402
-from weights import open_weights, save_safetensors  # noqa: E402
-from wordpiece import WordPiece, pad, train_wordpiece  # noqa: E402
+import utils
+from bpe import read_text
+from weights import open_weights, save_safetensors
+from wordpiece import WordPiece, pad, train_wordpiece
 
-# Shapes: B batch, T time (tokens, padding included), C channels (n_embd), H heads, D channels per head (C = H * D),
-#         K classes, N texts
+# Shapes: B batch, T time (tokens, padding included), C channels (n_embd), A attention heads, D channels per head
+#         (C = A * D), K classes, N texts
 
 ## Devlin et al. 2019, section 3; Sanh et al. 2019, section 2. `minilm` is all-MiniLM-L6-v2: every other layer of the 12
 ## of Wang et al. 2020, then trained on a billion pairs of sentences, so that those of like meaning get like vectors (by
@@ -103,14 +100,14 @@ class Layer(nn.Module):
         ## Under autocast each of the three products would convert x for itself, and keep a copy for the backward pass.
         device = x.device.type
         h = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        q, k, v = (self.part(role)(h).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D) each
+        q, k, v = (self.part(role)(h).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, A, T, D) each
                    for role in ("query", "key", "value"))
         ##     y = softmax(q k^T / sqrt(D) + padding) v        (Vaswani et al. 2017, equation 1)
         ## As in chapter 05, but for the mask: a decoder hides the future, an encoder shows all tokens to all tokens.
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, A, T, T)
         if padding is not None:
             scores = scores + padding.to(scores.dtype)
-        y = self.dropout(scores.softmax(-1)).to(v.dtype) @ v  # (B, H, T, D)
+        y = self.dropout(scores.softmax(-1)).to(v.dtype) @ v  # (B, A, T, D)
         y = self.part("out")(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         if self.names is NAMES["bert"]:  # and not in DistilBERT
             y = self.dropout(y)
@@ -132,7 +129,7 @@ class Bert(nn.Module):
         c = COMMON | {"n_inner": 4 * config["n_embd"], "n_types": 0 if distil else 2, "pooler": not distil} | config
         self.config, self.names = c, NAMES[c["model_type"]]
         if c["n_embd"] % c["n_head"]:
-            raise utils.InputError(f"n_embd {c['n_embd']} can't be shared evenly by {c['n_head']} heads; change one.")
+            raise utils.InputError(f"n_embd {c['n_embd']} must be divisible by n_head {c['n_head']}; change one.")
         C = c["n_embd"]
         tables = {"word_embeddings": c["vocab_size"], "position_embeddings": c["n_positions"],
                   "token_type_embeddings": c["n_types"]}
@@ -287,18 +284,13 @@ def read_config(path: Path) -> dict:
                                    f"{value!r}; take another model.")
     config = {"model_type": family} | COMMON
     for name, theirs in FIELDS[family].items():
-        if theirs in found or name not in config:
-            config[name] = value = found.get(theirs)
-            whole = name not in ("layer_norm_epsilon", "dropout")
-            if name == "n_types" and value is None:
-                config[name] = 2
-            elif name == "dropout" and (type(value) not in (int, float) or not 0 <= value < 1):
-                raise utils.InputError(f"{path}: {theirs} is {value!r:.60}, and must be at least 0 and less than 1; "
-                                       "take the model's own config.json.")
-            elif name != "dropout" and (type(value) not in ((int,) if whole else (int, float))
-                                        or not 0 < value < 2**24):
-                raise utils.InputError(f"{path}: {theirs} is {value!r:.60}, and must be a positive {'whole ' * whole}"
-                                       "number below 2^24; take the model's own config.json.")
+        config[name] = value = found.get(theirs, (COMMON | {"n_types": 2}).get(name))
+        kinds = (int, float) if name in ("layer_norm_epsilon", "dropout") else (int,)
+        if type(value) not in kinds or not (0 <= value < 1 if name == "dropout" else 0 < value < 2**24):
+            need = "at least 0 and less than 1" if name == "dropout" else (
+                f"a positive {'whole ' * (len(kinds) == 1)}number below 2^24")
+            raise utils.InputError(f"{path}: {theirs} is {value!r:.60}, and must be {need}; take the model's own "
+                                   "config.json.")
     labels = found.get("id2label")
     if isinstance(labels, dict) and labels:
         try:
@@ -435,30 +427,43 @@ def open_bert(folder: Path, name: str, kind: type = Bert, labels: list[str] | No
     return model, tokenizer, model.config
 
 
+def download_all(place: str, folder: Path, files: dict[str, str], offline: str) -> list[Path]:
+    """The paths of files (name -> sha256), downloaded from place to folder where they are missing.
+
+    Raises ConnectionError, which names `offline`, what to do without a network; utils.InputError if the first file is
+    there, as a set that is half there is damaged, and no reason for a stand-in.
+    """
+    try:
+        return [utils.download([place + file], folder / file, sha256) for file, sha256 in files.items()]
+    except ConnectionError as error:
+        kind = utils.InputError if (folder / next(iter(files))).exists() else ConnectionError
+        raise kind(f"{error} To work offline: {offline}.") from error
+
+
 def find_bert(name: str | None = None) -> tuple[Path, str]:
-    """(folder, name) of minilm, bert-base-uncased, distilbert-base-uncased, stand-in, or a folder; None is minilm, or
-    the stand-in where that can't be reached. Raises utils.InputError for what can't be had."""
-    if name and name not in (*FILES, "stand-in"):
+    """(folder, name) of a name in FILES, stand-in, or a folder; None is minilm, or the stand-in if it is out of reach.
+
+    Raises utils.InputError for files that are not what they should be, ConnectionError for a named model that can't be
+    downloaded.
+    """
+    if name not in (None, "stand-in", *FILES):
         if not Path(name).is_dir():
-            raise utils.InputError(f"--model {name} is no folder; give one with config.json, model.safetensors and "
+            raise utils.InputError(f"model {name} is no folder; give one with config.json, model.safetensors and "
                                    f"vocab.txt, or {', '.join(FILES)} or stand-in.")
         return Path(name), name
     if name != "stand-in":
         folder, (place, files) = utils.DATA_DIR / (name or "minilm"), FILES[name or "minilm"]
-        weights_here = (folder / "model.safetensors").exists()
         try:
-            for file, sha256 in files.items():
-                utils.download([HUB + place + file], folder / file, sha256)
+            download_all(HUB + place, folder, files, "--model stand-in")
             return folder, name or "minilm"
         except ConnectionError as error:
-            if name or weights_here:  # asked for by name, or half there: never replaced by something else
-                raise utils.InputError(f"{error} Use --model stand-in to work offline.") from error
+            if name:
+                raise
             print(error)
     folder = utils.DATA_DIR / "bert-stand-in"
     if not (folder / "config.json").exists():
         pretrain(folder)
-    utils.notice("STAND-IN: in place of MiniLM this run uses a small BERT, pre-trained on Python's manual.",
-                 "Its figures can't be compared with those of MiniLM or BERT.")
+    utils.stand_in_notice("a small BERT, pre-trained on Python's manual,", "MiniLM")
     return folder, "stand-in"
 
 
@@ -466,9 +471,9 @@ def find_bert(name: str | None = None) -> tuple[Path, str]:
 def hide(ids: Tensor, tokenizer: WordPiece, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(what the network sees, which tokens it has to guess) of ids (B, T): masked language modelling.
 
-    ## GPT-2 guesses the next token, and so may see only what comes before. BERT shall see both sides, and gets words to
-    ## guess by hiding them: 15 % of all. Of these 80 % become [MASK]; but no text in use has [MASK] in it, so 10 %
-    ## become a random token and 10 % stay, and every token may be one to doubt (Devlin et al. 2019, section 3.1).
+    ## GPT-2 guesses the next token, and so may see only what comes before. BERT sees both sides, and is given words
+    ## to guess by hiding them: 15 % of all. Of these 80 % become [MASK]. But no text in use has [MASK] in it, so 10 %
+    ## become a random token and 10 % stay, and any token may be a wrong one (Devlin et al. 2019, section 3.1).
     """
     draw = torch.rand(ids.shape, generator=generator)
     asked = (draw < 0.15) & (ids != tokenizer.cls) & (ids != tokenizer.sep)
@@ -479,10 +484,10 @@ def hide(ids: Tensor, tokenizer: WordPiece, generator: torch.Generator) -> tuple
 
 def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None) -> None:
     """Make a small BERT from nothing and write it to folder, in the files that BERT comes in."""
-    utils.check_writable(folder)  # now, and not after the training
     text = read_text("pydocs")
     n, T, B = int(0.9 * len(text)), 128, 16
     tokenizer = WordPiece(train_wordpiece(text[:n], STAND_IN_VOCAB))
+    tokenizer.save(folder)  # fails now, and not after the training, where nothing can be written
     train, val = (torch.tensor(tokenizer.encode_text(part, special=False)[0]) for part in (text[:n], text[n:]))
     dtype, generator = utils.pick_dtype(torch.device("cpu")), torch.Generator().manual_seed(0)
 
@@ -505,7 +510,7 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
               f"Python's manual ({dtype})")
         optimizer = torch.optim.AdamW([*model.parameters(), bias], lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
                                       fused=True)
-        history, losses, bar, begun = [], [], utils.Progress(steps, "tokens"), time.perf_counter()
+        history, losses, begun = [], [], time.perf_counter()
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 60, (steps - step) / steps)
             loss = guess(windows(train, torch.randint(len(train) - T, (B,), generator=generator)), generator)
@@ -514,19 +519,16 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            bar.update(step + 1, f"loss {losses[-1]:.3f}", B * T)
+            utils.progress(step + 1, steps, begun, f"loss {losses[-1]:.3f}", "tokens", B * T)
             if (step + 1) % 100 == 0 or step + 1 == steps:
                 with torch.no_grad():
                     val_loss = guess(windows(val, torch.arange(0, len(val) - T, T - 2)),
                                      torch.Generator().manual_seed(1)).item()
                 history.append({"step": step + 1, "train_loss": sum(losses) / len(losses), "val_loss": val_loss})
                 losses = []
-    bar.clear()
+    save_model(model, folder)  # config.json comes last: a folder that has it is complete
     print(f"{time.perf_counter() - begun:.0f} s; validation loss {history[-1]['val_loss']:.3f} nats per hidden token "
-          f"(uniform {math.log(len(tokenizer.names)):.3f})")
-    tokenizer.save(folder)
-    save_model(model, folder)  # config.json comes last
-    print(f"wrote model.safetensors, config.json and vocab.txt to {folder}")
+          f"(uniform {math.log(len(tokenizer.names)):.3f})\nwrote weights, config.json and vocab.txt to {folder}")
     if plot:
         utils.plot_history(plot, history, ["train_loss", "val_loss"], "Pre-training the stand-in (pydocs, stand-in)",
                            y="nats per hidden token")
@@ -571,26 +573,24 @@ QUERY = "I have the flu"
 
 
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__)
     add = parser.add_argument
     add("--model", help=f"{', '.join(FILES)}, stand-in, or a folder; without it minilm, or the stand-in if that is out "
         "of reach")
     add("--query", default=QUERY, help="the sentence to look for")
-    add("--sentences", type=Path, help="a text file, one sentence per line; without it sixteen of our own")
-    add("--top-k", type=int, default=3, help="how many of the nearest to show")
-    add("--steps", type=int, help=f"pre-train the stand-in anew, with so many steps (as it comes: {STAND_IN_STEPS})")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the pre-training's plot")
-    args = parser.parse_args()
-    if args.steps is not None:
-        if args.model != "stand-in" or args.steps < 1:
-            raise utils.InputError("--steps must be at least 1, and goes with --model stand-in, which it makes anew.")
-        utils.check_writable(args.out)
+    add("--sentences", help="a text file, one sentence per line; without it sixteen of our own")
+    add("--top-k", type=utils.count, default=3, help="how many of the nearest to show")
+    add("--steps", type=utils.count, help="with --model stand-in: pre-train it anew, with so many steps instead of "
+        f"{STAND_IN_STEPS}")
+    args = utils.parse_args(parser)
+    if args.steps:
+        if args.model != "stand-in":
+            raise utils.InputError("--steps goes with --model stand-in, which it makes anew.")
         pretrain(utils.DATA_DIR / "bert-stand-in", args.steps, args.out / "bert_pretraining.png")
-    texts = [line for line in (read_text(str(args.sentences)) if args.sentences else SENTENCES).splitlines()
-             if line.strip()]
-    if not args.query.strip() or not texts or args.top_k < 1:
-        raise utils.InputError("--query and --sentences must hold some words, and --top-k be at least 1.")
+    texts = (read_text(args.sentences) if args.sentences else SENTENCES).splitlines()
+    texts = [line for line in texts if line.strip()]
+    if not args.query.strip() or not texts:
+        raise utils.InputError("--query and --sentences must hold some words.")
 
     print(f"{'':24} layers  heads  channels     parameters   float32")
     for name, size in SIZES.items():
@@ -606,16 +606,21 @@ def main() -> None:
     for row in ids.tolist():
         print("  " + " ".join(tokenizer.names[i] for i in row))
     first = f"{NAMES[config['model_type']]['layers']}.0"
-    show = lambda name: lambda _, x, y: print(f"  {name:44}{tuple(x[0].shape)!s:14} -> {tuple(y.shape)}")  # noqa: E731
-    hooks = [layer.register_forward_hook(show(name)) for name, layer in model.named_modules()
-             if name.startswith(("embeddings.", first)) and not isinstance(layer, nn.Dropout)
-             and (name == first or not list(layer.children()))]
+
+    def show(name: str, x: Tensor, y: Tensor) -> None:
+        print(f"  {name:44}{tuple(x.shape)!s:14} -> {tuple(y.shape)}")
+
+    hooks = []
+    for name, layer in model.named_modules():
+        if name == first or name.startswith(("embeddings.", first)) and isinstance(
+                layer, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+            hooks.append(layer.register_forward_hook(lambda _, x, y, name=name: show(name, x[0], y)))
     with torch.inference_mode():
         hidden = model(ids, mask)
         for hook in hooks:
             hook.remove()
         alone = model(ids[:1, : len(rows[0])])
-        print(f"  {'mean over tokens':44}{tuple(hidden.shape)!s:14} -> {tuple(mean_pool(hidden, mask).shape)}")
+        show("mean over tokens", hidden, mean_pool(hidden, mask))
     print(f"beside a longer sentence and alone: the first one's vectors differ by "
           f"{(hidden[0, : len(rows[0])] - alone[0]).abs().max():.1e}\n")
 
@@ -625,8 +630,7 @@ def main() -> None:
     print(f"nearest to {args.query!r}:")
     for score, i in zip(*(part.tolist() for part in scores.topk(min(args.top_k, len(texts))))):
         print(f"  {score:6.3f}  {texts[i]}")
-    if "stand_in" in config:
-        utils.notice("STAND-IN: these vectors are of a small model pre-trained on Python's manual, not MiniLM's.")
+    utils.stand_in_notice(config["name"], "MiniLM" if "stand_in" in config else "")
 
 
 if __name__ == "__main__":

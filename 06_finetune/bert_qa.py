@@ -6,23 +6,12 @@ a text longer than the model is read in overlapping windows; and how an answer i
     python 06_finetune/bert_qa.py                                  MiniLM and SQuAD v1.1 (downloaded once, 35 MB)
     python 06_finetune/bert_qa.py --data templates                 the stand-in: passages and questions made on the spot
     python 06_finetune/bert_qa.py --data train.json --dev dev.json any files in SQuAD v1.1's format
-    python 06_finetune/bert_qa.py --method lora                    adapters instead of every weight; or head
     python 06_finetune/bert_qa.py --question "Who?" --context "..." the answer, by what was trained
-    python 06_finetune/bert_qa.py --resume                         after Ctrl-C
 
-You should see (--data templates with MiniLM's weights; torch 2.15, bfloat16), exact match and F1 on the test questions,
-in %, and seconds of training:
-    word overlap                               3.7           13.0
-    full, 22,566,146 trained weights          96.0 ± 1.9     96.0 ± 1.9    198    seeds 0 to 2, two cores of a Xeon
-    lora, 74,498 trained weights              91.3           92.4          332    seed 0, one core of an AMD EPYC
-    head, 770 trained weights                 14.0           17.8          203    the same
-Not measured: SQuAD itself, which can't be had here. By the templates' speed, expect a quarter of an hour on two cores.
-Writes to outputs/qa/: adapter/ (--method lora: the adapter with its head, in PEFT's format) or model/ (a folder that
-transformers opens), predictions.json, checkpoint.pt (for --resume and for answering), metrics.json, history.png.
-Left out on purpose: questions that have no answer (SQuAD 2.0); several processes.
+You should see (templates, three seeds, two cores, about 200 s): exact match 96 ± 2 %; word overlap alone 4 %.
+Writes to outputs/qa/: adapter/ (--method lora, PEFT's format) or model/ (a folder that transformers opens),
+predictions.json, checkpoint.pt, metrics.json, history.png. Left out: questions without an answer (SQuAD 2.0).
 """
-
-import argparse
 import functools
 import json
 import math
@@ -30,26 +19,22 @@ import random
 import re
 import string
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from bert import FILES, Spans, find_bert, open_bert  # noqa: E402
-from bert_classify import batches, load_result, parameter_groups, prepare, save_result, schedule  # noqa: E402
-from lora import check_options, load_trainable, trainable_state  # noqa: E402
-from train import peak_memory  # noqa: E402
-from wordpiece import Encoding, WordPiece, pad  # noqa: E402
+import utils
+from bert import Spans, download_all
+from bert_train import batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train
+from wordpiece import Encoding, WordPiece, pad
 
-# Shapes: B batch (windows), T time (tokens in a window, padding included), L tokens in the longest answer
+# Shapes: B batch (windows), T time (tokens in a window, padding included)
 
 SCRIPT = "06_finetune/bert_qa.py"
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
@@ -74,33 +59,34 @@ class Data(NamedTuple):
     val: list[Question]
     test: list[Question]
     name: str
-    stand_in: bool
+    stand_in: str = ""  # the real set whose place it takes; empty for a real one
+
+    @property
+    def label(self) -> str:
+        """What plots and tables call this set."""
+        return self.name + ", stand-in" * bool(self.stand_in)
 
 
-def load_data(name: str | None = None, dev: str | None = None) -> Data:
-    """squad, templates, or a file in SQuAD v1.1's format; None is SQuAD, or templates where that can't be reached.
+def load_data(data: str | None = None, dev: str | None = None) -> Data:
+    """A name of SETS, or a file in SQuAD v1.1's format; None is SQuAD, or templates where that can't be reached.
 
-    dev: the file whose questions are the test set; without it a tenth of the articles is. Raises utils.InputError.
+    dev: the file whose questions are the test set; without it a tenth of the articles is. Raises utils.InputError for
+    files that can't be read, ConnectionError where a set that was named is out of reach.
+    """
+    if data not in (None, *SETS):
+        return split(read_squad(Path(data)), read_squad(Path(dev)) if dev else None, Path(data).stem)
+    return load_set(SETS, data)
+
+
+def download_squad() -> Data:
+    """SQuAD v1.1 (Rajpurkar et al. 2016), downloaded if it is not there.
 
     ## SQuAD's real test set is kept secret, and its dev set is what everybody reports. So that stays untouched to the
     ## end, and validation takes a twentieth of the training articles: whole ones, since questions about one paragraph
     ## have most of their words in common.
     """
-    if name in (None, "squad"):
-        folder = utils.DATA_DIR / "squad"
-        half = any((folder / file).exists() for file in SQUAD_SHA256)
-        try:
-            paths = [utils.download([SQUAD + file], folder / file, sha256) for file, sha256 in SQUAD_SHA256.items()]
-            return split(read_squad(paths[0]), read_squad(paths[1]), "squad")
-        except ConnectionError as error:
-            if name or half:
-                raise utils.InputError(f"{error} Use --data templates to work offline.") from error
-            print(error)
-    if name in (None, "templates"):
-        utils.notice("STAND-IN: in place of SQuAD this run uses passages made from templates.",
-                     "Its figures are not SQuAD's and can't be compared with them.")
-        return template_passages()
-    return split(read_squad(Path(name)), read_squad(Path(dev)) if dev else None, Path(name).stem)
+    paths = download_all(SQUAD, utils.DATA_DIR / "squad", SQUAD_SHA256, "--data templates")
+    return split(*map(read_squad, paths), "squad")
 
 
 def read_squad(path: Path) -> list[Question]:
@@ -140,7 +126,7 @@ def split(found: list[Question], test: list[Question] | None, name: str) -> Data
                                "larger file.")
     val, spare = set(articles[: shares[0]]), set(articles[shares[0] : sum(shares)])
     return Data([q for q in found if q.article not in val | spare], [q for q in found if q.article in val],
-                test or [q for q in found if q.article in spare], name, False)
+                test or [q for q in found if q.article in spare], name)
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -197,12 +183,15 @@ def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0
     ## part has its own: nothing that was learned by heart helps.
     """
     draw, seen, parts = random.Random(seed), set(), []
-    choose = lambda text: draw.choice(text.split("|"))  # noqa: E731
-    capital = lambda text: text[0].upper() + text[1:] + " "  # noqa: E731
-    years = list(map(str, range(1500, 2000)))
-    lists = {kind: words.split(",") for kind, words in WORDS.items()} | {"year": years}
+    lists = {kind: words.split(",") for kind, words in WORDS.items()} | {"year": list(map(str, range(1500, 2000)))}
     for words in lists.values():
         draw.shuffle(words)
+
+    def choose(text: str) -> str:
+        return draw.choice(text.split("|"))
+
+    def capital(text: str) -> str:
+        return text[0].upper() + text[1:] + " "
 
     def invent() -> str:
         while (name := "".join(draw.choices(SYLLABLES, k=draw.choice((2, 2, 3)))).capitalize()) in seen:
@@ -248,7 +237,10 @@ def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0
                 question = draw.choice(ways[:-1] if part == 0 else ways).format(name=name)
                 found.append(Question(f"{part}-{passage}-{i}", passage, context.strip(), question, [answer], start))
         parts.append(found)
-    return Data(*parts, "templates", True)
+    return Data(*parts, "templates", "SQuAD")
+
+
+SETS = {"squad": download_squad, "templates": template_passages}  # the last stands in for the first
 
 
 # ---------------------------------------------------------------------------------------------- SQuAD's rules
@@ -271,7 +263,7 @@ def f1_score(answer: str, truth: str) -> float:
     return 2 * common / (len(words[0]) + len(words[1])) if common else 0.0  # also where both are empty
 
 
-def scores(answers: dict[str, str], questions: list[Question]) -> dict[str, float]:
+def evaluate(answers: dict[str, str], questions: list[Question]) -> dict[str, float]:
     """Exact match (EM) and F1 in percent, the best over each question's truths; no answer counts 0."""
     em, f1 = 0, 0.0
     for q in questions:
@@ -289,8 +281,8 @@ def overlap_answer(question: str, context: str) -> str:
     ## sliding window of Rajpurkar et al. 2016, section 5.1.
     """
     asked = set(normalise(question).split())
-    common = lambda sentence: len(asked & set(normalise(sentence).split()))  # noqa: E731
-    best = max(re.split(r"(?<=[.!?]) +", context), key=common)  # the first of equals
+    best = max(re.split(r"(?<=[.!?]) +", context),  # the first of equals
+               key=lambda sentence: len(asked & set(normalise(sentence).split())))
     runs, run = [], []
     for word in [*best.rstrip(".!?").split(), ""]:
         if word and normalise(word) not in asked and normalise(word):
@@ -298,8 +290,8 @@ def overlap_answer(question: str, context: str) -> str:
         elif run:
             runs.append(run)
             run = []
-    telling = lambda run: (sum(word[0].isupper() or word[0].isdigit() for word in run[:3]), -len(run))  # noqa: E731
-    return " ".join(max(runs, key=telling, default=[best])).strip(",;:")
+    return " ".join(max(runs, default=[best], key=lambda run: (
+        sum(word[0].isupper() or word[0].isdigit() for word in run[:3]), -len(run)))).strip(",;:")
 
 
 # ---------------------------------------------------------------------------------------------- windows and spans
@@ -404,79 +396,29 @@ def answer(model: Spans, questions: list[Question], windows: list[Window], pad_i
     return {q.id: q.context[best[n][1] : best[n][2]] for n, q in enumerate(questions)}
 
 
-# ---------------------------------------------------------------------------------------------- options
-# Method -> (epochs, AdamW's peak learning rate, the head's)
-RECIPES = {"full": (4, 2e-4, 1e-3), "lora": (6, 2e-3, 2e-3), "head": (6, 1e-2, 1e-2)}
+def backward(model: torch.nn.Module, ids: Tensor, mask: Tensor, types: Tensor, allowed: Tensor, targets: Tensor,
+             dtype: torch.dtype) -> Tensor:
+    """The loss () of windows (B, T) and targets (B, 2); adds its gradients to those of the parameters."""
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        start, end = model(ids, mask, types)  # (B, T) each
+    loss = loss_of(start, end, allowed, targets)
+    loss.backward()
+    return loss.detach()
+
+
+# ---------------------------------------------------------------------------------------------- main
+# Of options that are not given, by method
+RECIPES = {"full": {"epochs": 4, "lr": 2e-4, "head_lr": 1e-3},
+           "lora": {"epochs": 6, "lr": 2e-3, "head_lr": 2e-3, "lora_rank": 8, "lora_alpha": 16.0},
+           "head": {"epochs": 6, "lr": 1e-2, "head_lr": 1e-2}}
 QUERY_AND_VALUE = {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}
 SQUAD_LIMIT = 2000  # questions of SQuAD's 87,599 that are learned from without --limit
-place = utils.name_or_path(*FILES, "stand-in", "squad", "templates")  # what --model and --data take
 
 
-def parse_options() -> tuple[argparse.Namespace, dict]:
-    """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = utils.parser(__doc__)
-    add = parser.add_argument
-    by_method = lambda i: ", ".join(f"{method} {values[i]:g}" for method, values in RECIPES.items())  # noqa: E731
-    add("--question", help="ask this of --context, with what was trained; without it, train")
-    add("--context", help="the text in which the answer stands")
-    add("--method", choices=RECIPES, default="full",
-        help="full: every weight; lora: adapters and the head; head: the head alone")
-    add("--model", type=place, help=f"{', '.join(FILES)}, stand-in, or a folder with config.json, model.safetensors "
-        "and vocab.txt; without it minilm, or the stand-in if that is out of reach")
-    add("--data", type=place, help="squad, templates, or a training file in SQuAD v1.1's format; without it the first, "
-        "or the second if that is out of reach")
-    add("--dev", type=place, help="the test file beside --data PATH; without it a tenth of the articles is held out")
-    add("--limit", type=int, help=f"learn from so many questions, drawn at random; without it {SQUAD_LIMIT:,} of SQuAD "
-        "and all of other data")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
-    add("--seed", type=int, default=0, help="decides --limit's questions, the new head, adapters, batches and dropout")
-    add("--epochs", type=int, help=f"passes over the training questions; without it {by_method(0)}")
-    add("--batch-size", type=int, default=16, help="windows per step; larger is steadier, and learns less per window")
-    add("--max-length", type=int, default=256, help="tokens in a window: question, context and special ones")
-    add("--stride", type=int, default=64, help="tokens that a window has in common with the next; should be longer "
-        "than answers are")
-    add("--max-answer", type=int, default=30, help="tokens in an answer at most")
-    add("--lora-rank", type=int, default=8, help="r: rank of each change; parameters grow with it")
-    add("--lora-alpha", type=float, default=16.0, help="the change counts alpha / r times")
-    add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names; without it query and "
-        "value, or q_lin and v_lin in DistilBERT")
-    add("--dropout", type=float, default=0.1, help="share of activations zeroed while training")
-    add("--lr", type=float, help=f"AdamW's peak learning rate; without it {by_method(1)}")
-    add("--head-lr", type=float, help=f"the head's; without it {by_method(2)}")
-    add("--weight-decay", type=float, default=0.01, help="each step takes lr times this of every trained matrix, but "
-        "no table's")
-    add("--warmup", type=float, default=0.1, help="share of the steps over which the learning rate rises from zero")
-    add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
-    add("--patience", type=int, default=2, help="stop after so many epochs without a new best (early stopping)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
-    add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs" / "qa", help="folder for everything written")
-    args, given = utils.parse(parser)
-    check_options(args, given)
-    utils.check(args, above_zero="epochs limit batch_size lr head_lr max_answer grad_clip patience",
-                not_negative="weight_decay", shares="dropout warmup")
-    if args.dev and args.data in (None, "squad", "templates"):
-        raise utils.InputError("--dev goes with --data PATH; squad and templates have a test set of their own.")
-    if (args.question is None) != (args.context is None) or args.question == "" or args.context == "":
-        raise utils.InputError("--question and --context go together, and neither may be empty; without both, train.")
-    return args, given
-
-
-def ask(args: argparse.Namespace, given: dict) -> None:
+def ask(args, parser) -> None:
     """Print the best answers to --question from --context, by the model in --out."""
-    saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT)
+    model, tokenizer, saved = load_trained(args, parser, SCRIPT, Spans)
     options = saved["options"]
-    ignored = sorted(given.keys() - {"question", "context", "out", "device"})
-    if ignored:
-        raise utils.InputError(f"--{ignored[0].replace('_', '-')} is for training; leave it out, or name with "
-                               "--out the run that shall answer.")
-    if saved["best"]["step"] == 0:
-        raise utils.InputError(f"{args.out} holds a run that was stopped in its first epoch; go on with: "
-                               + utils.go_on(SCRIPT, args.out))
-    folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
-    model, tokenizer = load_result(folder, options, args.out, Spans)
-    model.to(utils.pick_device(args.device))
     asked = Question("", 0, args.context, args.question, ["?"], 0)
     windows = make_windows([asked], tokenizer, min(options["max_length"], model.config["n_positions"]),
                            options["stride"])
@@ -487,186 +429,91 @@ def ask(args: argparse.Namespace, given: dict) -> None:
     if not best:
         raise utils.InputError(f"--context {args.context!r:.60} has no words; give the text with the answer.")
     total = torch.tensor(list(best.values())).logsumexp(0)
-    print(f"{options['method']}, {options['model']}, learned from {options['data']}; {len(windows)} windows; the "
-          f"likeliest of all spans up to {options['max_answer']} tokens:")
+    print(f"{len(windows)} windows; the likeliest of all spans up to {options['max_answer']} tokens:")
     for begin, end in sorted(best, key=best.get, reverse=True)[:3]:
         print(f"{math.exp(best[begin, end] - total):7.1%}  {args.context[begin:end]}   (characters {begin} to {end})")
-    if saved["stand_in"]:
-        utils.notice("STAND-IN: model or passages were stand-ins; for real questions, train on SQuAD.")
+    utils.stand_in_notice("what the model learned from", saved["stand_in"])
 
 
 def main() -> None:
-    utils.keep_memory()
-    args, given = parse_options()
+    parser = new_parser(__doc__, __file__, RECIPES, "questions", method="full", batch_size=16,
+                        out=Path(__file__).resolve().parent / "outputs" / "qa")
+    add = parser.add_argument
+    add("--question", help="ask this of --context, with what was trained; without it, train")
+    add("--context", help="the text in which the answer stands")
+    add("--data", type=place, help=f"squad, of which {SQUAD_LIMIT:,} questions are learned from without --limit, "
+        "templates, or a training file in SQuAD v1.1's format; without it squad, or templates if that is out of reach")
+    add("--dev", type=place, help="the test file beside --data PATH; without it a tenth of the articles is held out")
+    add("--max-length", type=utils.count, default=256, help="tokens in a window: question, context and special ones")
+    add("--stride", type=utils.count, default=64, help="tokens that a window has in common with the next; should be "
+        "longer than answers are")
+    add("--max-answer", type=utils.count, default=30, help="tokens in an answer at most")
+    args = utils.parse_args(parser)
+    if (args.question is None) != (args.context is None) or args.question == "" or args.context == "":
+        raise utils.InputError("--question and --context go together, and neither may be empty; without both, train.")
     if args.question:
-        return ask(args, given)
-    checkpoint_path = args.out / "checkpoint.pt"
-    saved = utils.resume(args, given, SCRIPT)
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
-    if args.dtype == "auto":
-        args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
-    dtype = getattr(torch, args.dtype)
+        return ask(args, parser)
+    if args.dev and args.data in (None, *SETS):
+        raise utils.InputError("--dev goes with --data PATH; squad and templates have a test set of their own.")
+    fill(args, RECIPES[args.method])
 
-    # model and questions
+    # questions and model
     data = load_data(args.data, args.dev)
-    utils.set_seed(args.seed)
-    folder, args.model = find_bert(args.model)
-    model, tokenizer, config = open_bert(folder, args.model, Spans, dropout=args.dropout)
-    ## What was left open is settled by now, and saved with the rest for --resume.
-    args.data = args.data or data.name
-    for name, value in zip(("epochs", "lr", "head_lr"), RECIPES[args.method]):
-        setattr(args, name, getattr(args, name) or value)
-    args.limit = args.limit or (SQUAD_LIMIT if args.data == "squad" else len(data.train))
-    questions = random.Random(args.seed).sample(data.train, min(args.limit, len(data.train)))
-    stand_in = data.stand_in or "stand_in" in config
-    label = f"{args.model}, on {data.name}{', stand-in' * stand_in}"
-    longest = min(args.max_length, config["n_positions"])
-    train, val, test = (make_windows(some, tokenizer, longest, args.stride) for some in (questions, *data[1:3]))
-    if saved and (saved["base"], saved["data"]) != (args.model, [data.name, len(train)]):
-        raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
-
-    # model and optimizer
-    total = utils.count_parameters(model)
     ## The three methods are bert_classify.py's. `head` is two scores from each token's vector as it was before, which
     ## has little to say of questions.
-    prepare(model, args, QUERY_AND_VALUE, dtype)
-    model.to(device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type in ("cpu", "cuda"))
-    first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_f1": -1.0}
-    if saved:
-        load_trainable(model, saved["trained"], checkpoint_path)
-        optimizer.load_state_dict(saved["optimizer"])
-        first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
-        losses = [loss.to(device) for loss in saved["losses"]]
-        torch.set_rng_state(saved["random_state"])
-        if best["step"] == first_step > 0:
-            save_result(model, tokenizer, args, "QUESTION_ANS")  # a kill may have come between checkpoint and result
+    model, tokenizer, folder, data = prepare(args, data, Spans, QUERY_AND_VALUE)
+    limit = args.limit or (SQUAD_LIMIT if args.data == "squad" else len(data.train))
+    questions = random.Random(args.seed).sample(data.train, min(limit, len(data.train)))
+    longest = min(args.max_length, model.config["n_positions"])
+    windows, val, test = (make_windows(some, tokenizer, longest, args.stride) for some in (questions, *data[1:3]))
     step_model = torch.compile(model) if args.compile else model
 
+    def collect(rows: list[int]) -> tuple[Tensor, ...]:
+        some = [windows[i] for i in rows]
+        return tuple(part.to(args.device) for part in (*collate(some, tokenizer.pad),  # (B, T) each
+                                                       torch.tensor([w.target for w in some])))  # (B, 2)
+
+    def validate() -> dict[str, float]:
+        found = evaluate(answer(model, data.val, val, tokenizer.pad, args.dtype, args.max_answer), data.val)
+        return {"val_em": found["em"], "val_f1": found["f1"]}
+
     # sanity numbers before training
-    n_trained = utils.count_parameters(model)
-    whole = sum(p.numel() for p in model.parameters())
-    per_epoch = math.ceil(len(train) / args.batch_size)
-    steps = args.epochs * per_epoch
-    warmup = int(args.warmup * steps)
-    print(f"{label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in {len(train):,} / "
-          f"{len(val):,} / {len(test):,} windows; {len({w.question for w in train if w.target != (0, 0)}):,} "
-          f"training questions have their whole answer in some window\n"
-          f"{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); {args.dtype} on "
-          f"{device.type}; {steps:,} steps")
-    order = batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed)
-    some = [train[i] for i in next(batches([len(w.encoding.ids) for w in train], args.batch_size, args.seed))]
-    ids, mask, types, allowed = collate(some, tokenizer.pad)
-    first, names = some[0], [tokenizer.names[i] for i in some[0].encoding.ids]
-    print(f"a batch, {tuple(ids.shape)}, {1 - mask.float().mean():.1%} padding; its first window:\n"
-          f"{' '.join(names[:40])} ...  -> {' '.join(names[first.target[0] : first.target[1] + 1])}")
-    if saved:
-        print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
-    else:
-        model.eval()
-        with torch.inference_mode():
-            start, end = (part.cpu() for part in model(ids.to(device), mask.to(device), types.to(device)))  # (B, T)
-        before = loss_of(start, end, allowed, torch.tensor([w.target for w in some]))
-        model.train()
-        print(f"before training: loss {before:.4f} on this batch; guessing uniformly, mean ln of the tokens to choose "
-              f"from: {(allowed.sum(1) + 1).log().mean():.4f}")
+    lengths = [len(w.encoding.ids) for w in windows]
+    rows = batches(lengths, args.batch_size, torch.Generator().manual_seed(args.seed))[0]
+    ids, mask, types, allowed, targets = collect(rows)
+    first, names = windows[rows[0]], [tokenizer.names[i] for i in windows[rows[0]].encoding.ids]
+    print(f"{args.model}, on {data.label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in "
+          f"{len(windows):,} / {len(val):,} / {len(test):,} windows; "
+          f"{len({w.question for w in windows if w.target != (0, 0)}):,} training questions have their whole answer in "
+          f"some window\na batch, {tuple(ids.shape)}, {1 - mask.float().mean():.1%} padding; its first "
+          f"window:\n{' '.join(names[:40])} ...  -> {' '.join(names[first.target[0] : first.target[1] + 1])}")
+    with torch.inference_mode():
+        before = loss_of(*model.eval()(ids, mask, types), allowed, targets)
+    print(f"before training: loss {before:.4f} on this batch; guessing uniformly, mean ln of the tokens to choose "
+          f"from: {(allowed.sum(1) + 1).log().mean():.4f}")
 
-    def save() -> None:
-        """Write all that decides how the run goes on; and, where the newest weights are the best so far, the result."""
-        utils.save_checkpoint(checkpoint_path, {
-            "script": SCRIPT, "base": args.model, "data": [data.name, len(train)], "stand_in": stand_in,
-            "torch": str(torch.__version__), "options": utils.plain(args), "step": done, "seconds": seconds,
-            "history": history, "best": best, "losses": losses, "trained": trainable_state(model),
-            "optimizer": optimizer.state_dict(),
-            "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
-        if best["step"] == done:
-            save_result(model, tokenizer, args, "QUESTION_ANS")
-
-    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
-    interrupted, restore_signals = utils.catch_signals()
-
-    # ------------------------------------------------------------------------------------------ the loop
-    advice = "no file was touched since the last epoch's end; start again with a smaller --lr."
-    bar, begun = utils.Progress(steps, "windows", first_step), time.perf_counter()
-    for step, rows in zip(range(steps), order):
-        if step < first_step:
-            continue  # resumed: these were seen before
-        if step - best["step"] >= args.patience * per_epoch:
-            break  # early stopping
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, steps, warmup)
-        some = [train[i] for i in rows]
-        ids, mask, types, allowed = (part.to(device) for part in collate(some, tokenizer.pad))  # (B, T) each
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            start, end = step_model(ids, mask, types)  # (B, T) each
-        loss = loss_of(start, end, allowed, torch.tensor([w.target for w in some], device=device))
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
-        losses.append(loss.detach())
-
-        done = step + 1
-        due = done % per_epoch == 0
-        if due and not all(p.isfinite().all() for p in trained):
-            raise utils.InputError(f"the weights became nan by step {done}; {advice}")
-        if device.type == "cuda" and not due and done % 10:
-            continue  # looking at the loss makes a GPU wait
-        if not math.isfinite(loss.item()):
-            raise utils.InputError(f"the loss became {loss.item()} by step {done}; {advice}")
-        bar.update(done, f"loss {loss.item():.3f}", args.batch_size)
-        if due or interrupted:
-            seconds += time.perf_counter() - begun
-            if due:
-                found = scores(answer(model, data.val, val, tokenizer.pad, dtype, args.max_answer), data.val)
-                row = {"step": done, "seconds": seconds, "epoch": done // per_epoch,
-                       "train_loss": torch.stack(losses).mean().item(), "val_em": found["em"], "val_f1": found["f1"]}
-                history.append(row)
-                losses = []
-                best = row if row["val_f1"] > best["val_f1"] else best
-            save()
-            if interrupted:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
-            bar.clear()
-            print(f"epoch {row['epoch']:2}  {seconds:4.0f} s  train {row['train_loss']:.4f}  validation EM "
-                  f"{row['val_em']:.2f}  F1 {row['val_f1']:.2f}", flush=True)
-            begun = time.perf_counter()
+    history, metrics = train(args, SCRIPT, "QUESTION_ANS", "val_f1", model, tokenizer, lengths,
+                             lambda rows: backward(step_model, *collect(rows), args.dtype), validate,
+                             "validation EM {val_em:.2f}  F1 {val_f1:.2f}", stand_in=data.stand_in)
 
     # report
-    restore_signals()
-    memory = peak_memory(device)
-    after, _ = load_result(folder, vars(args), args.out, Spans)  # as anybody would load it
-    after.to(device)
+    after = load_result(folder, vars(args), args.out, Spans)[0].to(args.device)  # as anybody would load it
     answers = {"word overlap": [{q.id: overlap_answer(q.question, q.context) for q in some} for some in data[1:3]],
-               args.method: [answer(after, some, windows, tokenizer.pad, dtype, args.max_answer)
+               args.method: [answer(after, some, windows, tokenizer.pad, args.dtype, args.max_answer)
                              for some, windows in ((data.val, val), (data.test, test))]}
-    table = {name: [scores(found, some) for found, some in zip(both, data[1:3])] for name, both in answers.items()}
-    ## In the form that SQuAD's own script takes: python evaluate-v1.1.py dev-v1.1.json predictions.json
-    utils.write_atomically(args.out / "predictions.json", json.dumps(answers[args.method][1]).encode())
-    metrics = {"best_epoch": best["epoch"], "val_em": best["val_em"], "val_f1": best["val_f1"],
-               "trained_parameters": n_trained, "peak_memory_bytes": memory,
-               "test": {name: both[1] for name, both in table.items()}}
-    print(f"\n{'':18}validation EM       F1     test EM       F1   ({label})")
+    table = {name: [evaluate(found, some) for found, some in zip(both, data[1:3])] for name, both in answers.items()}
+    print(f"\n{'':18}validation EM       F1     test EM       F1   ({args.model}, on {data.label})")
     for name, (on_val, on_test) in table.items():
         print(f"{name:18}{on_val['em']:13.2f}{on_val['f1']:9.2f}{on_test['em']:12.2f}{on_test['f1']:9.2f}")
     print("\nwrong answers on the test set:")
-    wrong = [q for q in data.test if not scores(answers[args.method][1], [q])["em"]]
+    said = answers[args.method][1]
+    wrong = [q for q in data.test if not evaluate(said, [q])["em"]]
     for q in random.Random(0).sample(wrong, min(5, len(wrong))):
-        print(f"  {q.question} {answers[args.method][1][q.id]!r:.60}, but {q.answers[0]!r:.60}")
-    held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
-    print(f"\n{seconds:.0f} s of training, {held}")
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, model=args.model, stand_in=stand_in,
-                       device=device.type, seed=args.seed, seconds=seconds, parameters=total, metrics=metrics,
-                       history=history)
-    utils.plot_history(args.out / "history.png", history, ["val_em", "val_f1"], f"{args.method}: {label}", x="epoch",
-                       y="percent")
-    print(f"wrote {'adapter' if args.method == 'lora' else 'model'}/, checkpoint.pt, predictions.json, metrics.json, "
-          f"history.png to {args.out}")
-    if stand_in:
-        names = [name for name, there in (("model", "stand_in" in config), ("passages", data.stand_in)) if there]
-        utils.notice(f"STAND-IN: these figures are of stand-ins ({' and '.join(names)}), not of MiniLM on SQuAD.")
+        print(f"  {q.question} {said[q.id]!r:.60}, but {q.answers[0]!r:.60}")
+    ## In the form that SQuAD's own script takes: python evaluate-v1.1.py dev-v1.1.json predictions.json
+    utils.write_atomically(args.out / "predictions.json", lambda file: file.write(json.dumps(said).encode()))
+    report(args, SCRIPT, data, after, history, metrics | {"test": {name: both[1] for name, both in table.items()}},
+           ["val_em", "val_f1"], "percent", "predictions.json")
 
 
 ## Try this. Each was run once (templates, seed 0, one core of an AMD EPYC), test EM and F1; as it is: 96.3 and 96.8.

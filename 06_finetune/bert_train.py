@@ -1,0 +1,306 @@
+"""What BERT's two scripts share: the choice of what is trained, the loop, the files and the options.
+
+You learn here: how one loop serves three methods (every weight, the head alone, LoRA); why a new head needs a learning
+rate of its own; why batches of texts of much the same length save half the work.
+
+    python 06_finetune/bert_classify.py     a class for each text
+    python 06_finetune/bert_qa.py           the answer to a question, found in a text
+
+What to see, and what is written, is told in those two. Left out on purpose: several processes, and sums of gradients
+over parts of a batch; train.py, which teaches GPT-2, has both.
+"""
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils
+from bert import FILES, find_bert, open_bert, save_model
+from lora import LoRA, add_lora, load_adapter, load_trainable, remove, save_adapter, trainable_state
+from train import peak_memory
+from wordpiece import WordPiece
+
+# Shapes: N texts (or windows of texts)
+
+
+# ---------------------------------------------------------------------------------------------- model
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """The modules that pre-training has not made fit for the task, and that every method trains whole."""
+    names = ("bert.pooler.dense", "pre_classifier", "classifier", "qa_outputs")
+    return tuple(name for name, _ in model.named_modules() if name in names)
+
+
+def freeze(model: nn.Module, method: str, rank: int, alpha: float, targets: list[str], dtype: torch.dtype) -> None:
+    """Leave in training what the method trains. rank, alpha, targets, dtype: of LoRA alone, see lora.add_lora.
+
+    ## full: every weight. head: the head alone, on a frozen encoder, which shows how far its old knowledge goes.
+    ## (Dropout stays on inside, so that a text looks a little different every time.) lora: the head, and small matrices
+    ## beside the frozen ones (lora.py).
+    """
+    if method != "full":
+        model.requires_grad_(False)
+    if method == "lora":
+        try:
+            add_lora(model, rank, alpha, 0.0, targets)
+        except ValueError as error:
+            raise utils.InputError(str(error)) from error
+    for name in heads(model):
+        if isinstance(model.get_submodule(name), LoRA):
+            raise utils.InputError(f"--lora-targets takes in {name}, which is trained whole; leave it out.")
+        model.get_submodule(name).requires_grad_()
+    ## A frozen matrix need not be more precise than what it is multiplied with. Tables stay as they are, as a batch
+    ## reads only a few of their rows; so do the weights of `head`, which are written out again.
+    for layer in model.modules():
+        if method == "lora" and isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(dtype)
+
+
+def prepare(args, data, kind: type, targets: dict[str, list[str]], **more) -> tuple[nn.Module, WordPiece, Path, object]:
+    """(model, tokenizer, folder, data): args.model with a new head, ready to be trained as args.method says.
+
+    kind, more: see bert.open_bert; targets: a family's layers that get adapters without --lora-targets. args.model and
+    args.data get their names where they were left open, and the new data knows of a model that is a stand-in.
+    """
+    torch.manual_seed(args.seed)
+    folder, args.model = find_bert(args.model)
+    model, tokenizer, config = open_bert(folder, args.model, kind, dropout=args.dropout, **more)
+    freeze(model, args.method, args.lora_rank, args.lora_alpha, args.lora_targets or targets[config["model_type"]],
+           args.dtype)
+    args.data = args.data or data.name
+    if "stand_in" in config:
+        data = data._replace(stand_in=f"MiniLM{f' on {data.stand_in}' if data.stand_in else ''}")
+    return model.to(args.device), tokenizer, folder, data
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+def batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Every row number once, in batches of much the same length, which come in a random order.
+
+    ## A batch is as long as its longest text. Shuffled, half of what SST-2's batches of 32 hold is padding; sorted by
+    ## length, 5 %. But then every pass would have the same batches, and the short texts first. So lengths get a little
+    ## noise before the sorting, and the batches are shuffled after it.
+    """
+    order = (torch.tensor(lengths) + 3 * torch.rand(len(lengths), generator=generator)).argsort().split(batch_size)
+    return [order[i].tolist() for i in torch.randperm(len(order), generator=generator).tolist()]
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor on the learning rate: up in a line, then down in a line to zero (Devlin et al. 2019, appendix A.2)."""
+    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+
+
+def make_optimizers(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """One AdamW: the head has a rate of its own, and vectors (biases, norms) and tables are not decayed.
+
+    ## The head starts at random and has far to go. What lies under it is good as it is, and should move only a little.
+    """
+    new, groups = heads(model), {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = weight_decay if p.dim() > 1 and "embeddings" not in name else 0.0
+            groups.setdefault((head_lr if name.startswith(new) else lr, decay), []).append(p)
+    return [torch.optim.AdamW([{"params": some, "lr": peak, "peak": peak, "weight_decay": decay}
+                               for (peak, decay), some in groups.items()], fused=p.device.type in ("cpu", "cuda"))]
+
+
+def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], lengths: list[int],
+        backward: Callable[[list[int]], Tensor], evaluate: Callable[[], dict[str, float]], epochs: int, batch_size: int,
+        warmup: float, grad_clip: float, seed: int, first_epoch: int = 0, seconds: float = 0.0) -> Iterator[dict]:
+    """Train; pause after each epoch and yield its figures, evaluate()'s among them, to be printed and saved.
+
+    lengths: tokens of each of the N rows. backward: gets row numbers, adds the gradients of their loss to those of the
+    parameters, and returns that loss (). warmup: share of the steps. first_epoch, seconds: what a stopped run has done.
+    Raises utils.InputError when loss or weights become nan.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    generator, per_epoch = torch.Generator().manual_seed(seed), math.ceil(len(lengths) / batch_size)
+    first, steps, start = first_epoch * per_epoch, epochs * per_epoch, time.perf_counter()
+    for epoch in range(epochs):
+        order = batches(lengths, batch_size, generator)
+        if epoch < first_epoch:
+            continue  # before it was stopped, the run has seen these; they were drawn only for what comes after them
+        begun, losses = time.perf_counter(), []
+        model.train()
+        for step, rows in enumerate(order, epoch * per_epoch):
+            loss = backward(rows)
+            nn.utils.clip_grad_norm_(trained, grad_clip)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * schedule(step, steps, int(warmup * steps))
+                optimizer.step()
+                optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
+            losses.append(loss)
+            if not loss.is_cuda or step % 10 == 0:  # looking at the loss makes a GPU wait
+                utils.progress(step + 1 - first, steps - first, start, f"loss {loss:.3f}", "texts", batch_size)
+        train_loss = torch.stack(losses).mean().item()  # waits for a GPU to finish
+        seconds += time.perf_counter() - begun
+        row = {"step": step + 1, "seconds": seconds, "epoch": epoch + 1, "train_loss": train_loss} | evaluate()
+        if not math.isfinite(sum(row.values())) or not all(p.isfinite().all() for p in trained):
+            raise utils.InputError(f"loss or weights became nan in epoch {epoch + 1}, of which nothing was saved; "
+                                   "start again with a smaller --lr.")
+        yield row
+
+
+def train(args, script: str, task: str, goal: str, model: nn.Module, tokenizer: WordPiece, lengths: list[int],
+          backward: Callable, evaluate: Callable, line: str, **more) -> tuple[list[dict], dict]:
+    """Run fit as the options args say, from the start or where a stopped run saved last: (history, metrics).
+
+    After each epoch it prints `line` with the row's figures and writes checkpoint.pt, with `more` in it; where the
+    figure `goal` is the best so far it also writes the result, as save_result does. It stops early by args.patience.
+    """
+    options = {name: value for name, value in vars(args).items()
+               if name not in ("out", "device", "compile", "resume", "text", "question", "context")}
+    path, history, best = args.out / "checkpoint.pt", [], {"epoch": 0, goal: -1.0}
+    optimizers = make_optimizers(model, args.lr, args.head_lr, args.weight_decay)
+    if args.resume:
+        saved = utils.load_checkpoint(path, script, options)
+        if saved["lengths"] != lengths:
+            raise utils.InputError(f"{path} is of a run on other texts; start anew without --resume.")
+        load_trainable(model, saved["trained"], path)
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        history, best = saved["history"], saved["best"]
+        torch.set_rng_state(saved["random_state"])
+        print(f"resumed after epoch {len(history)} and {history[-1]['seconds']:.0f} s of training")
+    trained, whole = utils.count_parameters(model), sum(p.numel() for p in model.parameters())
+    print(f"{args.method}: {trained:,} trained parameters of {whole:,} ({trained / whole:.4%}); {args.dtype} on "
+          f"{args.device.type}; {args.epochs * math.ceil(len(lengths) / args.batch_size):,} steps\n")
+    rows = fit(model, optimizers, lengths, backward, evaluate, args.epochs, args.batch_size, args.warmup,
+               args.grad_clip, args.seed, len(history), history[-1]["seconds"] if history else 0.0)
+    while len(history) < args.epochs and len(history) - best["epoch"] < args.patience:  # early stopping
+        history.append(row := next(rows))
+        print(f"epoch {{epoch:2}}  {{seconds:4.0f}} s  train {{train_loss:.4f}}  {line}".format(**row).ljust(79),
+              flush=True)
+        if row[goal] > best[goal]:
+            best = row
+            save_result(model, tokenizer, args, task)
+        utils.write_atomically(path, torch.save, {
+            "script": script, "options": options, "torch": str(torch.__version__), "lengths": lengths,
+            "history": history, "best": best, "trained": trainable_state(model),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "random_state": torch.get_rng_state(), **more})  # of the CPU: on a GPU dropout goes on with other numbers
+    return history, {"best_epoch": best["epoch"], "trained_parameters": trained,
+                     "peak_memory_bytes": peak_memory(args.device)} | {
+                         name: value for name, value in best.items() if name.startswith("val_")}
+
+
+# ---------------------------------------------------------------------------------------------- files
+def save_result(model: nn.Module, tokenizer: WordPiece, args, task: str) -> None:
+    """Write --out/adapter, or a whole model to --out/model. task: as PEFT names it.
+
+    ## PEFT, asked for a sequence classifier (SEQ_CLS), trains the head whole and keeps it with the adapter, under
+    ## modules_to_save. An adapter without its head would be of no use. So ours holds it too, and with --pooling cls,
+    ## the only one that PEFT knows, either reads the other's.
+    """
+    if args.method == "lora":
+        save_adapter(model, args.out / "adapter", model.config["name"], "", task, heads(model))
+    else:
+        tokenizer.save(args.out / "model")
+        save_model(model, args.out / "model")
+
+
+def load_result(folder: Path, options: dict, out: Path, kind: type, labels: list[str] | None = None
+                ) -> tuple[nn.Module, WordPiece]:
+    """(model, tokenizer) that save_result wrote, from its files: an adapter on the base in folder, or the whole."""
+    if options["method"] != "lora":
+        return open_bert(out / "model", "", kind)[:2]
+    model, tokenizer, _ = open_bert(folder, options["model"], kind, labels, pooling=options.get("pooling"))
+    load_adapter(model, out / "adapter", "", heads(model))
+    return model.eval(), tokenizer
+
+
+def load_trained(args, parser, script: str, kind: type) -> tuple[nn.Module, WordPiece, dict]:
+    """(model, tokenizer, checkpoint) of the run in args.out. Raises utils.InputError for options of training."""
+    for name, value in vars(args).items():
+        if value != parser.get_default(name) and name not in ("text", "question", "context", "out", "device", "dtype"):
+            raise utils.InputError(f"--{name.replace('_', '-')} is for training; leave it out, or name with --out the "
+                                   "run that you want to use.")
+    saved = utils.load_checkpoint(args.out / "checkpoint.pt", script)
+    options = saved["options"]
+    folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
+    model, tokenizer = load_result(folder, options, args.out, kind, saved.get("labels"))
+    print("{method}, {model}, learned from {data}:".format(**options))
+    return model.to(args.device), tokenizer, saved
+
+
+def report(args, script: str, data, model: nn.Module, history: list[dict], metrics: dict, curves: list[str], y: str,
+           *files: str) -> None:
+    """Write metrics.json and history.png, and print what was written and what it cost."""
+    memory = metrics["peak_memory_bytes"]
+    print(f"\n{history[-1]['seconds']:.0f} s of training, "
+          + (f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"))
+    remove(model)  # the adapters: metrics.json counts the parameters of the model that they adapt
+    utils.save_metrics(args, script, data, model.requires_grad_(), metrics, history, model=args.model)
+    utils.plot_history(args.out / "history.png", history, curves, f"{args.method}: {args.model}, on {data.label}",
+                       "epoch", y)
+    files = ("adapter/" if args.method == "lora" else "model/", "checkpoint.pt", *files, "metrics.json", "history.png")
+    print(f"wrote {', '.join(files)} to {args.out}")
+    utils.stand_in_notice(f"{args.model} on {data.name}", data.stand_in)
+
+
+# ---------------------------------------------------------------------------------------------- options
+def load_set(sets: dict[str, Callable], name: str | None):
+    """What sets[name] returns; without a name the first of sets, or the last, its stand-in, if it is out of reach."""
+    try:
+        data = sets[name or next(iter(sets))]()
+    except ConnectionError as error:
+        if name:
+            raise
+        print(error)
+        data = list(sets.values())[-1]()
+    utils.stand_in_notice(data.name, data.stand_in)
+    return data
+
+
+def place(text: str) -> str:
+    """A type for argparse: a name stays as it is, and a path that exists becomes absolute, to be found again."""
+    known = (*FILES, "stand-in", "sst2", "squad", "templates")
+    return text if text in known or not Path(text).exists() else str(Path(text).resolve())
+
+
+def new_parser(doc: str, script: str, recipes: dict[str, dict], things: str, **defaults):
+    """A parser with the options that both scripts have. recipes: method -> its defaults of what is None in parsing."""
+    parser = utils.parser(doc, script, "device", "seed", "dtype", "compile", "resume")
+    add = parser.add_argument
+
+    def by_method(name: str) -> str:
+        return "without it " + ", ".join(f"{recipe[name]:g} ({method})" for method, recipe in recipes.items()
+                                         if name in recipe)
+
+    add("--method", choices=recipes, help="full: every weight; lora: adapters and the head; head: the head alone")
+    add("--model", type=place, help=f"{', '.join(FILES)}, stand-in, or a folder with config.json, model.safetensors "
+        "and vocab.txt; without it minilm, or the stand-in if that is out of reach")
+    add("--limit", type=utils.count, help=f"learn from so many {things}, drawn at random")
+    add("--epochs", type=utils.count, help=f"passes over the training {things}; {by_method('epochs')}")
+    add("--batch-size", type=utils.count, help="rows per step; larger is steadier, and learns less per row")
+    add("--lora-rank", type=utils.count, help=f"rank of each change; parameters grow with it; {by_method('lora_rank')}")
+    add("--lora-alpha", type=utils.positive, help=f"the change counts alpha / rank times; {by_method('lora_alpha')}")
+    add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names, as query value, or "
+        "q_lin v_lin in DistilBERT")
+    add("--dropout", type=utils.share, default=0.1, help="share of activations zeroed while training")
+    add("--lr", type=utils.positive, help=f"AdamW's peak learning rate; {by_method('lr')}")
+    add("--head-lr", type=utils.positive, help=f"the head's; {by_method('head_lr')}")
+    add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.01,
+        help="each step takes lr times this of every trained matrix, but no table's")
+    add("--warmup", type=utils.share, default=0.1, help="share of the steps in which the learning rate rises from zero")
+    add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
+    add("--patience", type=utils.count, default=2, help="stop after so many epochs without a new best")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def fill(args, recipe: dict) -> None:
+    """Give the options that are None the recipe's values. Raises utils.InputError for one of LoRA's without LoRA."""
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        if args.method != "lora" and getattr(args, name) is not None:
+            raise utils.InputError(f"--{name.replace('_', '-')} is for --method lora, not for {args.method}; leave it "
+                                   "out.")
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
