@@ -258,7 +258,7 @@ def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
 
     ## A column whose values are all numbers is taken as one of numbers. A computer can't know better: a postcode is
     ## written as a number but is none, because the mean of two postcodes means nothing. Only you know; --types says it.
-    Raises utils.InputError, naming the line, where a column is empty or can't be of the type asked for.
+    Raises utils.InputError, naming the line, where a column can't be of the type asked for.
     """
     others = [name for name in table.columns if name != table.target]
     asked = dict(item.rpartition("=")[::2] for item in types)
@@ -276,9 +276,6 @@ def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
             return utils.InputError(f"column {name}, {table.lines[i]}: {column[i]!r} {what}")
 
         there = [i for i, value in enumerate(column) if not is_missing(value)]
-        if not there:
-            raise utils.InputError(f"column {name} has no value, from {table.lines[0]} to {table.lines[-1]}; remove "
-                                   f"it, or add --types {name}=ignore.")
         odd = [i for i in there if not NUMBER.fullmatch(column[i])]  # no plain numbers
         if odd and (kind == "numeric" or kind is None and all(SEPARATED.fullmatch(column[i]) for i in odd)):
             raise bad(odd[0], "is no plain number; write it with digits and one decimal point, without separators, or "
@@ -322,23 +319,25 @@ def target_values(table: Table) -> tuple[str, str]:
 
 
 def fit_schema(table: Table, kinds: dict[str, str], fit: Tensor) -> dict:
-    """All that a row needs to become numbers, from the rows `fit` (indices) alone: values per column, medians."""
+    """All that a row needs to become numbers, from the rows `fit` (indices) alone: values per column, medians.
+
+    Raises utils.InputError for a column that has no value in these rows."""
     schema = {"numeric": [], "median": [], "categorical": [], "values": [], "target": table.target,
               **dict(zip(("negative", "positive"), target_values(table)))}
     for name, kind in kinds.items():
         column = table.columns[name]
         there = [column[i] for i in fit.tolist() if not is_missing(column[i])]
-        if kind == "category":
-            schema["categorical"].append(name)
-            counts = Counter(there)
-            schema["values"].append(sorted(counts, key=lambda value: (-counts[value], value)))
-        elif there:
+        if not there:
+            first = next((line for value, line in zip(column, table.lines) if not is_missing(value)), "no line at all")
+            raise utils.InputError(f"column {name} has no value among the training rows (its first is on {first}); "
+                                   f"remove it, or add --types {name}=ignore.")
+        if kind == "numeric":
             schema["numeric"].append(name)
             schema["median"].append(float(np.median([float(value) for value in there])))
         else:
-            i = next(i for i, value in enumerate(column) if not is_missing(value))
-            raise utils.InputError(f"column {name} has too few values, the first on {table.lines[i]}: none is among "
-                                   f"the training rows; add --types {name}=ignore.")
+            schema["categorical"].append(name)
+            counts = Counter(there)
+            schema["values"].append(sorted(counts, key=lambda value: (-counts[value], value)))
     return schema
 
 

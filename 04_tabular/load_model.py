@@ -240,7 +240,7 @@ def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
         if name in values:
             raise utils.InputError(f"--person: {name} is given twice; leave one out.")
         values[name] = value
-    row, train = to_matrix(encode_row(values, schema))[0], to_matrix(data.train)  # encode_row names strangers
+    row, train = to_matrix(encode_row(values, schema))[0], to_matrix(data.train)  # encode_row refuses unknown columns
     for name, value in values.items():
         c = names.index(name)
         seen = train[:, c]
@@ -364,10 +364,10 @@ def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: s
         pr.plot(recall, precision, style, label=f"{name}, mean {average_precision(p, y):.4f}")
         said.plot(mean, share, style, marker="o", label=f"{name}, error {calibration_error(p, y):.4f}")
         if style == "-":
-            here = int((thresholds > threshold).sum())  # so many thresholds are higher; at 0 no row is named, and of
-            spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")  # none no precision
+            spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")
+            here = int((thresholds > threshold).sum())  # so many thresholds are higher
             roc.plot(fpr[here], tpr[here], **spot)
-            pr.plot(recall[:here][-1:], precision[:here][-1:], **spot)
+            pr.plot(recall[:here][-1:], precision[:here][-1:], **spot)  # no dot where no row is named
     guessing = dict(ls=":", color="grey", label="guessing")
     roc.axline((0, 0), (1, 1), **guessing)
     pr.axhline(y.mean().item(), **guessing)
@@ -452,7 +452,7 @@ def main() -> None:
     figure = draw_curves(curves, y, threshold, f"Test rows ({data.label})")
     utils.write_atomically(args.out / "curves.png", figure.savefig)
 
-    ## One accuracy for all may be two: a group of few positives is easily named right. What is missed shows in recall.
+    ## One accuracy for all may be two: a group of few positives is easy to judge. What is missed shows in recall.
     ## Where the columns "named" and "positive" differ, a group is said to have more positives, or fewer, than it has;
     ## where recall alone is lower, more of the group's positives go unseen. Unless every guess is right, these can't
     ## all be equal while groups differ in their share of positives (Kleinberg et al. 2017): which one should be is no

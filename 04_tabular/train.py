@@ -225,8 +225,8 @@ def fit(model: TabularNet, train: Part, val: Part, epochs: int, batch_size: int,
 
 # ---------------------------------------------------------------------------------------------- main
 def main() -> None:
-    parser = utils.parser(__doc__, __file__, "device", "seed")
-    add_options(parser)
+    parser = utils.parser(__doc__, __file__, "device", "seed")  # adds --device, --seed and --out
+    add_options(parser)  # --data, --target and --types
     add = parser.add_argument
     add("--epochs", type=utils.count, default=8, help="passes over the training rows; the learning rate ends at zero")
     add("--batch-size", type=utils.count, default=512, help="rows per step; larger: fewer steps, smoother gradients")

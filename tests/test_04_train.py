@@ -236,9 +236,26 @@ def test_fit_yields_after_each_epoch_what_the_model_then_is():
     assert [row["step"] for row in rows] == [4, 8, 12] and rows[2]["train_loss"] < rows[0]["train_loss"]
     still = small_net()
     first = next(train.fit(still, part, val, 1, 32, 1e-12, 0.0, 0))["train_loss"]  # a rate too small to move anything
-    z = member_mean = still(*still.encode(part))  # (E, N)
-    member_mean = F.binary_cross_entropy_with_logits(z, part.target.expand_as(z))
-    assert first == pytest.approx(member_mean.item(), abs=1e-5)
+    z = still(*still.encode(part))  # (E, N)
+    assert first == pytest.approx(F.binary_cross_entropy_with_logits(z, part.target.expand_as(z)).item(), abs=1e-5)
+
+
+def test_fit_takes_the_steps_of_a_plain_loop():
+    """With all rows in one batch, as often as there are epochs, at a learning rate that falls to nothing."""
+    part, mine, theirs = small_part(), small_net(), small_net()
+    losses = [row["train_loss"] for row in train.fit(mine, part, part, 5, 64, 0.01, 0.1, 0)]
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=5)
+    for expected in losses:
+        z = theirs(*theirs.encode(part))
+        loss = sum(F.binary_cross_entropy_with_logits(member, part.target) for member in z)
+        assert loss.item() / 3 == pytest.approx(expected, abs=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for (name, p), q in zip(mine.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3, msg=name)
 
 
 # ---------------------------------------------------------------------------------------------- as users run them
