@@ -154,7 +154,7 @@ def test_a_file_can_be_taken_away(tmp_path):
         import utils  # which test_utils.py looks at
         heavy = ("argparse", "requests", "matplotlib", "matplotlib.pyplot")
         before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()
-        for name in ("load", "train", "from_scratch", "load_model"):
+        for name in ("load", "train", "from_scratch", "load_model", "experiment"):
             for module in heavy:
                 sys.modules.pop(module, None)
             __import__(name)
@@ -191,7 +191,7 @@ def test_the_model_has_the_size_it_says_and_is_two_linear_layers():
     W1, b1, W2, b2 = model.parameters()
     by_hand, _ = from_scratch.forward(x, [W1.T, b1, W2.T, b2])
     assert torch.allclose(model(x), by_hand, atol=1e-6)
-    three = experiment.build((256, 128), torch.nn.ReLU, 784)
+    three = experiment.build((256, 128))
     assert utils.count_parameters(three) == 235_146
 
 
@@ -415,7 +415,6 @@ def test_another_models_checkpoint_is_refused(trained, tmp_path):
     assert "not from 01_basics/train.py" in refusal(load_model, *options)
 
 
-# ---------------------------------------------------------------------------------------------- experiment, real data
 # ---------------------------------------------------------------------------------------------- how far an MLP can go
 def test_straightened_digits_stand_upright_in_the_middle():
     x, _ = load.typeset(50, "train", 3)
@@ -469,75 +468,35 @@ def test_distortions_against_torchvision():
     assert (bent - x).abs().mean() > 1
 
 
-def test_smoothness_finds_the_worst_direction():
-    """With two classes and a linear model, the KL for a small r is p (1 - p) (r . (w1 - w0))^2 / 2."""
-    torch.manual_seed(0)
-    model, x, size = torch.nn.Linear(6, 2).double(), torch.randn(5, 6).double(), 1e-3
-    logits = model(x)
-    p = logits.softmax(1)
-    w = model.weight[1] - model.weight[0]
-    expected = (p[:, 0] * p[:, 1] * size**2 * w.square().sum() / 2).mean().item()
-    found = experiment.smoothness(model, x, logits, size).item()
-    assert found == pytest.approx(expected, rel=0.05)
-
-
-def test_ladder_without_noise_is_the_usual_mlp():
-    torch.manual_seed(0)
-    ladder = experiment.Ladder((6, 5, 4, 3))
-    layers = []
-    for up, bias in zip(ladder.up, ladder.bias):
-        torch.nn.init.normal_(bias)
-        norm = torch.nn.BatchNorm1d(len(bias))
-        norm.bias = bias
-        layers += [up, norm, torch.nn.ReLU()]
-    usual = torch.nn.Sequential(*layers[:-1])
-    x, y = torch.randn(50, 6), torch.randint(0, 3, (50,))
-    torch.testing.assert_close(ladder(x), usual(x))  # by the batch's own statistics
-    torch.optim.swa_utils.update_bn([x[:20], x[20:]], ladder)
-    torch.optim.swa_utils.update_bn([x[:20], x[20:]], usual)
-    torch.testing.assert_close(ladder.eval()(x), usual.eval()(x))
-    quiet = experiment.Ladder((6, 5, 4, 3), pixel_noise=0.0, noise=0.0, weight=0.0)
-    quiet.load_state_dict(ladder.state_dict())
-    torch.testing.assert_close(quiet.loss(x, y), F.cross_entropy(usual.train()(x), y))
-
-
-def test_ladder_can_clean_as_well_as_wiener():
-    """Of values N(mean, s^2) under noise of sigma the best guess has an error of s^2 sigma^2 / (s^2 + sigma^2)."""
-    torch.manual_seed(0)
-    mean, s, sigma = 3.0, 2.0, 1.5
-    x, y = mean + s * torch.randn(200_000, 4), torch.zeros(200_000, dtype=torch.int64)
-    ladder = experiment.Ladder((4, 3), pixel_noise=sigma, weight=7.0)
-    with torch.no_grad():
-        m, v = ladder.curves[0]  # a1 ... a5, for each of the four
-        m[4], v[4] = mean, s**2 / (s**2 + sigma**2)
-    loss = ladder.loss(x, y)
-    blind = experiment.Ladder((4, 3), pixel_noise=sigma, weight=0.0)
-    blind.load_state_dict(ladder.state_dict())
-    cleaning = (loss - blind.loss(x, y)) / 7
-    assert cleaning.item() == pytest.approx(s**2 * sigma**2 / (s**2 + sigma**2), rel=0.01)
-    loss.backward()
-    slopes = ladder.curves[0].grad[:, 4]
-    assert slopes.abs().max() < 0.1  # neither another mean nor another trust would be better
-    with torch.no_grad():
-        v[4] += 0.2
-    assert ladder.loss(x, y) > loss + 0.1
-
-
-def test_load_and_experiment_run(tmp_path):
+def test_load_runs(tmp_path):
     assert call_main(load, "--data", "typeset", "--out", tmp_path).count("STAND-IN") == 2
     assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_experiment_runs(tmp_path):
     printed = call_main(experiment, "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
-    table = json.loads((tmp_path / "choices.json").read_text())
-    found = {row["name"]: row["mean"] for row in table["rows"]}
-    assert len(found) == len(experiment.CHANGES) and "lowest validation loss" in printed
+    assert printed.count("STAND-IN") == 2 and "lowest validation loss" in printed
+    tables = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in experiment.PARTS}
+    for part, (rows, _, _) in experiment.PARTS.items():
+        assert [row["name"] for row in tables[part]["rows"]] == [row[0] for row in rows]
+        assert tables[part]["stand_in"] is True and (tmp_path / f"{part}.png").stat().st_size > 1000
+    found = {row["name"]: row["mean"] for row in tables["choices"]["rows"]}
     assert found["sorted by digit"] < found["the same order in every epoch"]  # what shuffling is for
-    limits = json.loads((tmp_path / "limits.json").read_text())["rows"]
-    assert [row["name"] for row in limits] == [name for name, _ in experiment.LIMITS]
+    *_, distorted, mean = limits = tables["limits"]["rows"]
     assert all(0.2 < row["test_accuracy"] <= 1 for row in limits)
-    unjudged = [row["name"] for row in limits if row["val_accuracy"] is None]
-    assert unjudged == ["trained on the validation pictures, too"]  # and none that is distorted later
-    for part in experiment.PARTS:
-        assert (tmp_path / f"{part}.png").stat().st_size > 1000
+    # the last row trains two networks, and has the third, by seed 0, from the row above
+    assert len(mean["members"]) == 3 and mean["members"][0] == distorted["members"][0]
+
+
+def test_experiment_runs_chosen_rows_alone(tmp_path):
+    options = ["--data", "typeset", "--seeds", 2, "--epochs", 1, "--out", tmp_path]
+    call_main(experiment, *options, "--only", "momentum", "tanh")
+    rows = json.loads((tmp_path / "choices.json").read_text())["rows"]
+    assert [row["name"][:4] for row in rows] == ["tanh", "SGD,"]
+    assert rows[0]["mean"] == pytest.approx(np.mean(rows[0]["accuracy"])) and len(rows[0]["accuracy"]) == 2
+    assert rows[0]["std"] == pytest.approx(np.std(rows[0]["accuracy"], ddof=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"choices.json", "choices.png"}
+    assert "--only nothing" in refusal(experiment, *options, "--only", "nothing")
 
 
 @pytest.mark.real("MNIST/raw/train-images-idx3-ubyte")
