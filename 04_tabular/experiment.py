@@ -4,7 +4,7 @@ You learn here: which choices matter for a table and which hardly do; that how a
 more than the network; and how much is gained by members that are only averaged.
 
     python 04_tabular/experiment.py                              everything
-    python 04_tabular/experiment.py --only dropout member        only rows whose names hold one of these words
+    python 04_tabular/experiment.py --only dropout member        only rows with one of these words in their name
 
 You should see (UCI Adult, five minutes on two CPU cores; all figures are of the validation rows, the test part is not
 used): numbers fed in raw reach an AUC of 79 ± 3 %, standardised 91.49 ± 0.03 %, looked up as well 93.13 ± 0.02 %. What
@@ -145,7 +145,7 @@ def main() -> None:
     add = parser.add_argument
     add("--seeds", type=utils.count, default=5, help="runs per row, with seeds 0, 1, 2, ...")
     add("--epochs", type=utils.count, default=BASE["epochs"], help="passes over the training rows in each run")
-    add("--only", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; without it all")
+    add("--only", nargs="+", metavar="WORD", help="only rows with one of these words in their name; without it all")
     args = utils.parse_args(parser)
     chosen = [row for row in CHANGES if not args.only or any(word in row[0] for word in args.only)]
     if not chosen:

@@ -54,7 +54,7 @@ class Table(NamedTuple):
     target: str  # the column to predict
     name: str
     source: str  # what load_data takes: a name in SETS or a path
-    stand_in: str = ""  # the real set whose place it takes
+    stand_in: str = ""  # the real set that it takes the place of
     n_test: int = 0  # the last so many rows are for testing; 0: the set has no such rows, so they are drawn
     p: np.ndarray | None = None  # (N,) the probability that drew each target, where it is known
 
@@ -235,7 +235,7 @@ def read_table(data: str | None = None, target: str | None = None) -> Table:
     """
     name = data or "adult"
     if name in SETS and target:
-        raise utils.InputError(f"--target {target} belongs to a CSV file; {name}'s target is {COLUMNS[-1]}.")
+        raise utils.InputError(f"--target {target} belongs to a CSV file; {name} has a target of its own.")
     try:
         table = SETS[name]() if name in SETS else read_csv(Path(name), target)
     except ConnectionError as error:
@@ -256,7 +256,7 @@ def is_missing(value: str) -> bool:
 def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
     """{column: "numeric" or "category"}, without target and ignored ones. types: those to set, as "zip=category".
 
-    ## A column whose values are all numbers is taken as one of numbers. A computer can't know better: a postcode is
+    ## A column of nothing but numbers is taken as one of numbers. A computer can't know better: a postcode is
     ## written as a number but is none, because the mean of two postcodes means nothing. Only you know; --types says it.
     Raises utils.InputError, naming the line, where a column can't be of the type asked for.
     """
@@ -597,7 +597,7 @@ def draw_columns(data: Data, limit: int = 16):
 def add_options(parser) -> None:
     """Give an ArgumentParser the three options that load_data takes."""
     add = parser.add_argument
-    add("--data", help="adult, census or a CSV file; without it Adult, or census if that is out of reach")
+    add("--data", help=f"{', '.join(SETS)} or a CSV file; without it adult, or census if that is out of reach")
     add("--target", help="for a CSV file: the column to predict, which has two values")
     add("--types", nargs="+", metavar="COLUMN=TYPE", help="numeric, category or ignore, where the guess is wrong")
 

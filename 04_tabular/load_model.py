@@ -191,9 +191,9 @@ def permutation_importance(model: TabularNet, part: Part, schema: dict, groups: 
 def pca(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (V, I) seen from where they lie furthest apart: (V, 2), and each of the two directions' share of variance.
 
-    ## Centred, x = U S W^T, the singular value decomposition: the rows of W^T are directions at right angles, ordered
-    ## by how far the rows of x spread along them, and S^2 says how far. The places along the first two are
-    ## x W_2 = U_2 S_2.
+    ## Centred, x = U S W^T, the singular value decomposition with its usual letters: the rows of W^T are directions at
+    ## right angles, ordered by how far the rows of x spread along them, and S^2 says how far. The places along the
+    ## first two are x W_2 = U_2 S_2.
     """
     x = torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[1])))  # of one number wide, the second direction is empty
     U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
