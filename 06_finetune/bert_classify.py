@@ -14,6 +14,7 @@ Left out on purpose: texts longer than --max-length, which are cut (IMDB's are l
 """
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -86,15 +87,14 @@ def read_tables(folder: Path, name: str, labels: list[str] | None = None) -> Dat
     parts = []
     for file in SST2_SHA256:
         path, texts, y = folder / file, [], []
-        for number, line in enumerate(read_file(path).split("\n"), 1):
-            line = line.removesuffix("\r")  # as Windows ends them
-            if line:
-                text, _, label = line.rpartition("\t")
-                if not text.strip() or not (label.isascii() and label.isdigit() and int(label) < 1000):
-                    raise utils.InputError(f"{path}, line {number}: {line[:60]!r} is not a text, a tab and the number "
-                                           "of a class from 0; put it right.")
-                texts.append(text)
-                y.append(int(label))
+        for number, line in enumerate(read_file(path).replace("\r\n", "\n").split("\n"), 1):
+            found = re.fullmatch(r"(.*\S.*)\t([0-9]{1,3})", line)  # a text may hold tabs of its own
+            if line and not found:
+                raise utils.InputError(f"{path}, line {number}: {line[:60]!r} is not a text, a tab and the number of a "
+                                       "class from 0; put it right.")
+            if found:
+                texts.append(found[1])
+                y.append(int(found[2]))
         if not texts:
             raise utils.InputError(f"{path} is empty; put the texts there.")
         parts.append(Texts(texts, torch.tensor(y)))
@@ -114,12 +114,9 @@ def read_folders(folder: Path) -> Data:
                                "unpack it anew, or name another folder.")
     parts = []
     for part in ("train", "test"):
-        texts, y = [], []
-        for k, label in enumerate(labels):
-            for path in sorted((folder / part / label).glob("*.txt")):
-                texts.append(read_file(path).replace("<br />", " "))
-                y.append(k)
-        parts.append(Texts(texts, torch.tensor(y)))
+        found = [(path, k) for k, label in enumerate(labels) for path in sorted((folder / part / label).glob("*.txt"))]
+        parts.append(Texts([read_file(path).replace("<br />", " ") for path, _ in found],
+                           torch.tensor([k for _, k in found])))
     order = torch.randperm(len(parts[0].texts), generator=torch.Generator().manual_seed(0)).tolist()
     n = max(1, len(order) // 10)
     val, train = (Texts([parts[0].texts[i] for i in rows], parts[0].y[rows]) for rows in (order[:n], order[n:]))

@@ -352,10 +352,10 @@ def loss_of(start: Tensor, end: Tensor, allowed: Tensor, targets: Tensor) -> Ten
 
 
 def span_scores(start: Tensor, end: Tensor, allowed: Tensor, longest: int) -> Tensor:
-    """Every valid answer's score, (B, L, T): [b, d, t] is that of the d + 1 tokens from t on; -inf where invalid.
+    """Every valid answer's score, (B, longest, T): [b, d, t] is that of the d + 1 tokens from t on; -inf if invalid.
 
     ## The likeliest start and the likeliest end need not make an answer: the end may come first. So all pairs within
-    ## `longest` tokens are looked at, T * L of them.
+    ## `longest` tokens are looked at, T * longest of them.
     """
     start, end = (logits.masked_fill(~allowed, -math.inf) for logits in (start, end))
     return torch.stack([F.pad(start[:, : start.shape[1] - d] + end[:, d:], (0, d), value=-math.inf)
@@ -378,7 +378,7 @@ def find_spans(model: Spans, windows: list[Window], pad_id: int, dtype: torch.dt
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             start, end = model(ids, mask, types)  # (B, T) each
         start, end = start - start[:, :1], end - end[:, :1]
-        flat = span_scores(start, end, allowed, longest).flatten(1).cpu()  # (B, L * T)
+        flat = span_scores(start, end, allowed, longest).flatten(1).cpu()  # (B, longest * T)
         for window, row in zip(some, flat):
             best, T, places = row.topk(min(k, len(row))), ids.shape[1], window.encoding.offsets
             found = [(score, places[i % T][0], places[i % T + i // T][1])

@@ -215,17 +215,17 @@ def minilm():
 @torch.no_grad()
 def test_minilm_s_hidden_states_and_embeddings_equal_the_reference(minilm):
     (ours, tokenizer, config), theirs, fast = minilm
-    texts = [*bert.SENTENCES.splitlines(), "", "Caf\u00e9 na\u00efve, 2024: unbelievable!", "long " * 300]
-    batch = fast(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-    ids, mask = wordpiece.pad([tokenizer.encode(text, max_length=256).ids for text in texts], tokenizer.pad)
-    assert torch.equal(ids, batch["input_ids"]) and torch.equal(mask.long(), batch["attention_mask"])
-    expected = theirs(**batch).last_hidden_state
-    assert close(ours(ids, mask)[mask], expected[mask], 1e-4)
-    share = mask[:, :, None].float()
-    mean = F.normalize((expected * share).sum(1) / share.sum(1), dim=-1)  # as on MiniLM's model card
-    vectors = bert.embed(ours, tokenizer, texts, batch_size=5)
-    assert close(vectors, mean, 1e-4) and close(vectors.norm(dim=-1), torch.ones(len(texts)), 1e-5)
-    assert not close(vectors[0], vectors[1], 0.1)
+    for texts in ([*bert.SENTENCES.splitlines(), "", "Caf\u00e9 na\u00efve, 2024: unbelievable!"], ["long " * 300]):
+        batch = fast(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        ids, mask = wordpiece.pad([tokenizer.encode(text, max_length=256).ids for text in texts], tokenizer.pad)
+        assert torch.equal(ids, batch["input_ids"]) and torch.equal(mask.long(), batch["attention_mask"])
+        expected = theirs(**batch).last_hidden_state
+        assert close(ours(ids, mask)[mask], expected[mask], 1e-4)
+        share = mask[:, :, None].float()
+        mean = F.normalize((expected * share).sum(1) / share.sum(1), dim=-1)  # as on MiniLM's model card
+        vectors = bert.embed(ours, tokenizer, texts, batch_size=5)
+        assert close(vectors, mean, 1e-4) and close(vectors.norm(dim=-1), torch.ones(len(texts)), 1e-5)
+        assert len(texts) == 1 or not close(vectors[0], vectors[1], 0.1)
 
 
 @pytest.mark.real("minilm")
@@ -515,7 +515,7 @@ def run_main(monkeypatch, capsys, *options):
 def test_the_script_shows_shapes_and_the_nearest_sentences(tmp_path, monkeypatch, capsys):
     save(make_theirs(max_position_embeddings=60), tmp_path, vocab=True)
     (tmp_path / "lines.txt").write_text("aa b\n\nc d e\nf f\n")
-    options = ["--model", tmp_path, "--sentences", tmp_path / "lines.txt", "--query", "c d e"]
+    options = ["--out", tmp_path, "--model", tmp_path, "--sentences", tmp_path / "lines.txt", "--query", "c d e"]
     status, out = run_main(monkeypatch, capsys, *options, "--top-k", 2)
     assert status == 0 and "109,482,240" in out and "encoder.layer.0.attention.self.query" in out
     assert float(re.search(r"alone: the first one's vectors differ by (\S+)", out)[1]) < 1e-5

@@ -6,11 +6,8 @@ import http.server
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 
 import peft
@@ -32,8 +29,9 @@ WORDS = "the a film plot cast music it is was and so very quite rather more than
 GOOD, BAD = "fine great warm bright".split(), "poor weak cold grim".split()
 COMMON = ["--epochs", 4, "--patience", 4, "--batch-size", 16, "--lr", 3e-3, "--head-lr", 3e-3, "--device", "cpu",
           "--dtype", "float32", "--adversarial", 0.02]
+CLS = ["--pooling", "cls", "--adversarial", 0]
 METHODS = {"full": [], "head": ["--dropout", 0.0], "lora": ["--lora-rank", 4, "--lora-targets", "dense", "value"],
-           "lora cls": ["--pooling", "cls"], "lora distil": ["--pooling", "cls"], "full cls": ["--pooling", "cls"]}
+           "lora cls": CLS, "lora distil": CLS, "full cls": CLS}
 warnings.filterwarnings("ignore", module="peft|transformers")
 
 
@@ -245,9 +243,11 @@ def test_template_reviews_are_disjoint_and_no_count_of_words_decides():
     _, log_p = classify.bag_of_words([(r, part.y) for r, part in zip(rows, data[:3])], len(vocab), 2)
     assert (log_p.argmax(-1) == data.test.y).float().mean() < 0.65
     # what one word gives away
-    for word in vocab:
-        y = torch.tensor([label for text, label in zip(texts[0], data.train.y.tolist()) if word in text.split()])
-        assert len(y) < 100 or 0.3 < y.float().mean() < 0.7, word
+    labels = {word: [] for word in vocab}
+    for text, label in zip(texts[0], data.train.y.tolist()):
+        for word in set(text.split()):
+            labels[word].append(label)
+    assert all(0.3 < sum(y) / len(y) < 0.7 for y in labels.values() if len(y) >= 100)
 
 
 @pytest.fixture
@@ -481,7 +481,8 @@ def test_a_stopped_run_resumes_bit_identically(small, runs, tmp_path, method):
 
 
 def test_early_stopping_keeps_the_best(small, tmp_path):
-    call(*options_of(small, "full"), "--epochs", 40, "--patience", 2, "--lr", 1e-2, "--out", tmp_path)
+    options = ["--epochs", 40, "--patience", 2, "--lr", 1e-2, "--limit", 80, "--out", tmp_path]
+    call(*options_of(small, "full cls"), *options)
     found = json.loads((tmp_path / "metrics.json").read_text())
     best, history = found["metrics"]["best_epoch"], found["history"]
     assert history[-1]["epoch"] == best + 2 < 40
@@ -537,15 +538,13 @@ def test_a_text_from_the_command_line_gets_a_label(runs):
             assert [match[1] for match in found] == ["1", "0"]
 
 
-def test_the_script_as_a_user_runs_it_with_stand_ins(small, tmp_path, runs):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": str(tmp_path / "data")}
+def test_a_run_with_stand_ins_says_so(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path / "data")
     shutil.copytree(small / "bert", tmp_path / "data" / "bert-stand-in")
-    command = [sys.executable, str(SCRIPT), "--model", "stand-in", "--data", "templates", "--method", "head",
-               "--epochs", "1", "--batch-size", "256", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("STAND-IN") == 3 and "in place of SST-2" in done.stdout
-    assert "stand-in, on templates, stand-in: 3,000 / 500 / 500 texts" in done.stdout
+    out = call("--model", "stand-in", "--data", "templates", "--method", "head", "--epochs", 1, "--limit", 100,
+               "--device", "cpu", "--out", tmp_path / "out")
+    assert out.count("STAND-IN") == 3 and "in place of SST-2" in out
+    assert "stand-in, on templates, stand-in: 100 / 500 / 500 texts" in out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["stand_in"] is True
     assert "STAND-IN" in call("so what", "--out", tmp_path / "out")
 
