@@ -4,53 +4,35 @@ You learn here: how to ablate. Every row adds one thing to the kept rows above i
 number of characters (what does it learn from the same text?) and for an equal time (is that worth what it costs?).
 
     python 05_transformer/experiment.py                               about 40 minutes on two CPU cores
-    python 05_transformer/experiment.py --rows squared context        only the rows whose names hold one of these words
+    python 05_transformer/experiment.py --only squared context        only the rows whose names hold one of these words
 
-You should see (Tiny Shakespeare, seeds 0 to 2, two cores of an AMD EPYC, torch 2.15, nats per character on validation):
-                                          characters/s   after 500,000 characters      after 30 s
-    2019 recipe                                 35,100              2.082 ± 0.011   1.882 ± 0.009
-    + rotary positions                          31,200              2.019 ± 0.010   1.892 ± 0.011
-    + RMSNorm, also after embedding             29,600              1.987 ± 0.009   1.869 ± 0.008   not kept
-    + norm without gain, ditto                  32,500              1.990 ± 0.003   1.850 ± 0.018
-    + QK-norm                                   31,200              1.943 ± 0.007   1.795 ± 0.006
-    + Muon                                      22,600              1.792 ± 0.004   1.705 ± 0.011
-    + token shift                               22,200              1.781 ± 0.002   1.700 ± 0.011
-    + embeddings start at 1, not 0.02           22,000              1.804 ± 0.005   1.719 ± 0.013   not kept
-    + zero-initialised projections              22,300              1.793 ± 0.005   1.707 ± 0.010   not kept
-and from a second run, on a faster hour of the same machine, so that the last column can't be compared with the above:
-    + ReLU squared                              25,200              1.753 ± 0.004   1.655 ± 0.010
-    + context 128                               24,500              1.757 ± 0.008   1.655 ± 0.004
-    + context 256                               23,100              1.772 ± 0.005   1.663 ± 0.008
-    + dropout 0.1                               18,400              1.855 ± 0.006   1.824 ± 0.009   not kept
-Rotary positions lose by the clock what they win by the character: kept. Long contexts don't pay within 30 s, and do
-within the five minutes that train.py takes: 1.409 there against 1.422 in the same time with
---block-size 128 --batch-size 16 --steps 3170 (seed 0).
+You should see (Tiny Shakespeare, three seeds, nats per character after 500,000 characters of training): 2.08 ± 0.01 by
+the recipe of 2019, 1.77 ± 0.01 with all that was kept. The whole table stands in this chapter's README.md.
 Writes to outputs/: experiment.json, experiment.png. Left out on purpose: searching a learning rate for every row; all
 AdamW rows share one and all Muon rows share one.
 """
 
+import contextlib
+import io
 import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import Data, batches, load_data  # noqa: E402
-from train import GPT, PRESETS, Attention, Block, attend, evaluate  # noqa: E402
-from train import make_optimizers, norm, rotate, schedule  # noqa: E402
+import utils
+from load import Data, load_data
+from train import GPT, PRESETS, Attention, Block, attend, fit, make_optimizers, norm, rotate
 
-# Shapes: B batch, T time, C channels (n_embd), H heads, D channels per head (C = H * D), V vocabulary
+# Shapes: B batch, T time, C channels (n_embd), A heads, D channels per head (C = A * D), V vocabulary
 
 SCRIPT = "05_transformer/experiment.py"
 SIZES = {name: PRESETS["small"][name] for name in ("n_layer", "n_head", "n_embd")}  # the same in every row
@@ -105,10 +87,10 @@ class AnyAttention(Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk = qkv[:, :, :2]  # (B, T, 2, H, D)
+        qk = qkv[:, :, :2]  # (B, T, 2, A, D)
         qk = norm(qk) if self.recipe["qk_norm"] else qk
         qk = rotate(qk, cos, sin) if self.recipe["positions"] == "rotary" else qk
-        q, k = qk.to(qkv.dtype).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k = qk.to(qkv.dtype).permute(2, 0, 3, 1, 4)  # (B, A, T, D) each
         y, _ = attend(q, k, qkv[:, :, 2].transpose(1, 2), keep_weights=False)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -172,62 +154,42 @@ def any_optimizers(model: AnyGPT, recipe: dict) -> list[torch.optim.Optimizer]:
     if recipe["optimizer"] == "muon":
         return make_optimizers(model, **{name: PRESETS["small"][name] for name in ("lr", "muon_lr", "weight_decay")})
     matrices, others = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "peak": ADAMW_LR, "weight_decay": 0.1},
+              {"params": others, "peak": ADAMW_LR, "weight_decay": 0.0}]
     return [torch.optim.AdamW(groups, lr=ADAMW_LR, betas=(0.9, 0.99), fused=True)]
 
 
-# ---------------------------------------------------------------------------------------------- one run
-def start(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int):
-    """A new model, and a generator that trains it, one step of `steps` each time it is asked for the loss."""
-    utils.set_seed(seed)
+# ---------------------------------------------------------------------------------------------- runs
+def start(recipe: dict, data: Data, val: Tensor, device: torch.device, dtype: torch.dtype, seed: int, steps: int,
+          eval_every: int) -> Iterator[dict]:
+    """train.py's fit on a new model: it trains, and yields a row of figures after every eval_every steps."""
+    torch.manual_seed(seed)
     model = AnyGPT(len(data.vocab), recipe).to(device)
     model.dtype = dtype
-    return model, training(model, recipe, data.train.to(device), seed, steps)
+    return fit(model, any_optimizers(model, recipe), data.train.to(device), val.to(device), steps,
+               CHARACTERS_PER_STEP // recipe["block_size"], eval_every, seed)
 
 
-def training(model: AnyGPT, recipe: dict, text: Tensor, seed: int, steps: int) -> Iterator[Tensor]:
-    """Yield the loss of each step, while training model on text (N,)."""
-    optimizers = any_optimizers(model, recipe)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    stream = batches(text, recipe["block_size"], CHARACTERS_PER_STEP // recipe["block_size"], seed)
-    for step, (x, y) in enumerate(islice(stream, steps)):
-        for optimizer, lrs in zip(optimizers, peaks):
-            for group, lr in zip(optimizer.param_groups, lrs):
-                group["lr"] = lr * schedule(step, steps, 20)
-        loss = model(x, y)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        yield loss.detach()
-
-
-def run(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int) -> float:
+def final_loss(recipe: dict, data: Data, device: torch.device, dtype: torch.dtype, seed: int, steps: int) -> float:
     """Train one recipe from the start for `steps` steps: its whole-validation loss, in nats per character."""
-    model, losses = start(recipe, data, device, dtype, seed, steps)
-    for _ in losses:
-        pass
-    return evaluate(model, data.val.to(device), recipe["block_size"])
+    with contextlib.redirect_stdout(io.StringIO()):  # the table needs no progress lines between its rows
+        *_, row = start(recipe, data, data.val, device, dtype, seed, steps, steps)
+    return row["val_loss"]
 
 
 def speeds(all_recipes: list[dict], data: Data, device: torch.device, dtype: torch.dtype, steps: int) -> list[float]:
     """Characters per second of training for each recipe: the median of 9 turns of some steps each.
 
     ## A laptop gets warm and a shared machine gets busy: timed one after the other, the last would look slow. So they
-    ## take turns, and what slows one slows all.
+    ## take turns, and what slows one slows all. The clock of a row stands still while others run, and in evaluations.
     """
-    running = [start(recipe, data, device, dtype, 0, 10 * steps)[1] for recipe in all_recipes]
-    turns = []
-    for _ in range(10):
-        turns.append([])
-        for losses in running:
-            begun = time.perf_counter()
-            for loss in islice(losses, steps):
-                pass
-            loss.item()  # a GPU works ahead: wait for it before reading the clock
-            turns[-1].append(steps * CHARACTERS_PER_STEP / (time.perf_counter() - begun))
-    return [statistics.median(turn) for turn in zip(*turns[1:])]  # the first turn pays for what is done only once
+    running = [start(recipe, data, data.val[: recipe["block_size"] + 1], device, dtype, 0, 10 * steps, steps)
+               for recipe in all_recipes]
+    with contextlib.redirect_stdout(io.StringIO()):
+        clocks = [[next(rows)["seconds"] for rows in running] for _ in range(10)]
+    turns = [[steps * CHARACTERS_PER_STEP / (after - before) for before, after in zip(*pair)]
+             for pair in zip(clocks, clocks[1:])]  # without the first turn, which pays for what is done only once
+    return [statistics.median(turn) for turn in zip(*turns)]
 
 
 def recipes() -> list[tuple[str, str, dict, bool]]:
@@ -239,69 +201,64 @@ def recipes() -> list[tuple[str, str, dict, bool]]:
     return rows
 
 
+def spread(losses: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample; 0 for one value."""
+    return float(np.mean(losses)), float(np.std(losses, ddof=1)) if len(losses) > 1 else 0.0
+
+
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "device", "dtype")
     add = parser.add_argument
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of "
-        "reach")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seeds", type=int, default=3, help="runs per row and budget, with seeds 0, 1, 2, ...")
-    add("--seconds", type=float, default=30, help="the equal wall-clock: training time of each run")
-    add("--characters", type=int, default=500_000, help="the equal number of characters that each run reads")
-    add("--rows", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; without it all")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for table and plot")
-    args = parser.parse_args()
-    chosen = [row for row in recipes() if not args.rows or any(word in row[0] for word in args.rows)]
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if out of reach")
+    add("--seeds", type=utils.count, default=3, help="runs per row and budget, with seeds 0, 1, 2, ...")
+    add("--seconds", type=utils.positive, default=30, help="the equal wall-clock: training time of each run")
+    add("--characters", type=utils.number(int, f"[{CHARACTERS_PER_STEP}, inf)"), default=500_000,
+        help="the equal number of characters that each run reads; one step is the least")
+    add("--only", nargs="+", metavar="WORD", help="only the rows whose names hold one of these words; without it all")
+    args = utils.parse_args(parser)
+    chosen = [row for row in recipes() if not args.only or any(word in row[0] for word in args.only)]
     if not chosen:
-        raise utils.InputError(f"--rows {' '.join(args.rows)}: no row's name holds that; there is: "
+        raise utils.InputError(f"--only {' '.join(args.only)}: no row's name holds that; there is: "
                                f"{'; '.join(row[0] for row in recipes())}.")
-    utils.check(args, above_zero="seeds seconds")
-    if args.characters < CHARACTERS_PER_STEP:
-        raise utils.InputError(f"--characters {args.characters} must be at least {CHARACTERS_PER_STEP}, one step's.")
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
-    dtype = utils.pick_dtype(device)
-    precision = str(dtype).removeprefix("torch.")
     data = load_data(args.data, max(change.get("block_size", 0) for _, _, change, _ in CHANGES))
-    label = data.name + ", stand-in" * data.stand_in
-    print(f"{label}; {precision} on {device.type}; whole-validation loss in nats per character, mean ± std of "
-          f"{args.seeds} seeds\n{'':56}characters/s   after {args.characters:,} characters   after {args.seconds:g} s")
+    print(f"{data.label}; {str(args.dtype)[6:]} on {args.device.type}; whole-validation loss in nats per character, "
+          f"mean ± std of {args.seeds} seeds\n{'':56}characters/s   after {args.characters:,} characters   "
+          f"after {args.seconds:g} s")
 
     ## Equal wall-clock: as many steps as a recipe makes in the given seconds, by its speed beside the others'. The
     ## learning rate falls to nearly zero in every run, so none is cut off in the middle of its schedule.
     steps = max(1, args.characters // CHARACTERS_PER_STEP // 50)
-    rows, per_second = [], speeds([recipe for _, _, recipe, _ in chosen], data, device, dtype, steps)
+    rows, per_second = [], speeds([recipe for _, _, recipe, _ in chosen], data, args.device, args.dtype, steps)
     for (name, source, recipe, kept), speed in zip(chosen, per_second):
         by_characters, by_seconds = (
-            [run(recipe, data, device, dtype, seed, max(1, round(characters / CHARACTERS_PER_STEP)))
+            [final_loss(recipe, data, args.device, args.dtype, seed, max(1, round(characters / CHARACTERS_PER_STEP)))
              for seed in range(args.seeds)] for characters in (args.characters, args.seconds * speed))
         rows.append({"name": name, "source": source, "kept": kept, "recipe": recipe, "characters_per_second": speed,
                      "by_characters": by_characters, "by_seconds": by_seconds})
-        means = [utils.mean_std(rows[-1][key]) for key in ("by_characters", "by_seconds")]
+        means = [spread(rows[-1][key]) for key in ("by_characters", "by_seconds")]
         print(f"{name + '  (not kept)' * (not kept):56}{speed:12,.0f}"
               + "".join(f"{mean:15.4f} ± {std:.4f}" for mean, std in means), flush=True)
-        table = {"script": SCRIPT, "data": data.name, "stand_in": data.stand_in, "device": device.type,
-                 "dtype": precision, "torch": str(torch.__version__), "characters": args.characters,
-                 "seconds": args.seconds, "rows": rows}
-        utils.write_atomically(args.out / "experiment.json", json.dumps(table, indent=1).encode())
+        table = json.dumps({"script": SCRIPT, "data": data.name, "stand_in": bool(data.stand_in), "rows": rows,
+                            "device": args.device.type, "dtype": str(args.dtype)[6:], "seconds": args.seconds,
+                            "torch": str(torch.__version__), "characters": args.characters}, indent=1)
+        utils.write_atomically(args.out / "experiment.json", lambda file: file.write(table.encode()))
 
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2))
+    figure, axes = utils.pyplot().subplots(figsize=(8, 0.45 * len(rows) + 1.2))
     for key, marker, color, offset, text in (
-            ("by_characters", "o", utils.COLORS[0], -0.12, f"after {args.characters:,} characters"),
-            ("by_seconds", "s", utils.COLORS[1], 0.12, f"after {args.seconds:g} s of training")):
+            ("by_characters", "o", "C0", -0.12, f"after {args.characters:,} characters"),
+            ("by_seconds", "s", "C1", 0.12, f"after {args.seconds:g} s of training")):
         for i, row in enumerate(rows):
-            mean, std = utils.mean_std(row[key])
+            mean, std = spread(row[key])
             axes.errorbar(mean, i + offset, xerr=std, fmt=marker, color=color, mfc=color if row["kept"] else "white",
                           label=text if i == 0 else None)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set(title=f"One change at a time ({label}); hollow: not kept", xlabel="validation loss, nats per character")
+    axes.set(title=f"One change at a time ({data.label}); hollow: not kept",
+             xlabel="validation loss, nats per character")
     axes.legend()
-    utils.save_figure(figure, args.out / "experiment.png")
+    utils.write_atomically(args.out / "experiment.png", figure.savefig)
     print(f"\nwrote experiment.json and experiment.png to {args.out}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import batches, bigram_log_probs, bigram_loss, decode, load_data  # noqa: E402
+import utils
+from load import batches, bigram_log_probs, bigram_loss, decode, load_data
 
-# Shapes: B batch, T time, C channels (width of the model), H heads, D channels per head (C = H * D), V vocabulary
+# Shapes: B batch, T time, C channels (width of the model), A heads, D channels per head (C = A * D), V vocabulary
 
 
 # ---------------------------------------------------------------------------------------------- one head
@@ -71,12 +70,12 @@ def multi_head(x: Tensor, w_qkv: Tensor, w_out: Tensor, n_head: int) -> tuple[Te
     """Multi-head causal attention: x (B, T, C), w_qkv (C, 3C), w_out (C, C) -> y (B, T, C) and what backward needs.
 
     ## One head computes one set of weights: it can follow the previous character or the start of the word, not both.
-    ## H heads of D = C / H channels cost the same arithmetic and can follow H things (Vaswani et al. 2017, 3.2.2).
+    ## A heads of D = C / A channels cost the same arithmetic and can follow A things (Vaswani et al. 2017, 3.2.2).
     """
     B, T, C = x.shape
     qkv = x @ w_qkv  # (B, T, 3C)
-    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-    heads, p = attention(q, k, v)  # (B, H, T, D), (B, H, T, T)
+    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, A, T, D)
+    heads, p = attention(q, k, v)  # (B, A, T, D), (B, A, T, T)
     joined = heads.transpose(1, 2).reshape(B, T, C)  # heads side by side again
     return joined @ w_out, (x, q, k, v, p, joined, w_qkv, w_out)
 
@@ -85,11 +84,11 @@ def multi_head_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tenso
     """dy (B, T, C) -> dx (B, T, C), dw_qkv (C, 3C), dw_out (C, C)."""
     x, q, k, v, p, joined, w_qkv, w_out = cache
     B, T, C = x.shape
-    H, D = q.shape[1], q.shape[3]
+    A, D = q.shape[1], q.shape[3]
     ## A weight is used at every position of every sequence, so its gradient is summed over B and T: flatten both.
     dw_out = joined.reshape(-1, C).mT @ dy.reshape(-1, C)  # (C, C)
-    dheads = (dy @ w_out.mT).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-    dqkv = torch.stack(attention_backward(dheads, q, k, v, p))  # (3, B, H, T, D)
+    dheads = (dy @ w_out.mT).view(B, T, A, D).transpose(1, 2)  # (B, A, T, D)
+    dqkv = torch.stack(attention_backward(dheads, q, k, v, p))  # (3, B, A, T, D)
     dqkv = dqkv.permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C)  # undo the permute of the forward pass
     return dqkv @ w_qkv.mT, x.reshape(-1, C).mT @ dqkv.reshape(-1, 3 * C), dw_out
 
@@ -144,7 +143,7 @@ def backward(w: dict[str, Tensor], saved: tuple) -> dict[str, Tensor]:
 def check_against_pytorch() -> dict[str, float]:
     """Largest absolute differences to scaled_dot_product_attention and to autograd, in float64."""
     torch.manual_seed(0)
-    q, k, v, dy = (torch.randn(2, 3, 16, 8, dtype=torch.float64) for _ in range(4))  # (B, H, T, D)
+    q, k, v, dy = (torch.randn(2, 3, 16, 8, dtype=torch.float64) for _ in range(4))  # (B, A, T, D)
     y, p = attention(q, k, v)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     expected = F.scaled_dot_product_attention(*leaves, is_causal=True)
@@ -180,32 +179,25 @@ def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) ->
 
 
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "seed")
     add = parser.add_argument
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of "
-        "reach")
-    add("--seed", type=int, default=0, help="decides weights and batches")
-    add("--steps", type=int, default=1000, help="updates; more lower the loss a little further")
-    add("--batch-size", type=int, default=32, help="windows per step; larger is steadier")
-    add("--block-size", type=int, default=64, help="characters that attention can look back on")
-    add("--n-embd", type=int, default=128, help="width C")
-    add("--n-head", type=int, default=4, help="heads; each has n_embd / n_head channels")
-    add("--lr", type=float, default=3e-3, help="Adam's learning rate")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
-    args = parser.parse_args()
-    utils.check(args, above_zero="steps batch_size block_size n_embd n_head lr")
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if out of reach")
+    add("--steps", type=utils.count, default=1000, help="updates; more lower the loss a little further")
+    add("--batch-size", type=utils.count, default=32, help="windows per step; larger is steadier")
+    add("--block-size", type=utils.count, default=64, help="characters that attention can look back on")
+    add("--n-embd", type=utils.count, default=128, help="width C")
+    add("--n-head", type=utils.count, default=4, help="heads; each has n_embd / n_head channels")
+    add("--lr", type=utils.positive, default=3e-3, help="Adam's learning rate")
+    args = utils.parse_args(parser)
     if args.n_embd % args.n_head:
         raise utils.InputError(f"--n-embd {args.n_embd} must be divisible by --n-head {args.n_head}.")
-
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
+    torch.manual_seed(args.seed)
     print("against PyTorch, largest absolute difference in float64:")
     for name, error in check_against_pytorch().items():
         print(f"  {name:20} {error:.1e}")
 
     data = load_data(args.data, args.block_size)
-    V, label = len(data.vocab), data.name + ", stand-in" * data.stand_in
+    V, label = len(data.vocab), data.label
     ## The baseline that everything must beat looks one character back: a table of how often b follows a (load.py).
     log_probs = bigram_log_probs(data.train, V)  # (V, V)
     bigram = bigram_loss(data.train, data.val, V)
@@ -220,7 +212,7 @@ def main() -> None:
     ## lesson. It only needs a tensor and its gradient, and does not care who computed the gradient.
     w = init_model(V, args.block_size, args.n_embd)
     optimizer = torch.optim.Adam(w.values(), lr=args.lr)
-    bar, history, begun = utils.Progress(args.steps, "steps"), [], time.perf_counter()
+    losses, begun = [], time.perf_counter()
     for step, (x, y) in zip(range(args.steps), batches(data.train, args.block_size, args.batch_size, args.seed)):
         loss, saved = forward(w, x, y, args.n_head)
         if not math.isfinite(loss):
@@ -229,29 +221,21 @@ def main() -> None:
             w[name].grad = gradient
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         optimizer.step()
-        history.append({"step": step, "attention": loss, "bigram": bigram})
-        bar.update(step + 1, f"loss {loss:.3f}")
-    bar.clear()
+        losses.append(loss)
+        utils.progress(step + 1, args.steps, begun, f"loss {loss:.3f}", "steps")
     seconds = time.perf_counter() - begun
     final = evaluate(w, data.val, args.block_size, args.n_head)
-    print(
-        f"one attention layer, {sum(t.numel() for t in w.values()):,} weights: {final:.4f} nats per character after "
-        f"{seconds:.0f} s of training; bigram {bigram:.4f}"
-    )
+    print(f"one attention layer, {sum(t.numel() for t in w.values()):,} weights: {final:.4f} nats per character after "
+          f"{seconds:.0f} s of training; bigram {bigram:.4f}".ljust(79))
 
     ## A picture of the weights p says what the position attends to. Row t is a probability distribution over 0 ... t.
     n = min(32, args.block_size)
     x = data.val[None, :n]
-    p = multi_head(w["characters"][x] + w["positions"][:n], w["w_qkv"], w["w_out"], args.n_head)[1][4][0]  # (H, T, T)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    axes[0].plot(
-        [row["step"] for row in history],
-        [row["attention"] for row in history],
-        lw=0.8,
-        label="one attention layer (train batches)",
-    )
-    axes[0].axhline(bigram, color=utils.COLORS[1], ls="--", label="bigram (validation)")
-    axes[0].axhline(final, color=utils.COLORS[2], ls="-.", label="one attention layer (validation)")
+    p = multi_head(w["characters"][x] + w["positions"][:n], w["w_qkv"], w["w_out"], args.n_head)[1][4][0]  # (A, T, T)
+    figure, axes = utils.pyplot().subplots(1, 2, figsize=(11, 4.2))
+    axes[0].plot(losses, lw=0.8, label="one attention layer (train batches)")
+    axes[0].axhline(bigram, color="C1", ls="--", label="bigram (validation)")
+    axes[0].axhline(final, color="C2", ls="-.", label="one attention layer (validation)")
     axes[0].set(title=f"One layer of attention ({label})", xlabel="step", ylabel="loss, nats per character")
     axes[0].legend()
     axes[1].imshow(p[0].numpy(), cmap="viridis", vmin=0)
@@ -260,10 +244,9 @@ def main() -> None:
     axes[1].set_yticks(range(n), labels, fontsize=6)
     axes[1].set(title=f"Head 0: who (row) looks at what (column) ({label})")
     axes[1].grid(False)
-    utils.save_figure(figure, args.out / "from_scratch.png")
+    utils.write_atomically(args.out / "from_scratch.png", figure.savefig)
     print(f"wrote {args.out / 'from_scratch.png'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
+import utils
 
 # Shapes: B batch, T time (characters in a window), V vocabulary, N characters in a text
 
@@ -39,43 +38,43 @@ class Data(NamedTuple):
     val: Tensor  # (N_val,)
     vocab: list[str]  # id -> character
     name: str  # "tinyshakespeare", "pydocs" or the file's name
-    stand_in: bool  # True where nothing was asked for and the real set could not be had, or pydocs was named
+    stand_in: str  # the set that the text stands in for, "Tiny Shakespeare", or "" where it is no stand-in
+
+    @property
+    def label(self) -> str:
+        return self.name + ", stand-in" * bool(self.stand_in)
 
 
-def read_text(data: str | None = None) -> tuple[str, str, bool]:
-    """Return (text, name, stand_in) for `tinyshakespeare`, `pydocs`, a path, or None.
+def read_tinyshakespeare() -> str:
+    """Raises ConnectionError where it can't be downloaded, utils.InputError where the file there is another."""
+    return utils.download(URLS, utils.DATA_DIR / "tinyshakespeare.txt", SHA256).read_text(encoding="utf-8")
 
-    None means Tiny Shakespeare, and the stand-in where that can't be reached. Raises utils.InputError for a path that
-    is missing, a folder, empty or not UTF-8, and for a Tiny Shakespeare file that is not the real one.
-    """
-    if data in (None, "tinyshakespeare"):
-        try:
-            path = utils.download(URLS, utils.DATA_DIR / "tinyshakespeare.txt", SHA256)
-            return path.read_text(encoding="utf-8"), "tinyshakespeare", False
-        except ConnectionError as error:
-            if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data pydocs to work offline.") from error
-            print(error)
-    if data in (None, "pydocs"):
-        utils.notice("STAND-IN: this run uses `pydocs`, the language manual that ships inside Python.",
-                     "Its figures are not Tiny Shakespeare's and can't be compared with them.")
-        from pydoc_data.topics import topics  # help("if") and the like: 465,126 characters in Python 3.11
 
-        return "\n\n".join(topics[name] for name in sorted(topics)), "pydocs", True
-    path = Path(data)
-    if path.is_dir():
-        raise utils.InputError(f"--data {data} is a folder; give one text file.")
+def read_pydocs() -> str:
+    """The language manual that ships inside Python, help("if") and the like: 465,126 characters in Python 3.11."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_file(path: Path) -> str:
+    """A text file of the reader's own. Raises utils.InputError where it is missing, a folder, empty or not UTF-8."""
     if not path.is_file():
-        raise utils.InputError(f"--data {data}: no such file; give a UTF-8 text file, tinyshakespeare or pydocs.")
+        what = "is a folder; give one text file" if path.is_dir() else "does not exist; give a UTF-8 text file"
+        raise utils.InputError(f"{path} {what}, or one of {', '.join(SETS)}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise utils.InputError(
-            f"--data {data} is not UTF-8 (byte {error.start}); convert it, for example with iconv."
-        ) from error
+        raise utils.InputError(f"{path} is not UTF-8 (byte {error.start}); convert it, say with iconv.") from error
     if not text:
-        raise utils.InputError(f"--data {data} is empty; give a text of some thousand characters at least.")
-    return text, path.name, False
+        raise utils.InputError(f"{path} is empty; give a text of some thousand characters at least.")
+    return text
+
+
+SETS = {  # name -> how to read it, and what it stands in for; a text more is one function and one line
+    "tinyshakespeare": (read_tinyshakespeare, ""),
+    "pydocs": (read_pydocs, "Tiny Shakespeare"),
+}
 
 
 def encode(text: str, vocab: list[str]) -> Tensor:
@@ -96,8 +95,20 @@ def decode(ids: Tensor | list[int], vocab: list[str]) -> str:
 
 
 def load_data(data: str | None = None, block_size: int = 1) -> Data:
-    """Read, split and encode. Raises utils.InputError where a part is shorter than one window of block_size + 1."""
-    text, name, stand_in = read_text(data)
+    """Read, split and encode a text: the name of one of SETS, or a path; None: Tiny Shakespeare or its stand-in.
+
+    Raises ConnectionError where a text asked for by name can't be downloaded, and utils.InputError where it can't be
+    read, or a part is shorter than one window of block_size + 1.
+    """
+    if data is None:
+        try:
+            return load_data("tinyshakespeare", block_size)
+        except ConnectionError as error:
+            print(f"{error} Working offline with --data pydocs.")
+            return load_data("pydocs", block_size)
+    read, stand_in = SETS.get(data, (lambda: read_file(Path(data)), ""))
+    text, name = read(), data if data in SETS else Path(data).name
+    utils.stand_in_notice(name, stand_in)
     ## The split keeps the order: the first 90 % train, the last 10 % validate. A random split of windows would put
     ## neighbouring, overlapping pieces of one scene on both sides, and the validation loss would reward memory.
     n = int(0.9 * len(text))
@@ -105,7 +116,7 @@ def load_data(data: str | None = None, block_size: int = 1) -> Data:
     if min(len(train_text), len(val_text)) < block_size + 1:
         raise utils.InputError(
             f"{name} has {len(text):,} characters, too few for a context of {block_size}: its last "
-            f"tenth must hold {block_size + 1}; use a longer text or a smaller --block-size."
+            f"tenth must hold {block_size + 1}; use a longer text or a smaller block_size."
         )
     ## The vocabulary comes from the training part alone, like everything else that is fitted. Where the validation
     ## part has other characters, one extra id stands for all of them; the model never learned it, and pays for each.
@@ -134,8 +145,8 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
     """
     if (len(ids) - block_size) // block_size < batch_size:
         raise utils.InputError(
-            f"{len(ids):,} characters make fewer than {batch_size} windows of {block_size} (--batch-size, "
-            "--block-size); use a longer text or smaller numbers."
+            f"{len(ids):,} characters make fewer than {batch_size} windows of {block_size} (batch_size, block_size); "
+            "use a longer text or smaller numbers."
         )
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -170,22 +181,15 @@ def bigram_loss(train: Tensor, val: Tensor, n_vocab: int) -> float:
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    add = parser.add_argument
-    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of "
-        "reach")
-    add("--block-size", type=int, default=32, help="characters in one window")
-    add("--seed", type=int, default=0, help="which windows the example batch shows")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
-    args = parser.parse_args()
-    utils.check(args, above_zero="block_size")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
+    parser = utils.parser(__doc__, __file__, "seed")
+    parser.add_argument("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if out "
+                        "of reach")
+    parser.add_argument("--block-size", type=utils.count, default=32, help="characters in one window")
+    args = utils.parse_args(parser)
     data = load_data(args.data, args.block_size)
-    label = data.name + ", stand-in" * data.stand_in
     vocab, total = data.vocab, len(data.train) + len(data.val)
     print(
-        f"{label}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
+        f"{data.label}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
         f"last 10 % validation {len(data.val):,}"
     )
     print(f"vocabulary: {decode(range(len(vocab)), vocab)!r}\n")
@@ -204,15 +208,14 @@ def main() -> None:
     print(f"by the one before:      {bigram_loss(data.train, data.val, len(vocab)):.3f} nats per character (bigram)")
 
     counts = Counter(decode(data.train, vocab)).most_common(60)
-    figure, axes = plt.subplots(figsize=(10, 3))
+    figure, axes = utils.pyplot().subplots(figsize=(10, 3))
     axes.bar([{" ": "␣", "\n": "\\n"}.get(c, c) for c, _ in counts], [k / len(data.train) for _, k in counts])
-    axes.set(title=f"How often each character occurs ({label})", ylabel="share")
+    axes.set(title=f"How often each character occurs ({data.label})", ylabel="share")
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", visible=False)
-    utils.save_figure(figure, args.out / "characters.png")
+    utils.write_atomically(args.out / "characters.png", figure.savefig)
     print(f"\nwrote {args.out / 'characters.png'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,30 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import decode, encode  # noqa: E402
-from train import GPT, SCRIPT, norm, rotary_tables, rotate  # noqa: E402
+import utils
+from load import decode, encode
+from train import GPT, SCRIPT, norm, rotary_tables, rotate
 
-# Shapes: T time, C channels (n_embd), H heads, D channels per head (C = H * D), V vocabulary; the batch is 1
+# Shapes: T time, C channels (n_embd), A heads, D channels per head (C = A * D), V vocabulary, S positions in the cache;
+#         the batch is 1
 
 
-def load_gpt(path: Path, device: torch.device) -> tuple[GPT, dict]:
-    """Rebuild the model that train.py saved; also return the checkpoint, for its vocab and data name."""
-    saved = utils.load_checkpoint(path, SCRIPT, device)
-    model = utils.rebuild(lambda: GPT(**saved["config"]), saved, path)
+def load_gpt(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, dict]:
+    """The model that train.py saved, ready to write, and the rest of its file: vocab, data, metrics.
+
+    Raises utils.InputError where the file is missing, damaged, or of another version's model.
+    """
+    saved = utils.load_checkpoint(path, SCRIPT)
+    try:
+        model = GPT(**saved["config"])
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise utils.InputError(f"{path} is of another version of the model; make it anew: python {SCRIPT}") from error
     return model.to(device).eval(), saved
 
 
@@ -72,14 +79,14 @@ class Reader:
 
     def __init__(self, model: GPT, length: int):
         """length: how many characters will be read at most."""
-        self.model, self.t, H = model, 0, model.blocks[0].attention.n_head
+        self.model, self.t, A = model, 0, model.blocks[0].attention.n_head
         C = model.shift.numel()
-        self.heads = 3, 1, H, 1, C // H
+        self.heads = 3, 1, A, 1, C // A
         self.before = torch.zeros_like(model.shift)  # (C,) embedding of the character before
         ## Finding a weight inside nested modules takes Python longer than adding two vectors: look them all up once.
         matrices = ((b.attention.qkv.weight, b.attention.out.weight, b.up.weight, b.down.weight) for b in model.blocks)
-        self.layers = [(*four, model.shift.new_zeros(2, 1, H, model.block_size, C // H)) for four in matrices]
-        tables = rotary_tables(length, C // H)  # (T, 1, 1, D) each
+        self.layers = [(*four, model.shift.new_zeros(2, 1, A, model.block_size, C // A)) for four in matrices]
+        tables = rotary_tables(length, C // A)  # (T, 1, 1, D) each
         self.cos, self.sin = (table[:, 0].to(model.shift.device) for table in tables)
 
     def read(self, i: int) -> Tensor:
@@ -91,12 +98,12 @@ class Reader:
         ## the keys carry their positions, and rotary positions only tell how far apart two of them are.
         place, known = t % model.block_size, min(t + 1, model.block_size)
         cos, sin = self.cos[t], self.sin[t]  # (1, D) each
-        for w_qkv, w_out, w_up, w_down, kv in self.layers:  # kv (2, 1, H, block_size, D)
-            qkv = torch.mv(w_qkv, norm(x)).view(self.heads)  # (3, 1, H, 1, D)
+        for w_qkv, w_out, w_up, w_down, kv in self.layers:  # kv (2, 1, A, block_size, D)
+            qkv = torch.mv(w_qkv, norm(x)).view(self.heads)  # (3, 1, A, 1, D)
             qkv[:2] = rotate(norm(qkv[:2]), cos, sin)
             kv[:, :, :, place : place + 1] = qkv[1:]
-            k, v = kv[:, :, :, :known].unbind()  # (1, H, S, D) each, S characters known
-            y = F.scaled_dot_product_attention(qkv[0], k, v)  # (1, H, 1, D)
+            k, v = kv[:, :, :, :known].unbind()  # (1, A, S, D) each
+            y = F.scaled_dot_product_attention(qkv[0], k, v)  # (1, A, 1, D)
             x = torch.addmv(x, w_out, y.view(-1))  # x + w_out y
             x = torch.addmv(x, w_down, torch.mv(w_up, norm(x)).relu_().square_())
         self.before, self.t = e, t + 1
@@ -136,7 +143,7 @@ def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top
 # ---------------------------------------------------------------------------------------------- attention
 @torch.inference_mode()
 def attention_weights(model: GPT, ids: Tensor) -> Tensor:
-    """Every head's weights for ids (1, T): (layers, H, T, T); row t is a distribution over what position t looks at."""
+    """Every head's weights for ids (1, T): (layers, A, T, T); row t is a distribution over what position t looks at."""
     for block in model.blocks:
         block.attention.keep_weights = True
     model(ids)
@@ -146,7 +153,7 @@ def attention_weights(model: GPT, ids: Tensor) -> Tensor:
 
 
 def where_heads_look(weights: Tensor, text: str) -> dict[str, Tensor]:
-    """Mean share of attention, (layers, H) each, that goes to the character itself, the one before, the line's start.
+    """Mean share of attention, (layers, A) each, that goes to the character itself, the one before, the line's start.
 
     The line's start is the newline before the current line (the text's first character in the first line). The shares
     are means over all positions; where two targets coincide, as at the start of a line, both count it.
@@ -164,26 +171,19 @@ def where_heads_look(weights: Tensor, text: str) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    add, folder = parser.add_argument, Path(__file__).parent / "outputs"
-    add("--model", type=Path, default=folder / "model.pt", help="what train.py wrote")
+    parser = utils.parser(__doc__, __file__, "device", "seed")
+    add = parser.add_argument
+    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     add("--prompt", help="the text to continue; without it a newline, which asks for a new line")
-    add("--length", type=int, default=500, help="characters to write")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as the model believes; above: "
-        "wilder")
-    add("--top-k", type=int, help="draw from the k likeliest only")
-    add("--top-p", type=float, help="draw from the likeliest that sum to p only")
+    add("--length", type=utils.count, default=500, help="characters to write")
+    add("--temperature", type=utils.number(float, "[0, inf)"), default=0.8, help="0: always the likeliest; 1: as the "
+        "model believes; above: wilder")
+    add("--top-k", type=utils.count, help="draw from the k likeliest only")
+    add("--top-p", type=utils.number(float, "(0, 1]"), help="draw from the likeliest that sum to p only")
     add("--no-cache", action="store_true", help="compute everything again for every character, to see the difference")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seed", type=int, default=0, help="decides what is drawn")
-    add("--out", type=Path, default=folder, help="folder for the plot")
-    args = parser.parse_args()
-    utils.check(args, above_zero="length top_k top_p", not_negative="temperature")
-    if args.top_p is not None and args.top_p > 1:
-        raise utils.InputError(f"--top-p {args.top_p} must be at most 1.")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
-    device = utils.pick_device(args.device)
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
+    device = args.device
     if device.type == "cpu":
         torch.set_num_threads(1)  # one character is too little work to share
 
@@ -191,12 +191,9 @@ def main() -> None:
     vocab = saved["vocab"]
     prompt = args.prompt if args.prompt else "\n" if "\n" in vocab else vocab[0]
     ids = encode(prompt, vocab)[None].to(device)  # (1, T)
-    if saved["stand_in"]:
-        utils.notice(f"STAND-IN: this model was trained on {saved['data']}, not on Tiny Shakespeare.")
-    print(
-        f"{utils.count_parameters(model):,} parameters, trained on {saved['data']}, "
-        f"validation loss {saved['metrics']['val_loss']:.4f}\n"
-    )
+    utils.stand_in_notice(saved["data"], saved["stand_in"])
+    print(f"{utils.count_parameters(model):,} parameters, trained on {saved['data']}, validation loss "
+          f"{saved['metrics']['val_loss']:.4f}\n")
 
     print(prompt, end="", flush=True)
     written, begun = [], time.perf_counter()
@@ -224,7 +221,7 @@ def main() -> None:
     print(f"spread evenly{itself:9.1%}{previous:10.1%}{line:12.1%}{future:10.4g}")
     assert not shares["future"].any(), "the causal mask leaks"
 
-    T = min(len(text), 40)
+    T, plt = min(len(text), 40), utils.pyplot()
     labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in text[:T]]
     layers, heads = weights.shape[:2]
     figure, axes = plt.subplots(layers, heads, figsize=(4 * heads, 4 * layers), squeeze=False)
@@ -236,13 +233,12 @@ def main() -> None:
             a.set_yticks(range(T), labels, fontsize=5)
             a.set_title(f"layer {layer}, head {head}", fontsize=9)
             a.grid(False)
-    stand_in = ", stand-in" * saved["stand_in"]
+    stand_in = ", stand-in" * bool(saved["stand_in"])
     figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1 ({saved['data']}{stand_in})", y=0.995)
     figure.tight_layout()
-    utils.save_figure(figure, args.out / "attention.png")
+    utils.write_atomically(args.out / "attention.png", figure.savefig)
     print(f"\nwrote {args.out / 'attention.png'}")
-    if saved["stand_in"]:
-        utils.notice(f"STAND-IN: this model was trained on {saved['data']}, not on Tiny Shakespeare.")
+    utils.stand_in_notice(saved["data"], saved["stand_in"])
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ the recipe of 2019 make it learn several times faster.
     python 05_transformer/train.py --resume                              after Ctrl-C
     torchrun --nproc_per_node=2 05_transformer/train.py                  two processes, for example on two GPUs
 
-You should see (Tiny Shakespeare; two cores of an AMD EPYC with AVX512-BF16, no AMX; torch 2.15; seeds 0, 1, 2):
-    validation loss 1.413 ± 0.005 nats per character (1.409, 1.412, 1.418), perplexity 4.11, 2.04 bits per character,
-    after 304, 326 and 378 s of training, the machine slowing down from 20,000 characters per second to 16,000; below
-    1.88, which nanoGPT's README names for its CPU recipe, at the first evaluation (25 s)
+You should see (Tiny Shakespeare, two cores of an AMD EPYC, three seeds): validation loss 1.413 ± 0.005 nats per
+character, or 2.04 bits, after 300 to 380 s.
 Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
-Left out on purpose: subwords (chapter 06), gradient accumulation, mixture of experts, anything that needs a cluster.
+Left out on purpose: subwords (chapter 06), gradient accumulation (chapter 06), anything that needs a cluster.
 """
 
-import argparse
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,13 +27,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import batches, bigram_loss, decode, load_data  # noqa: E402
+import utils
+from load import batches, bigram_loss, decode, load_data
 
-# Shapes: B batch, T time (at most block_size), C channels (n_embd), H heads, D channels per head (C = H * D),
+# Shapes: B batch, T time (at most block_size), C channels (n_embd), A heads, D channels per head (C = A * D),
 #         V vocabulary, N characters in a text
 
 SCRIPT = "05_transformer/train.py"
@@ -58,7 +56,7 @@ def rotary_tables(block_size: int, D: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, section 3.2): x (B, T, 2, H, D) -> same shape.
+    """Rotary position embedding (Su et al. 2021, section 3.2): x (B, T, 2, A, D) -> same shape.
 
     ## Attention by itself sees a bag of characters. Here channels i and i + D/2 form a point in the plane, which is
     ## turned by an angle proportional to its position:
@@ -71,14 +69,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keep_weights: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Causal attention: q, k, v (B, H, T, D) -> y (B, H, T, D) and weights (B, H, T, T),
+    """Causal attention: q, k, v (B, A, T, D) -> y (B, A, T, D) and weights (B, A, T, T),
     which a CUDA device makes only if asked for."""
     if q.is_cuda and not keep_weights:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True), None  # one fused kernel
     ## The same, spelled out. On a CPU it is no slower than the fused kernel (benchmark.py --rows attention).
     T, D = q.shape[2:]
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 on and below the diagonal
-    p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, H, T, T)
+    p = torch.add(future, q @ k.mT, alpha=D**-0.5).softmax(-1)  # (B, A, T, T)
     return p.to(v.dtype) @ v, p
 
 
@@ -98,10 +96,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, D)
         ## QK-norm (Henry et al. 2020): queries and keys all get length sqrt(D), so that scores stay between -sqrt(D)
         ## and sqrt(D) however large the weights grow.
-        qk = rotate(norm(qkv[:, :, :2]), cos, sin).to(qkv.dtype)  # (B, T, 2, H, D)
-        q, k = qk.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        v = qkv[:, :, 2].transpose(1, 2)  # (B, H, T, D)
-        y, weights = attend(q, k, v, keep_weights=self.keep_weights)  # (B, H, T, D)
+        qk = rotate(norm(qkv[:, :, :2]), cos, sin).to(qkv.dtype)  # (B, T, 2, A, D)
+        q, k = qk.permute(2, 0, 3, 1, 4)  # (B, A, T, D) each
+        v = qkv[:, :, 2].transpose(1, 2)  # (B, A, T, D)
+        y, weights = attend(q, k, v, keep_weights=self.keep_weights)  # (B, A, T, D)
         self.weights = weights.detach() if self.keep_weights else None
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -133,7 +131,7 @@ class GPT(nn.Module):
     def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float):
         super().__init__()
         if n_embd % n_head or n_embd // n_head % 2:
-            raise utils.InputError(f"--n-embd {n_embd} must be divisible by --n-head {n_head}, with an even quotient.")
+            raise utils.InputError(f"n_embd {n_embd} must be divisible by n_head {n_head}, with an even quotient.")
         self.block_size = block_size
         self.dtype = torch.float32  # what activations are computed in; the weights are always float32
         self.characters = nn.Embedding(vocab_size, n_embd)
@@ -169,7 +167,7 @@ class GPT(nn.Module):
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-# ---------------------------------------------------------------------------------------------- small functions
+# ---------------------------------------------------------------------------------------------- the loop
 @torch.no_grad()
 def evaluate(model: GPT, ids: Tensor, block_size: int) -> float:
     """Mean loss over all of ids, (N,) -> nats per character: consecutive windows, the last as long as what is left.
@@ -200,7 +198,7 @@ def generate(model: GPT, ids: Tensor, length: int) -> Tensor:
 
 
 def make_optimizers(model: GPT, lr: float, muon_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embedding and head.
+    """Muon for the matrices inside the blocks, AdamW for embedding and head. Each group keeps its `peak` rate.
 
     ## A matrix's gradient is dominated by a few directions. Muon (Jordan et al. 2024) averages gradients as momentum
     ## does, then replaces the average U S V^T by (nearly) U V^T: every direction gets the same step. That costs a few
@@ -208,8 +206,9 @@ def make_optimizers(model: GPT, lr: float, muon_lr: float, weight_decay: float) 
     """
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") or p.ndim != 2]
-    return [torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    return [torch.optim.Muon([{"params": matrices, "peak": muon_lr}], lr=muon_lr, momentum=0.95,
+                             weight_decay=weight_decay),
+            torch.optim.AdamW([{"params": others, "peak": lr}], lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -217,7 +216,45 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / warmup, 1 - 0.98 * step / steps)
 
 
-# ---------------------------------------------------------------------------------------------- options
+def fit(model: GPT, optimizers: list[torch.optim.Optimizer], train: Tensor, val: Tensor, steps: int, batch_size: int,
+        eval_every: int, seed: int, warmup: int = 20, grad_clip: float = 1.0, first_step: int = 0,
+        seconds: float = 0.0, forward: nn.Module | None = None, shard: slice = slice(None)) -> Iterator[dict]:
+    """Train on windows of train (N,); after every eval_every steps, and the last, evaluate on val and yield a row.
+
+    A run that goes on begins at first_step, a multiple of eval_every, after so many seconds. forward: what computes the
+    loss where model is wrapped; shard: the rows of each batch that this process takes.
+    """
+    B, T = batch_size, model.block_size
+    stream, begun = islice(batches(train, T, B, seed), first_step, None), time.perf_counter() - seconds
+    for start in range(first_step, steps, eval_every):
+        losses, end = [], min(start + eval_every, steps)
+        for step, (x, y) in zip(range(start, end), stream):  # x, y (B, T)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * schedule(step, steps, warmup)
+                optimizer.zero_grad()
+            loss = (forward or model)(x[shard], y[shard])  # ()
+            loss.backward()
+            ## One odd batch can have a huge gradient. Cut to length grad_clip, it costs one short step, not the run.
+            nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            losses.append(loss.detach())
+            if step % 10 == 9:  # looking at the loss makes a GPU wait, so not at every step
+                utils.progress(step + 1, steps, begun, f"loss {loss.item():.3f}", "characters", B * T)
+        train_loss = torch.stack(losses).mean()
+        if dist.is_initialized():
+            dist.all_reduce(train_loss.div_(dist.get_world_size()))  # the mean over all processes
+        seconds = time.perf_counter() - begun
+        row = {"step": end, "seconds": seconds, "characters": end * B * T, "train_loss": train_loss.item(),
+               "val_loss": evaluate(model, val, T)}
+        if not math.isfinite(row["train_loss"] + row["val_loss"]):
+            raise utils.InputError(f"the loss became {train_loss:g} by step {end}; try smaller --lr and --muon-lr.")
+        yield row
+        begun = time.perf_counter() - seconds  # the clock stood still meanwhile
+
+
+# ---------------------------------------------------------------------------------------------- main
 PRESETS = {
     "small": dict(steps=3000, batch_size=8, block_size=256, n_layer=4, n_head=3, n_embd=192, dropout=0.0,
                   lr=2e-3, muon_lr=0.02, weight_decay=0.1),
@@ -226,218 +263,116 @@ PRESETS = {
 }
 
 
-def parse_options() -> tuple[argparse.Namespace, dict]:
-    """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = utils.parser(__doc__)
+def parse_options():
+    """The options' values, the preset's where none was given."""
+    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")
+    parser.epilog = "; ".join(f"--preset {name}: {', '.join(f'{k} {v}' for k, v in preset.items())}"
+                              for name, preset in PRESETS.items())
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="small: for two CPU cores; large: for a GPU, 10.7 M "
         "parameters, each step over 40 times the arithmetic of small's; not yet timed on a GPU")
-    add("--data", type=utils.name_or_path("tinyshakespeare", "pydocs"),
-        help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if that is out of reach")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
-    add("--seed", type=int, default=0, help="decides weights, batches and dropout")
-    add("--steps", type=int, help="updates; the learning rates fall to nearly zero at the last one")
-    add("--batch-size", type=int, help="windows per step; larger is steadier, and learns less per character")
-    add("--block-size", type=int, help="context: how far back the model looks; attention costs its square")
-    add("--n-layer", type=int, help="blocks: how many times information can move between positions")
-    add("--n-head", type=int, help="attention heads per block, each n_embd / n_head channels wide")
-    add("--n-embd", type=int, help="width C; parameters and time grow with its square")
-    add("--dropout", type=float, help="share of channels zeroed: against overfitting, slows learning")
-    add("--lr", type=float, help="AdamW's peak learning rate, for embedding and head")
-    add("--muon-lr", type=float, help="Muon's peak learning rate, for the matrices in the blocks")
-    add("--weight-decay", type=float, help="Muon's: share of every weight taken per step, times muon_lr")
-    add("--warmup", type=int, default=20, help="steps over which the learning rates rise from zero")
-    add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
-    add("--eval-every", type=int, default=250, help="steps between evaluations on all validation text; each saves")
-    add("--patience", type=int, default=5, help="stop after so many evaluations without a new best (early stopping)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
-    add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
-    parser.set_defaults(**PRESETS["small"])  # for --help
-    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
-    args, given = utils.parse(parser)
-    utils.check(args, above_zero="steps batch_size block_size n_layer n_head n_embd lr muon_lr warmup grad_clip "
-                "eval_every patience", not_negative="weight_decay", shares="dropout")
-    return args, given
+    add("--data", help="tinyshakespeare, pydocs or a text file; without it the first, or pydocs if out of reach")
+    add("--steps", type=utils.count, help="updates; the learning rates fall to nearly zero at the last one")
+    add("--batch-size", type=utils.count, help="windows per step; larger is steadier, and learns less per character")
+    add("--block-size", type=utils.count, help="context: how far back the model looks; attention costs its square")
+    add("--n-layer", type=utils.count, help="blocks: how many times information can move between positions")
+    add("--n-head", type=utils.count, help="attention heads per block, each n_embd / n_head channels wide")
+    add("--n-embd", type=utils.count, help="width C; parameters and time grow with its square")
+    add("--dropout", type=utils.share, help="share of channels zeroed: against overfitting, slows learning")
+    add("--lr", type=utils.positive, help="AdamW's peak learning rate, for embedding and head")
+    add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for the matrices in the blocks")
+    add("--weight-decay", type=utils.number(float, "[0, inf)"), help="Muon's: share of weights taken per step, times "
+        "muon_lr")
+    add("--warmup", type=utils.count, default=20, help="steps over which the learning rates rise from zero")
+    add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
+    add("--eval-every", type=utils.count, default=250, help="steps between evaluations on all of validation")
+    add("--patience", type=utils.count, default=5, help="evaluations without a new best that end it (early stopping)")
+    args = utils.parse_args(parser)
+    vars(args).update({name: value for name, value in PRESETS[args.preset].items() if vars(args)[name] is None})
+    return args
 
 
 def main() -> None:
-    utils.keep_memory()
-    args, given = parse_options()
-    checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.resume(args, given, SCRIPT)
-    device = utils.pick_device(args.device)
-
-    ## Several processes: `torchrun --nproc_per_node=2 05_transformer/train.py` starts this script twice and tells each
-    ## its rank. Each holds the whole model, takes its share of every batch, and averages its gradients with the
-    ## others', so that all take the very step that one process would take with the whole batch.
+    ## Several processes: torchrun starts this script twice and tells each its rank. Each holds the whole model, takes
+    ## its share of every batch, and averages its gradients with the others': the step of one process with all of it.
+    ## The rest each does as if it were alone. Only rank 0 prints; files are the same, and written atomically.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank == 0:
-        utils.check_writable(args.out)
     if world > 1:
-        if args.batch_size % world:
-            raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.dtype == "auto":
-        names = [str(utils.pick_dtype(device)).removeprefix("torch.")]
-        if world > 1:
-            dist.broadcast_object_list(names)  # a matter of timing, on which ranks could disagree
-        args.dtype = names[0]
-
-    # data
-    if rank > 0:
-        dist.barrier()  # until rank 0 has downloaded the text
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+        dist.init_process_group()
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
+    args = parse_options()
+    if args.batch_size % world:
+        raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
+    free = ("out", "device", "compile", "resume")
+    options = {name: value for name, value in vars(args).items() if name not in free}
+    saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT, options) if args.resume else None
     data = load_data(args.data, args.block_size)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    args.data = args.data or data.name  # what it came to be, for --resume
-    train, val, vocab = data.train.to(device), data.val.to(device), data.vocab
-    label = data.name + ", stand-in" * data.stand_in
+    train, val, vocab = data.train.to(args.device), data.val.to(args.device), data.vocab
     if saved and (saved["vocab"], saved["characters"]) != (vocab, len(train)):
         raise utils.InputError(f"--resume: {data.name} is not the text it was then; start anew without --resume.")
 
-    # model and optimizers
-    utils.set_seed(args.seed)
-    config = dict(vocab_size=len(vocab), block_size=args.block_size, n_layer=args.n_layer, n_head=args.n_head,
-                  n_embd=args.n_embd, dropout=args.dropout)
-    model = GPT(**config).to(device)
-    model.dtype = getattr(torch, args.dtype)
+    torch.manual_seed(args.seed)
+    config = dict(vocab_size=len(vocab), **{name: vars(args)[name] for name in (
+        "block_size", "n_layer", "n_head", "n_embd", "dropout")})
+    model = GPT(**config).to(args.device)
+    model.dtype = args.dtype
     optimizers = make_optimizers(model, args.lr, args.muon_lr, args.weight_decay)
-    first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_loss": math.inf}
     torch.manual_seed(args.seed + rank)  # all ranks have the same weights by now, and need different dropout
+    history, best = [], {"step": 0, "val_loss": math.inf}
+
+    bigram = bigram_loss(data.train, data.val, len(vocab))
+    print(f"{data.label}: {len(train):,} characters to train on, {len(val):,} to validate on, {len(vocab)} distinct\n"
+          f"{utils.count_parameters(model):,} parameters; {str(args.dtype)[6:]} on {args.device.type}; "
+          f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
+    x, y = next(batches(data.train, args.block_size, 1, args.seed))
+    print(f"a window:         {decode(x[0, :50], vocab)!r}\nits targets:      {decode(y[0, :50], vocab)!r}")
+    ## The head starts small, so the first loss is close to ln V: all characters about equally likely. Anything else is
+    ## a mistake in head or loss. A leak of targets into inputs shows later, as a loss too good to be true.
+    print(f"before training:  loss {evaluate(model, val, args.block_size):.4f}; guessing uniformly, ln {len(vocab)}: "
+          f"{math.log(len(vocab)):.4f}; bigram: {bigram:.4f}\n"
+          f"it writes:        {decode(generate(model, val[None, :1], 60)[0], vocab)!r}\n")
     if saved:
-        utils.load_weights(model, saved, checkpoint_path)
+        model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
-        losses = [loss.to(device) for loss in saved["losses"]]
-        if rank == 0:
-            torch.set_rng_state(saved["random_state"])
-        else:
-            torch.manual_seed(args.seed + rank + first_step)
-    step_model = torch.compile(model) if args.compile else model
-    step_model = DistributedDataParallel(step_model) if world > 1 else step_model
-
-    # sanity numbers before training
-    bigram = bigram_loss(data.train, data.val, len(vocab))
-    if rank == 0:
-        print(f"{label}: {len(train):,} characters to train on, {len(val):,} to validate on, {len(vocab)} distinct\n"
-              f"{utils.count_parameters(model):,} parameters; {args.dtype} on {device.type}; "
-              f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
-        x, y = next(batches(data.train, args.block_size, 1, args.seed))
-        print(f"a window:         {decode(x[0, :50], vocab)!r}\nits targets:      {decode(y[0, :50], vocab)!r}")
-        if saved:
-            print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
-        else:
-            ## The head starts small, so the first loss is close to ln V: all characters about equally likely. Anything
-            ## else is a mistake in head or loss. A leak of targets into inputs shows later, as a loss too good to be
-            ## true.
-            print(f"before training:  loss {evaluate(model, val, args.block_size):.4f}; guessing uniformly, "
-                  f"ln {len(vocab)}: {math.log(len(vocab)):.4f}; bigram: {bigram:.4f}")
-            print(f"it writes:        {decode(generate(model, val[None, :1], 60)[0], vocab)!r}\n")
-
-    def save() -> None:
-        """Write all that decides how the run goes on; and, where the newest weights are the best so far, the model."""
+        history, best = saved["history"], saved["best"]
+        torch.set_rng_state(saved["random_state"])
+    forward = torch.compile(model) if args.compile else model
+    forward = nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
+    for row in fit(model, optimizers, train, val, args.steps, args.batch_size, args.eval_every, args.seed, args.warmup,
+                   args.grad_clip, history[-1]["step"] if saved else 0, history[-1]["seconds"] if saved else 0.0,
+                   forward, slice(rank, None, world)):
+        history.append(row)
+        best = row if row["val_loss"] < best["val_loss"] else best
+        print("step {:5}  {:4.0f} s  {:,} characters  train {:.4f}  validation {:.4f}".format(*row.values()).ljust(79),
+              flush=True)
         state = {"script": SCRIPT, "config": config, "vocab": vocab, "data": data.name, "stand_in": data.stand_in,
                  "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
-        if best["step"] == done:
-            utils.save_checkpoint(model_path, state)
-        utils.save_checkpoint(checkpoint_path, state | {
-            "options": utils.plain(args), "characters": len(train), "step": done, "seconds": seconds,
-            "history": history, "best": best, "losses": losses,
+        if best is row:
+            utils.write_atomically(args.out / "model.pt", torch.save, state)
+        utils.write_atomically(args.out / "checkpoint.pt", torch.save, state | {
+            "options": options, "characters": len(train), "history": history, "best": best,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
-
-    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
-    interrupted, restore_signals = utils.catch_signals()
-
-    # ------------------------------------------------------------------------------------------ the loop
-    advice = "no file was touched since the last evaluation; start again with a smaller --lr and --muon-lr."
-    bar, begun = utils.Progress(args.steps, "characters", first_step), time.perf_counter()
-    stream = batches(train, args.block_size, args.batch_size, args.seed)  # the same on every rank
-    for step, (x, y) in zip(range(args.steps), stream):  # x, y (B, T)
-        if step < first_step:
-            continue  # resumed: these were seen before
-        if step - best["step"] >= args.patience * args.eval_every:
+        if row["step"] - best["step"] >= args.patience * args.eval_every:
             break  # early stopping
-        for optimizer, peak in zip(optimizers, (args.muon_lr, args.lr)):
-            optimizer.param_groups[0]["lr"] = peak * schedule(step, args.steps, args.warmup)
 
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = step_model(x[rank::world], y[rank::world])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.detach())
-
-        done = step + 1
-        due = done % args.eval_every == 0 or done == args.steps
-        if not due and done % 10:  # looking at the loss makes a GPU wait, so not at every step
-            continue
-        stop = torch.tensor(len(interrupted), device=device)
-        if world > 1:
-            dist.all_reduce(stop)  # all ranks stop at the same step, or none
-        if not math.isfinite(loss.item()):
-            raise utils.InputError(f"the loss became {loss.item()} by step {done}; {advice}")
-        if rank == 0:
-            bar.update(done, f"loss {loss.item():.3f}", args.batch_size * args.block_size)
-        if due or stop:
-            seconds += time.perf_counter() - begun
-            if due:
-                train_loss = torch.stack(losses).mean()
-                val_loss = torch.tensor(evaluate(model, val, args.block_size) if rank == 0 else 0.0, device=device)
-                if world > 1:
-                    dist.all_reduce(train_loss)  # the sum over ranks
-                    dist.broadcast(val_loss, 0)
-                row = {"step": done, "seconds": seconds, "characters": done * args.batch_size * args.block_size,
-                       "train_loss": train_loss.item() / world, "val_loss": val_loss.item()}
-                history.append(row)
-                losses = []
-                best = row if row["val_loss"] < best["val_loss"] else best
-            if due and not math.isfinite(row["train_loss"] + row["val_loss"]):
-                raise utils.InputError(f"the loss became {row['train_loss'] + row['val_loss']} by step {done}; "
-                                       + advice)
-            if rank == 0:
-                save()
-            if stop:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
-            if rank == 0:
-                bar.clear()
-                print(f"step {done:5}  {seconds:4.0f} s  train {row['train_loss']:.4f}  "
-                      f"validation {row['val_loss']:.4f}", flush=True)
-            begun = time.perf_counter()
-
-    # report
-    restore_signals()
-    if world > 1:
-        dist.barrier()  # gloo may abort one that leaves too early
-        dist.destroy_process_group()
-    if rank:
-        return
-    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
+    model.load_state_dict(utils.load_checkpoint(args.out / "model.pt", SCRIPT)["model"])  # the best, maybe not the last
     loss, uniform = best["val_loss"], math.log(len(vocab))
-    perplexity = lambda nats: math.exp(min(nats, 700))  # noqa: E731  (a float ends at exp 709)
-    metrics = {"val_loss": loss, "perplexity": perplexity(loss), "bits_per_character": loss / math.log(2),
-               "best_step": best["step"], "last_val_loss": history[-1]["val_loss"], "bigram_val_loss": bigram,
-               "uniform_val_loss": uniform}
-    print(f"\n{'':24}nats per character   perplexity   bits per character   ({label}, validation)")
+    print(f"\n{'':24}nats per character   perplexity   bits per character   ({data.label}, validation)")
     for name, nats in (("guessing uniformly", uniform), ("bigram", bigram), (f"GPT, step {best['step']}", loss)):
-        print(f"{name:24}{nats:18.4f}{perplexity(nats):13.3f}{nats / math.log(2):21.4f}")
-    print(f"{seconds:.0f} s of training\n\nit writes:\n{decode(generate(model, val[None, :1], 400)[0], vocab)}\n")
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in,
-                       device=device.type, seed=args.seed, seconds=seconds, parameters=utils.count_parameters(model),
-                       metrics=metrics, history=history)
-    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"], f"A character GPT on {label}",
-                       y="nats per character")
+        print(f"{name:24}{nats:18.4f}{math.exp(min(nats, 700)):13.3f}{nats / math.log(2):21.4f}")
+    print(f"{history[-1]['seconds']:.0f} s of training\n\nit writes:\n"
+          f"{decode(generate(model, val[None, :1], 400)[0], vocab)}\n")
+    utils.save_metrics(args, SCRIPT, data, model, {
+        "val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": loss / math.log(2), "best_step":
+        best["step"], "last_val_loss": history[-1]["val_loss"], "bigram_val_loss": bigram, "uniform_val_loss": uniform},
+        history)
+    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"],
+                       f"A character GPT on {data.label}", y="nats per character")
     print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for Tiny Shakespeare.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 ## Try this, with --steps 500 --eval-every 500. Each was run once (seed 0, Tiny Shakespeare); as it is: 1.5833 in 47 s.
@@ -446,4 +381,4 @@ def main() -> None:
 ##   --dropout 0.2                                  1.7402   nothing to prevent yet: one pass has no overfitting
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run(main, go_on="--resume")

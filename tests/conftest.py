@@ -51,12 +51,15 @@ def call_main(module, *options):
 
 
 def refusal(module, *options):
-    """What a script's main says of bad input: one sentence on one line."""
+    """What a script's main says of bad input: one sentence on one line, its own or argparse's."""
     import utils
 
-    with pytest.raises(utils.InputError) as error:
+    with pytest.raises((utils.InputError, ConnectionError, SystemExit)) as error, \
+            contextlib.redirect_stderr(io.StringIO()) as err:
         call_main(module, *options)
-    message = str(error.value)
+    if isinstance(error.value, SystemExit):  # argparse has printed "usage: ..." and the error
+        assert error.value.code == 2 and len(err.getvalue().splitlines()) == 2, err.getvalue()
+    message = err.getvalue().splitlines()[-1] if isinstance(error.value, SystemExit) else str(error.value)
     assert message.isprintable() and len(message) < 500, message
     return message
 

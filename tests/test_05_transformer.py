@@ -4,15 +4,15 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, chapter, run_script
+from conftest import REAL, ROOT, call_main, chapter, refusal, run_script
 
 import utils
 
@@ -20,26 +20,7 @@ load, from_scratch, train, load_model, experiment = chapter(
     "05_transformer", "load", "from_scratch", "train", "load_model", "experiment"
 )
 FOLDER = ROOT / "05_transformer"
-SMALL = [
-    "--data",
-    "pydocs",
-    "--n-layer",
-    "2",
-    "--n-embd",
-    "32",
-    "--n-head",
-    "2",
-    "--block-size",
-    "32",
-    "--batch-size",
-    "4",
-    "--device",
-    "cpu",
-]
-
-
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
+SMALL = "--data pydocs --n-layer 2 --n-embd 32 --n-head 2 --block-size 32 --batch-size 4 --device cpu".split()
 
 
 def small_gpt(**changes):
@@ -102,7 +83,7 @@ def test_stand_in_only_where_the_real_text_is_out_of_reach(tmp_path, monkeypatch
     monkeypatch.setattr(load, "URLS", ["http://127.0.0.1:9/input.txt"])
     data = load.load_data(None, 32)
     assert data.name == "pydocs" and data.stand_in and "STAND-IN" in capsys.readouterr().out
-    with pytest.raises(utils.InputError, match="--data pydocs"):
+    with pytest.raises(ConnectionError, match="could not be downloaded"):
         load.load_data("tinyshakespeare", 32)
     (tmp_path / "tinyshakespeare.txt").write_text("corrupt")
     with pytest.raises(utils.InputError, match="not the expected file"):
@@ -329,18 +310,21 @@ def test_where_heads_look_on_weights_with_known_answers():
 
 # ---------------------------------------------------------------------------------------------- as users run them
 def test_load_and_from_scratch_run(tmp_path):
-    assert "input" in run("load.py", "--data", "pydocs", "--out", tmp_path)
-    out = run("from_scratch.py", "--data", "pydocs", "--steps", 30, "--n-embd", 32, "--out", tmp_path)
+    assert "input" in call_main(load, "--data", "pydocs", "--out", tmp_path)
+    small = ["--data", "pydocs", "--steps", 15, "--n-embd", 32, "--batch-size", 8]
+    out = call_main(from_scratch, *small, "--out", tmp_path)
     assert "bigram model" in out
     assert (tmp_path / "characters.png").stat().st_size > 1000 and (tmp_path / "from_scratch.png").stat().st_size > 1000
+
+
+RUN = [*SMALL, "--steps", 150, "--eval-every", 30, "--dropout", 0.1, "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One small run that is never stopped, with dropout, for several tests to look at."""
     out = tmp_path_factory.mktemp("trained")
-    text = run("train.py", *SMALL, "--steps", 300, "--eval-every", 60, "--dropout", 0.1, "--out", out)
-    return out, text
+    return out, run_script(FOLDER / "train.py", *RUN, "--out", out)
 
 
 def test_train_learns_and_leaves_everything(trained):
@@ -352,13 +336,13 @@ def test_train_learns_and_leaves_everything(trained):
     first = float(re.search(r"before training:  loss ([\d.]+)", text)[1])
     assert first == pytest.approx(metrics["metrics"]["uniform_val_loss"], abs=0.1)
     assert text.count("STAND-IN") == 2  # one notice at the start, one at the end
+    assert [row["step"] for row in metrics["history"]] == [30, 60, 90, 120, 150]
 
 
 def test_saved_model_gives_the_reported_loss(trained):
     model, saved = load_model.load_gpt(trained[0] / "model.pt", "cpu")
     data = load.load_data("pydocs", 32)
     assert saved["vocab"] == data.vocab
-    model.dtype = getattr(torch, utils.load_checkpoint(trained[0] / "checkpoint.pt", train.SCRIPT)["options"]["dtype"])
     assert train.evaluate(model, data.val, 32) == pytest.approx(saved["metrics"]["val_loss"], abs=1e-6)
 
 
@@ -372,24 +356,19 @@ def same_run(a, b):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_resumes_bit_identically(trained, tmp_path, number, code):
-    options = [*SMALL, "--steps", "300", "--eval-every", "60", "--dropout", "0.1", "--out", str(tmp_path)]
-    child = subprocess.Popen(
-        [sys.executable, "-u", str(FOLDER / "train.py"), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-u", FOLDER / "train.py", *RUN, "--out", tmp_path]
+    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in child.stdout:
-        if line.startswith("step   120"):
+        if line.startswith("step    60"):
             break
-    time.sleep(0.05)
     child.send_signal(number)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == code and "Traceback" not in errors
-    assert number == signal.SIGKILL or "--resume" in errors
-    stopped_at = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
-    assert 120 <= stopped_at < 300
-    assert f"resumed after step {stopped_at}" in run("train.py", "--resume", "--out", tmp_path)
+    assert number == signal.SIGKILL or errors.rstrip().endswith("--resume")
+    steps = [row["step"] for row in utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["history"]]
+    assert steps in ([30], [30, 60], [30, 60, 90])  # it was stopped beside or soon after the second save
+    text = call_main(train, *RUN, "--out", tmp_path, "--resume")
+    assert re.findall(r"(?m)^step +(\d+) ", text) == [str(step) for step in range(steps[-1] + 30, 151, 30)]
     same_run(trained[0], tmp_path)
 
 
@@ -397,70 +376,100 @@ def test_resume_refuses_other_options_and_other_text(trained, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 100)
     before = (trained[0] / "checkpoint.pt").read_bytes()
-    assert "--n-embd 32, not --n-embd 64" in run("train.py", "--resume", "--n-embd", 64, "--out", trained[0], code=1)
-    assert "--data pydocs" in run("train.py", "--resume", "--data", text, "--out", trained[0], code=1)
+    again = ["--out", trained[0], "--resume"]
+    assert "a run with --n-embd 32; go on with the same" in refusal(train, *RUN, "--n-embd", 64, *again)
+    assert "a run with --data pydocs" in refusal(train, *RUN, "--data", text, *again)
     assert (trained[0] / "checkpoint.pt").read_bytes() == before
-    small = ["--data", text, *SMALL[2:], "--steps", 2, "--out", tmp_path / "o"]
-    run("train.py", *small)
+    small = ["--data", text, *SMALL[2:], "--steps", 2, "--dtype", "float32", "--out", tmp_path / "o"]
+    call_main(train, *small)
     text.write_text("abcdefghi" * 100)
-    assert "not the text it was" in run("train.py", "--resume", "--out", tmp_path / "o", code=1)
+    assert "not the text it was" in refusal(train, *small, "--resume")
 
 
 def test_two_processes_learn_as_one_does(tmp_path):
     options = [*SMALL, "--steps", 40, "--eval-every", 10, "--dropout", 0, "--dtype", "float32"]
-    run("train.py", *options, "--out", tmp_path / "one")
+    call_main(train, *options, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
-    run("train.py", *options, "--out", tmp_path / "two", launcher=torchrun, env={"OMP_NUM_THREADS": "1"})
+    text = run_script(FOLDER / "train.py", *options, "--out", tmp_path / "two", launcher=torchrun)
+    assert text.count("step    10 ") == text.count("it writes:\n") == 1  # one of them prints
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=5e-3)
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=5e-3)
 
 
-def test_load_model_runs_and_refuses(trained, tmp_path):
+def test_load_model_runs_and_refuses(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process: other tests run in it, too
     model = ["--model", trained[0] / "model.pt", "--out", tmp_path]
-    out = run("load_model.py", *model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9)
+    writing = [*model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9]
+    out, again = call_main(load_model, *writing), call_main(load_model, *writing)
     assert "characters per second" in out and (tmp_path / "attention.png").stat().st_size > 1000
-    again = run("load_model.py", *model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9)
     written = [re.search(r"The .*?(?=\n\n[\d,]+ characters per second)", text, re.S)[0] for text in (out, again)]
     assert written[0] == written[1] and len(written[0]) == 84  # the seed decides
-    assert "'\u4e2d'" in run("load_model.py", *model, "--prompt", "\u4e2d", code=1)
-    assert "does not exist" in run("load_model.py", "--model", tmp_path / "none.pt", code=1)
-    assert "--temperature" in run("load_model.py", *model, "--temperature", -1, code=1)
+    assert "'\u4e2d'" in refusal(load_model, *model, "--prompt", "\u4e2d")
+    assert "does not exist" in refusal(load_model, "--model", tmp_path / "none.pt")
+    assert "argument --temperature: -1 is not in [0, inf)" in refusal(load_model, *model, "--temperature", -1)
+    saved = torch.load(trained[0] / "model.pt", weights_only=True)
+    saved["config"]["n_experts"] = 4
+    torch.save(saved, tmp_path / "other.pt")
+    assert "another version of the model" in refusal(load_model, "--model", tmp_path / "other.pt", "--out", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--data", "/no/such/file"], "no such file"),
-        (["--data", str(FOLDER)], "is a folder"),
-        (["--data", "EMPTY"], "is empty"),
-        (["--data", "SHORT"], "too few for a context of 256"),
-        (["--data", "LATIN"], "is not UTF-8"),
-        (["--data", "pydocs", "--n-embd", "50", "--n-head", "4"], "--n-embd 50 must be divisible by --n-head 4"),
-        (["--data", "pydocs", "--steps", "0"], "--steps 0 must be greater than zero"),
-        (["--data", "pydocs", "--dropout", "1"], "--dropout 1.0"),
-        (["--data", "pydocs", "--device", "abacus"], "--device abacus"),
-        (["--data", "pydocs", "--out", "/dev/null/x"], "cannot write"),
-        (["--resume", "--out", "TMP"], "does not exist"),
-    ],
-)
-def test_bad_input_gets_one_sentence(tmp_path, options, words):
+@pytest.mark.parametrize("options, words", [
+    ("--data /no/such/file", "/no/such/file does not exist; give a UTF-8 text file, or one of tinyshakespeare, pydocs"),
+    (f"--data {FOLDER}", "is a folder"),
+    ("--data EMPTY", "is empty"),
+    ("--data SHORT", "too few for a context of 256"),
+    ("--data LATIN", "is not UTF-8"),
+    ("--data pydocs --n-embd 50 --n-head 4", "n_embd 50 must be divisible by n_head 4"),
+    ("--data pydocs --steps 0", "argument --steps: 0 is not in [1, inf)"),
+    ("--data pydocs --dropout 1", "argument --dropout: 1 is not in [0, 1)"),
+    ("--data pydocs --device abacus", "--device abacus"),
+    ("--data pydocs --out /dev/null/x", "cannot write"),
+    ("--resume", "does not exist"),
+])
+def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, options, words):
     (tmp_path / "EMPTY").touch()
     (tmp_path / "SHORT").write_text("short " * 20)
     (tmp_path / "LATIN").write_bytes("caf\xe9 ".encode("latin-1") * 1000)
-    options = [
-        str(tmp_path / o) if o in ("EMPTY", "SHORT", "LATIN") else str(tmp_path) if o == "TMP" else o for o in options
-    ]
-    assert words in run("train.py", *options, *([] if "--out" in options else ["--out", tmp_path / "o"]), code=1)
+    monkeypatch.chdir(tmp_path)
+    assert words in refusal(train, "--out", tmp_path / "o", *options.split())
 
 
-def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(tmp_path):
-    options = [*SMALL, "--steps", 40, "--eval-every", 20, "--out", tmp_path]
-    run("train.py", *options)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert "the loss became nan" in run("train.py", *options, "--lr", "1e38", "--muon-lr", "1e38", code=1)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+def test_a_user_sees_one_line_and_an_exit_status(tmp_path):
+    assert "is empty" not in run_script(FOLDER / "train.py", "--data", "/no/such/file", "--out", tmp_path, code=1)
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "o")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    options = [*SMALL, "--steps", 20, "--eval-every", 10, "--out", tmp_path / "o"]
+    assert "the loss became nan" in refusal(train, *options, "--lr", "1e38", "--muon-lr", "1e38")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()} == before
+
+
+def test_the_model_comes_alone_and_speaks_of_arguments():
+    """Another program takes GPT: nothing that parses options, fetches or draws comes along, and nothing is changed."""
+    program = f"""if True:
+        import random, sys, torch, torchvision
+        sys.path[:0] = [{str(ROOT)!r}, {str(FOLDER)!r}]
+        loud = "argparse", "requests", "matplotlib"
+        for name in list(sys.modules):
+            if name.split(".")[0] in loud:
+                del sys.modules[name]
+        threads, state = torch.get_num_threads(), torch.get_rng_state()
+        import load_model, train
+        assert not [name for name in sys.modules if name.split(".")[0] in loud]
+        assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+        try:
+            train.GPT(vocab_size=5, block_size=8, n_layer=1, n_head=3, n_embd=8, dropout=0.0)
+        except ValueError as error:
+            assert "n_embd 8 must be divisible by n_head 3" in str(error) and "--" not in str(error)
+        else:
+            raise AssertionError
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_experiment_keeps_is_what_train_uses():
@@ -481,13 +490,15 @@ def test_what_the_experiment_keeps_is_what_train_uses():
     assert theirs == [type(optimizer) for optimizer in train.make_optimizers(ours, 1.0, 1.0, 0.0)]
 
 
-def test_experiment_runs(tmp_path):
-    (tmp_path / "text.txt").write_text(load.read_text("pydocs")[0][:20_000], encoding="utf-8")
-    out = run("experiment.py", "--data", tmp_path / "text.txt", "--seeds", 1, "--seconds", 0.3, "--characters", 5000,
-              "--device", "cpu", "--out", tmp_path)
+def test_experiment_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "SIZES", {"n_layer": 1, "n_head": 2, "n_embd": 32})
+    (tmp_path / "text.txt").write_text(load.read_pydocs()[:20_000], encoding="utf-8")
+    out = call_main(experiment, "--data", tmp_path / "text.txt", "--seeds", 1, "--seconds", 0.1, "--characters", 2048,
+                    "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
     assert "2019" in out and (tmp_path / "experiment.png").stat().st_size > 1000
     results = json.loads((tmp_path / "experiment.json").read_text())
     assert len(results["rows"]) == len(experiment.CHANGES) + 1
+    assert "no row's name holds that" in refusal(experiment, "--only", "teapot", "--out", tmp_path)
 
 
 @pytest.mark.real("tinyshakespeare.txt")
