@@ -72,12 +72,17 @@ CHOICES = [  # each change alone, against BASE
 ]
 
 
-def build(widths: tuple[int, ...], activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Linear layers of the given widths with an activation between them: (B, I) -> (B, K)."""
-    sizes, layers = (784, *widths, 10), []
-    for inputs, outputs in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(inputs, outputs), activation()]
-    return nn.Sequential(*layers[:-1])
+def build(widths: tuple[int, ...], activation: type[nn.Module] = nn.ReLU, norm: bool = False,
+          dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers of the given widths, each hidden one with an activation: (B, H, W) or (B, I) -> (B, K)."""
+    layers = [nn.Flatten()]
+    for inputs, outputs in zip((784, *widths), widths):
+        ## Batch norm (Ioffe & Szegedy 2015): each unit to mean 0, variance 1 over the batch, so that no layer has to
+        ## follow every shift of the layer below. Dropout (Srivastava et al. 2014): a share of the units is silent,
+        ## another one at each step, so that none can rely on a single other one.
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs) if norm else nn.Identity(), activation(),
+                   nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear((784, *widths)[-1], 10))
 
 
 def pixels(x: Tensor, data: Data, kind: str) -> Tensor:
@@ -104,14 +109,17 @@ def measure_choices(data: Data, device: torch.device, rows: list, seeds: int, ep
         yield {"name": name, "accuracy": found, "mean": mean, "std": std}
 
 
-def draw_choices(rows: list[dict], label: str, path: Path) -> None:
-    """Draw mean and spread of each row."""
-    figure, axes = utils.pyplot().subplots(figsize=(8, 0.36 * len(rows) + 1.2))
-    axes.errorbar([1 - row["mean"] for row in rows], range(len(rows)), xerr=[row["std"] for row in rows], fmt="o")
+def draw_errors(rows: list[dict], label: str, path: Path) -> None:
+    """Draw the share of mistakes in each row of `choices` (mean and spread) or `limits` (validation and test)."""
+    figure, axes = utils.pyplot().subplots(figsize=(8, 0.36 * len(rows) + 1.4))
+    for key, mark in (("mean", "o"), ("val_accuracy", "s"), ("test_accuracy", "o")):
+        if key in rows[0]:
+            axes.errorbar([1 - row[key] for row in rows], range(len(rows)), xerr=[row.get("std", 0) for row in rows],
+                          fmt=mark, label=key)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set(title=f"One change at a time ({label})", xscale="log",
-             xlabel="share of validation pictures called something else (log scale)")
+    axes.set(title=f"What each choice is worth ({label})", xlabel="share of mistakes (log scale)", xscale="log")
+    axes.legend()
     utils.write_atomically(path, figure.savefig)
 
 
@@ -163,23 +171,6 @@ def draw_fitting(rows: list[dict], label: str, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- how far an MLP can go
-# Each row keeps what the rows above it brought, except for what it names, and has the epochs, rate and batch that suit
-# it. epochs: for --epochs 10. tests/exercises/ladder.py goes on from the fifth row in another way.
-DEEP = {"norm": False, "dropout": 0.0, "straight": False, "one_size": False, "distort": False, "label_smoothing": 0.0,
-        "members": 1, "epochs": 12, "batch_size": 250, "lr": 2e-3}
-LIMITS = [
-    ("three hidden layers of 1,024 units", {}),
-    ("+ batch norm behind each of them", {"norm": True}),
-    ("+ dropout 0.2", {"dropout": 0.2}),
-    ("+ digits straightened", {"straight": True}),
-    ("+ and brought to one size", {"one_size": True}),
-    ("+ digits distorted, not of one size; no dropout; 100 epochs",
-     {"dropout": 0.0, "one_size": False, "distort": True, "label_smoothing": 0.1, "epochs": 100, "batch_size": 500,
-      "lr": 3e-3}),
-    ("+ the mean of three such networks", {"members": 3}),
-]
-
-
 def straighten(x: Tensor, one_size: bool = False) -> Tensor:
     """Slanted digits made upright and centred, by their ink alone: (N, H, W) uint8 -> (N, H, W) float, 0 to 255.
 
@@ -250,26 +241,14 @@ def prepare_upright(data: Data, device: torch.device, straight: bool, one_size: 
     return [((x - mean) / std, y.to(device)) for x, y in zip(parts, data[1:6:2])]
 
 
-def build_deep(norm: bool, dropout: float) -> nn.Sequential:
-    """Three hidden layers of 1,024 units: (B, H, W) or (B, I) -> (B, K)."""
-    layers = [nn.Flatten()]
-    for inputs in (784, 1024, 1024):
-        ## Batch norm (Ioffe & Szegedy 2015): each unit to mean 0, variance 1 over the batch, so that no layer has to
-        ## follow every shift of the layer below. Dropout (Srivastava et al. 2014): a share of the units is silent,
-        ## another one at each step, so that none can rely on a single other one.
-        layers += [nn.Linear(inputs, 1024), nn.BatchNorm1d(1024) if norm else nn.Identity(), nn.ReLU(),
-                   nn.Dropout(dropout)]
-    return nn.Sequential(*layers, nn.Linear(1024, 10))
-
-
 def fit_deep(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch_size: int, lr: float, dtype: torch.dtype,
-             loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor], change: Callable = lambda x: x) -> None:
-    """Train on x (N, H, W), y (N,): train.py's loop in dtype, with a warm-up, a loss and a change of every batch."""
+             loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor], change: Callable | None = None) -> None:
+    """Train on x (N, H, W), y (N,): train.py's loop in dtype, with a warm-up, any loss, and any change of pictures."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98), fused=True)
     step, steps, begun = 0, epochs * len(y.split(batch_size)), time.perf_counter()
     for epoch in range(epochs):
         for rows in torch.randperm(len(y), device=y.device).split(batch_size):
-            batch = change(x[rows]).flatten(1)  # (B, I)
+            batch = (change(x[rows]) if change else x[rows]).flatten(1)  # (B, I)
             ## Up for a tenth of the steps (warm-up: Adam's averages are still poor), then down to zero.
             rise, fall = (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
@@ -280,6 +259,11 @@ def fit_deep(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch_size: in
             optimizer.step()
             step += 1
         utils.progress(epoch + 1, epochs, begun, f"loss {loss.item():.4f}", "pictures", len(y))
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    """The loss of the rows here, for inputs x (B, I) and their digits y (B,): ()."""
+    return F.cross_entropy(model(x).float(), y, label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
@@ -294,6 +278,23 @@ def accuracy(p: Tensor, y: Tensor) -> float:
     return (p.argmax(1) == y).float().mean().item()
 
 
+# Each row keeps what the rows above it brought, except for what it names, and has the epochs, rate and batch that suit
+# it. epochs: with --epochs 10. tests/exercises/ladder.py goes on from the fifth row in another way.
+DEEP = {"norm": False, "dropout": 0.0, "straight": False, "one_size": False, "change": None, "label_smoothing": 0.0,
+        "members": 1, "epochs": 12, "batch_size": 250, "lr": 2e-3}
+LIMITS = [
+    ("three hidden layers of 1,024 units", {}),
+    ("+ batch norm behind each of them", {"norm": True}),
+    ("+ dropout 0.2", {"dropout": 0.2}),
+    ("+ digits straightened", {"straight": True}),
+    ("+ and brought to one size", {"one_size": True}),
+    ("+ digits distorted, not of one size; no dropout; 100 epochs",
+     {"dropout": 0.0, "one_size": False, "change": distort, "label_smoothing": 0.1, "epochs": 100, "batch_size": 500,
+      "lr": 3e-3}),
+    ("+ the mean of three such networks", {"members": 3}),
+]
+
+
 def measure_limits(data: Data, device: torch.device, rows: list, seeds: int, epochs: int) -> Iterator[dict]:
     """Yield accuracies and seconds of training of each row of LIMITS, from seed 0 on as many as it has members."""
     print(f"\n{data.label}: how far an MLP can go; accuracy on validation | test, seconds of training")
@@ -305,15 +306,12 @@ def measure_limits(data: Data, device: torch.device, rows: list, seeds: int, epo
         if (name, change) not in rows:
             continue
         (x, y), (val_x, val_y), (test_x, test_y) = prepare_upright(data, device, recipe["straight"], recipe["one_size"])
-
-        def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(model(x).float(), y, label_smoothing=recipe["label_smoothing"])
-
         for seed in range(len(members), recipe["members"]):
             torch.manual_seed(seed)
-            model, begun = build_deep(recipe["norm"], recipe["dropout"]).to(device), time.perf_counter()
-            fit_deep(model, x, y, recipe["epochs"] * epochs // 10, recipe["batch_size"], recipe["lr"], dtype, loss_of,
-                     *[distort] * recipe["distort"])
+            model = build((1024, 1024, 1024), norm=recipe["norm"], dropout=recipe["dropout"]).to(device)
+            begun = time.perf_counter()
+            fit_deep(model, x, y, recipe["epochs"] * epochs // 10, recipe["batch_size"], recipe["lr"], dtype,
+                     functools.partial(cross_entropy, label_smoothing=recipe["label_smoothing"]), recipe["change"])
             seconds += time.perf_counter() - begun
             members.append((predict(model, val_x), predict(model, test_x)))
         ## The mean of several networks: their mistakes are partly chance, and chance cancels in the mean (Hansen &
@@ -324,20 +322,9 @@ def measure_limits(data: Data, device: torch.device, rows: list, seeds: int, epo
         yield {"name": name, "val_accuracy": val, "test_accuracy": test, "seconds": seconds, "members": single}
 
 
-def draw_limits(rows: list[dict], label: str, path: Path) -> None:
-    """Draw each row's errors on validation and test."""
-    figure, axes = utils.pyplot().subplots(figsize=(8, 0.36 * len(rows) + 1.4))
-    for part, mark in (("val", "s"), ("test", "o")):
-        axes.plot([1 - row[f"{part}_accuracy"] for row in rows], range(len(rows)), mark, label=part)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.invert_yaxis()
-    axes.set(title=f"How far an MLP can go, step by step ({label})", xlabel="share of pictures called something else")
-    axes.legend()
-    utils.write_atomically(path, figure.savefig)
-
-
-PARTS = {"choices": (CHOICES, measure_choices, draw_choices), "fitting": (FITTING, measure_fitting, draw_fitting),
-         "limits": (LIMITS, measure_limits, draw_limits)}
+# A part is its rows, the generator that measures them, and the function that draws them.
+PARTS = {"choices": (CHOICES, measure_choices, draw_errors), "fitting": (FITTING, measure_fitting, draw_fitting),
+         "limits": (LIMITS, measure_limits, draw_errors)}
 
 
 def main() -> None:

@@ -58,9 +58,7 @@ def read_image(path: Path) -> Tensor:
                 grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=1e-6) * 255
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise utils.InputError(f"{path} can't be read as a picture; give a JPEG or PNG file.") from error
-    shrink = max(1, max(grey.shape) / 280)  # ten times what is needed
-    size = [max(1, round(side / shrink)) for side in grey.shape]
-    grey = F.interpolate(grey[None, None], size, mode="bilinear", antialias=True)[0, 0]
+    grey = resize(grey, min(1, 280 / max(grey.shape)))  # ten times what is needed
 
     ## Ink is what differs from the paper, darker or lighter. The median of the border is the paper.
     ink = (grey - edges(grey).median()).abs()  # (H, W)
@@ -74,9 +72,7 @@ def read_image(path: Path) -> Tensor:
 
     rows, columns = (torch.where((ink > 0.3).any(axis))[0] for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = 20 / max(ink.shape)
-    size = [max(1, round(side * scale)) for side in ink.shape]
-    ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
+    ink = resize(ink, 20 / max(ink.shape))
     ink = ink / ink.max()
     ## Centre of mass: the mean of the pixels' coordinates, weighted by their ink.
     top, left = (round(13.5 - ((ink.sum(1 - axis) * torch.arange(ink.shape[axis])).sum() / ink.sum()).item())
@@ -85,6 +81,12 @@ def read_image(path: Path) -> Tensor:
     out = torch.zeros(28, 28)
     out[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
     return (out * 255).round().to(torch.uint8)
+
+
+def resize(x: Tensor, scale: float) -> Tensor:
+    """x (H, W) with both sides times scale, at least one pixel each."""
+    size = [max(1, round(side * scale)) for side in x.shape]
+    return F.interpolate(x[None, None], size, mode="bilinear", antialias=True)[0, 0]
 
 
 def edges(x: Tensor) -> Tensor:

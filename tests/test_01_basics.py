@@ -294,7 +294,8 @@ def test_bad_input_in_a_real_process(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the model in use
-def test_load_model_runs_and_counts_as_scikit_learn_does(trained, few_digits, tmp_path):
+def test_load_model_runs_and_counts_as_scikit_learn_does(trained, few_digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "train", train)  # pickle looks there; another chapter's train may have its place
     metrics = pytest.importorskip("sklearn.metrics")
     out, _ = trained
     printed = call_main(load_model, "--model", out / "model.pt", "--out", tmp_path)
