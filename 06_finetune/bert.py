@@ -366,11 +366,11 @@ def save_model(model: nn.Module, folder: Path) -> None:
         config["id2label"] = dict(enumerate(c["labels"]))
         config["label2id"] = {label: i for i, label in enumerate(c["labels"])}
     config |= {name: c[name] for name in ("stand_in",) if name in c}
-    if c.get("pooling") == "mean" and type(model) is Classifier:  # unknown to transformers: it shall open the encoder
+    if c.get("pooling") == "mean" and type(model) is Classifier:  # transformers has no such head, and opens the encoder
         config |= {"architectures": [FAMILIES[family] + "Model"], "pooling": "mean"}
     data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
     if path.exists() and path.read_bytes() != data:
-        path.unlink()  # a kill between the two writes shall leave no folder with new weights and an old config
+        path.unlink()  # so that a kill between the two writes leaves no new weights with an old config
     save_safetensors(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     utils.write_atomically(path, data)
 
@@ -379,8 +379,8 @@ def save_model(model: nn.Module, folder: Path) -> None:
 HUB = "https://huggingface.co/"
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # the three share one vocabulary
 ## MiniLM's hashes were computed from its files. The files of the other two were never at hand where this was written:
-## their hashes are those that other public projects pin for these very commits. Were one wrong, the right file would be
-## refused, but no wrong one used.
+## their hashes are those that other public projects pin for these commits. If one is wrong, the correct file is
+## refused, but no wrong file is used.
 FILES = {  # name: (folder on the hub, {file: sha256})
     "minilm": ("sentence-transformers/all-MiniLM-L6-v2/resolve/main/", {
         "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -471,8 +471,8 @@ def find_bert(name: str | None = None) -> tuple[Path, str]:
 def hide(ids: Tensor, tokenizer: WordPiece, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(what the network sees, which tokens it has to guess) of ids (B, T): masked language modelling.
 
-    ## GPT-2 guesses the next token, and so may see only what comes before. BERT sees both sides, and is given words
-    ## to guess by hiding them: 15 % of all. Of these 80 % become [MASK]. But no text in use has [MASK] in it, so 10 %
+    ## GPT-2 guesses the next token, and so may see only what comes before. BERT sees both sides, and is given words to
+    ## guess by hiding them: 15 % of all. Of these, 80 % become [MASK]. But no text in use has [MASK] in it. So 10 %
     ## become a random token and 10 % stay, and any token may be a wrong one (Devlin et al. 2019, section 3.1).
     """
     draw = torch.rand(ids.shape, generator=generator)

@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from bert import Classifier, download_all
 from bert_train import batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train
+from bpe import read_text
 from wordpiece import pad
 
 # Shapes: B batch, T time (tokens, padding included), C channels (n_embd), K classes, N texts, V vocabulary
@@ -87,7 +88,7 @@ def read_tables(folder: Path, name: str, labels: list[str] | None = None) -> Dat
     parts = []
     for file in SST2_SHA256:
         path, texts, y = folder / file, [], []
-        for number, line in enumerate(read_file(path).replace("\r\n", "\n").split("\n"), 1):
+        for number, line in enumerate(read_text(str(path)).replace("\r\n", "\n").split("\n"), 1):
             found = re.fullmatch(r"(.*\S.*)\t([0-9]{1,3})", line)  # a text may hold tabs of its own
             if line and not found:
                 raise utils.InputError(f"{path}, line {number}: {line[:60]!r} is not a text, a tab and the number of a "
@@ -115,22 +116,12 @@ def read_folders(folder: Path) -> Data:
     parts = []
     for part in ("train", "test"):
         found = [(path, k) for k, label in enumerate(labels) for path in sorted((folder / part / label).glob("*.txt"))]
-        parts.append(Texts([read_file(path).replace("<br />", " ") for path, _ in found],
+        parts.append(Texts([read_text(str(path)).replace("<br />", " ") for path, _ in found],
                            torch.tensor([k for _, k in found])))
     order = torch.randperm(len(parts[0].texts), generator=torch.Generator().manual_seed(0)).tolist()
     n = max(1, len(order) // 10)
     val, train = (Texts([parts[0].texts[i] for i in rows], parts[0].y[rows]) for rows in (order[:n], order[n:]))
     return Data(train, val, parts[1], labels, folder.name)
-
-
-def read_file(path: Path) -> str:
-    """A text file's contents. Raises utils.InputError where it can't be read, or is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise utils.InputError(f"{path} cannot be read ({error.strerror}); put the texts there.") from error
-    except UnicodeDecodeError as error:
-        raise utils.InputError(f"{path} is not UTF-8 (byte {error.start}); convert it, say with iconv.") from error
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in

@@ -38,8 +38,8 @@ from wordpiece import Encoding, WordPiece, pad
 
 SCRIPT = "06_finetune/bert_qa.py"
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
-## The files were never at hand where this was written: these are the hashes that other public projects pin for them
-## (ParlAI among them). Were one wrong, the right file would be refused, but no wrong one used.
+## The files were never at hand where this was written. These are the hashes that other public projects pin for them
+## (ParlAI among them). If one is wrong, the correct file is refused, but no wrong file is used.
 SQUAD_SHA256 = {"train-v1.1.json": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
                 "dev-v1.1.json": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"}
 
@@ -176,11 +176,11 @@ SYLLABLES = ("ba bel cor da den el fa gar ho ir jun ka lo mar n\u00e9 or pe quin
 def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0) -> Data:
     """Passages about people, with four questions each; sizes: passages for training, validation, test.
 
-    ## Where the answer stands says nothing: people, facts and sentences come in random order. Its kind says too little:
-    ## of everybody in a passage the same facts are told, so that there are several towns, years or jobs, and the first
-    ## is the right one in 43 of 100 cases. What is left is to find the sentence that is about the right person and the
-    ## right fact, though it may speak of "she". No name occurs in two passages, and of trades, years and dishes each
-    ## part has its own: nothing that was learned by heart helps.
+    ## Where the answer stands says nothing: people, facts and sentences come in random order. Its kind says too little.
+    ## The same facts are told of everybody in a passage, so that there are several towns, years or jobs. The first of
+    ## them is the correct one in 43 of 100 cases. What is left is to find the sentence about the person and the fact
+    ## asked for, though it may speak of "she". No name occurs in two passages, and each part has trades, years and
+    ## dishes of its own: nothing that was learned by heart helps.
     """
     draw, seen, parts = random.Random(seed), set(), []
     lists = {kind: words.split(",") for kind, words in WORDS.items()} | {"year": list(map(str, range(1500, 2000)))}
@@ -245,7 +245,7 @@ SETS = {"squad": download_squad, "templates": template_passages}  # the last sta
 
 # ---------------------------------------------------------------------------------------------- SQuAD's rules
 def normalise(answer: str) -> str:
-    """What is compared: lower case, without punctuation, articles, and spaces that are too many.
+    """What is compared: lower case, without punctuation, articles, and repeated spaces.
 
     ## SQuAD's own script counts ASCII's punctuation alone, and takes it away without a trace: "U.S." becomes "us" and
     ## "well-known" "wellknown". That comes before articles, so "a." is one too. To compare with published figures, we
@@ -276,9 +276,9 @@ def evaluate(answers: dict[str, str], questions: list[Question]) -> dict[str, fl
 def overlap_answer(question: str, context: str) -> str:
     """Guess with no model: from the sentence that has most of the question's words, what is new in it.
 
-    ## Of the sentence's runs of words that are not in the question, the answer is the one among whose first three most
-    ## begin with a capital or a digit, for people ask for names and numbers; of equals the shorter one. In spirit the
-    ## sliding window of Rajpurkar et al. 2016, section 5.1.
+    ## The answer is one of the sentence's runs of words that are not in the question: the one with the most capitals
+    ## and digits at the beginnings of its first three words, since people ask for names and numbers. Of equals it is
+    ## the shorter one. In spirit this is the sliding window of Rajpurkar et al. 2016, section 5.1.
     """
     asked = set(normalise(question).split())
     best = max(re.split(r"(?<=[.!?]) +", context),  # the first of equals
@@ -306,8 +306,8 @@ class Window(NamedTuple):
 def make_windows(questions: list[Question], tokenizer: WordPiece, max_length: int, stride: int) -> list[Window]:
     """Every question's windows, with the answer as tokens. Raises utils.InputError where a question is too long.
 
-    ## The data say where the answer stands in characters, the network points at tokens. Offsets lead from one to the
-    ## other, and back: the answer that is given is cut out of the text, with its capitals, accents and spaces.
+    ## The data say where the answer stands in characters, while the network points at tokens. Offsets lead from one to
+    ## the other, and back: the answer that is given is cut out of the text, with its capitals, accents and spaces.
     """
     windows, offsets = [], functools.lru_cache(1)(lambda text: tokenizer.encode_text(text, special=False)[1])
     for n, q in enumerate(questions):
@@ -367,8 +367,8 @@ def find_spans(model: Spans, windows: list[Window], pad_id: int, dtype: torch.dt
                batch_size: int = 32) -> Iterator[tuple[Window, list[tuple[float, int, int]]]]:
     """Yield (window, its k best answers as (score, first character, end)).
 
-    ## What a score is worth is known only within its window, for there the loss compares. So from each is taken that of
-    ## [CLS], "not here": what is left can be compared with what other windows say (Devlin et al. 2019, section 4.3).
+    ## The loss compares scores only within a window. So the score of [CLS], which means "not here", is subtracted from
+    ## each: what is left can be compared with what other windows say (Devlin et al. 2019, section 4.3).
     """
     training, device = model.training, model.qa_outputs.weight.device
     model.eval()  # no dropout
@@ -396,14 +396,12 @@ def answer(model: Spans, questions: list[Question], windows: list[Window], pad_i
     return {q.id: q.context[best[n][1] : best[n][2]] for n, q in enumerate(questions)}
 
 
-def backward(model: torch.nn.Module, ids: Tensor, mask: Tensor, types: Tensor, allowed: Tensor, targets: Tensor,
-             dtype: torch.dtype) -> Tensor:
-    """The loss () of windows (B, T) and targets (B, 2); adds its gradients to those of the parameters."""
+def forward(model: torch.nn.Module, ids: Tensor, mask: Tensor, types: Tensor, allowed: Tensor, targets: Tensor,
+            dtype: torch.dtype) -> Tensor:
+    """The loss () of a batch, as collate gives it, with targets (B, 2)."""
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         start, end = model(ids, mask, types)  # (B, T) each
-    loss = loss_of(start, end, allowed, targets)
-    loss.backward()
-    return loss.detach()
+    return loss_of(start, end, allowed, targets)
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -473,6 +471,11 @@ def main() -> None:
         return tuple(part.to(args.device) for part in (*collate(some, tokenizer.pad),  # (B, T) each
                                                        torch.tensor([w.target for w in some])))  # (B, 2)
 
+    def learn(rows: list[int]) -> Tensor:
+        loss = forward(step_model, *collect(rows), args.dtype)
+        loss.backward()
+        return loss.detach()
+
     def validate() -> dict[str, float]:
         found = evaluate(answer(model, data.val, val, tokenizer.pad, args.dtype, args.max_answer), data.val)
         return {"val_em": found["em"], "val_f1": found["f1"]}
@@ -480,7 +483,7 @@ def main() -> None:
     # sanity numbers before training
     lengths = [len(w.encoding.ids) for w in windows]
     rows = batches(lengths, args.batch_size, torch.Generator().manual_seed(args.seed))[0]
-    ids, mask, types, allowed, targets = collect(rows)
+    ids, mask, _, allowed, _ = batch = collect(rows)
     first, names = windows[rows[0]], [tokenizer.names[i] for i in windows[rows[0]].encoding.ids]
     print(f"{args.model}, on {data.label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in "
           f"{len(windows):,} / {len(val):,} / {len(test):,} windows; "
@@ -488,13 +491,12 @@ def main() -> None:
           f"some window\na batch, {tuple(ids.shape)}, {1 - mask.float().mean():.1%} padding; its first "
           f"window:\n{' '.join(names[:40])} ...  -> {' '.join(names[first.target[0] : first.target[1] + 1])}")
     with torch.inference_mode():
-        before = loss_of(*model.eval()(ids, mask, types), allowed, targets)
+        before = forward(model.eval(), *batch, args.dtype)
     print(f"before training: loss {before:.4f} on this batch; guessing uniformly, mean ln of the tokens to choose "
           f"from: {(allowed.sum(1) + 1).log().mean():.4f}")
 
     history, metrics = train(args, SCRIPT, "QUESTION_ANS", "val_f1", model, tokenizer, lengths,
-                             lambda rows: backward(step_model, *collect(rows), args.dtype), validate,
-                             "validation EM {val_em:.2f}  F1 {val_f1:.2f}", stand_in=data.stand_in)
+                             learn, validate, "validation EM {val_em:.2f}  F1 {val_f1:.2f}", stand_in=data.stand_in)
 
     # report
     after = load_result(folder, vars(args), args.out, Spans)[0].to(args.device)  # as anybody would load it

@@ -22,8 +22,9 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from bert import FILES, find_bert, open_bert, save_model
-from lora import LoRA, add_lora, load_adapter, load_trainable, remove, save_adapter, trainable_state
-from train import peak_memory
+from lora import LoRA, add_lora, remove
+from memory import load_trainable, peak_memory, trainable_state
+from peft_files import load_adapter, save_adapter
 from wordpiece import WordPiece
 
 # Shapes: N texts (or windows of texts)
@@ -124,7 +125,7 @@ def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], lengths: list
     for epoch in range(epochs):
         order = batches(lengths, batch_size, generator)
         if epoch < first_epoch:
-            continue  # before it was stopped, the run has seen these; they were drawn only for what comes after them
+            continue  # seen before the run was stopped; drawn again so that the draws after them stay the same
         begun, losses = time.perf_counter(), []
         model.train()
         for step, rows in enumerate(order, epoch * per_epoch):
@@ -162,7 +163,7 @@ def train(args, script: str, task: str, goal: str, model: nn.Module, tokenizer: 
         saved = utils.load_checkpoint(path, script, options)
         if saved["lengths"] != lengths:
             raise utils.InputError(f"{path} is of a run on other texts; start anew without --resume.")
-        load_trainable(model, saved["trained"], path)
+        load_trainable(model, saved["trained"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         history, best = saved["history"], saved["best"]
@@ -179,7 +180,7 @@ def train(args, script: str, task: str, goal: str, model: nn.Module, tokenizer: 
               flush=True)
         if row[goal] > best[goal]:
             best = row
-            save_result(model, tokenizer, args, task)
+            save_result(model, tokenizer, args, task)  # before the checkpoint: if a kill comes between, this is redone
         utils.write_atomically(path, torch.save, {
             "script": script, "options": options, "torch": str(torch.__version__), "lengths": lengths,
             "history": history, "best": best, "trained": trainable_state(model),

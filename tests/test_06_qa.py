@@ -512,6 +512,12 @@ def test_limit_and_early_stopping(small, tmp_path):
     assert len(found["history"]) == 3 and found["metrics"]["best_epoch"] == 1
 
 
+def test_lora_s_base_may_be_bfloat16(small, tmp_path):
+    """Its frozen matrices are, where the processor multiplies them faster; then every forward pass needs autocast."""
+    call(*options_of(small, "lora"), "--dtype", "bfloat16", "--epochs", 1, "--limit", 20, "--out", tmp_path)
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["history"]) == 1
+
+
 def test_one_batch_can_be_learned_by_heart(small):
     model, tokenizer, _ = bert.load_bert(str(small / "bert"), bert.Spans, dropout=0.0)
     asked = qa.read_squad(small / "dev.json")[:6]
