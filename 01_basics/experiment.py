@@ -115,7 +115,7 @@ def draw_errors(rows: list[dict], label: str, path: Path) -> None:
     for key, mark in (("mean", "o"), ("val_accuracy", "s"), ("test_accuracy", "o")):
         if key in rows[0]:
             axes.errorbar([1 - row[key] for row in rows], range(len(rows)), xerr=[row.get("std", 0) for row in rows],
-                          fmt=mark, label=key)
+                          fmt=mark, label=key.split("_")[0])
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.set(title=f"What each choice is worth ({label})", xlabel="share of mistakes (log scale)", xscale="log")

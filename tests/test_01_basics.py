@@ -255,6 +255,13 @@ def test_train_learns_and_leaves_what_it_should(trained, few_digits):
     assert train.evaluate(model, x, few_digits.test_y)[1] == pytest.approx(metrics["metrics"]["test_accuracy"])
 
 
+def test_of_equal_epochs_the_first_is_kept(tmp_path):
+    call_main(train, "--data", "typeset", "--epochs", 2, "--lr", 1e-12, "--hidden", 4, "--out", tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["history"][0]["val_accuracy"] == found["history"][1]["val_accuracy"]
+    assert found["metrics"]["epoch"] == 1 == torch.load(tmp_path / "model.pt")["metrics"]["epoch"]
+
+
 def test_fit_pauses_after_each_epoch_and_repeats_itself(few_digits):
     (x, y), val, _ = load.prepare(few_digits)
     rows = []
@@ -474,7 +481,9 @@ def test_load_runs(tmp_path):
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
-def test_experiment_runs(tmp_path):
+def test_experiment_runs(tmp_path, monkeypatch):
+    trained, fit_deep = [], experiment.fit_deep
+    monkeypatch.setattr(experiment, "fit_deep", lambda *options: trained.append(fit_deep(*options)))
     printed = call_main(experiment, "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
     assert printed.count("STAND-IN") == 2 and "lowest validation loss" in printed
     tables = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in experiment.PARTS}
@@ -487,6 +496,7 @@ def test_experiment_runs(tmp_path):
     assert all(0.2 < row["test_accuracy"] <= 1 for row in limits)
     # the last row trains two networks, and has the third, by seed 0, from the row above
     assert len(mean["members"]) == 3 and mean["members"][0] == distorted["members"][0]
+    assert len(trained) == len(limits) + 1
 
 
 def test_experiment_runs_chosen_rows_alone(tmp_path):
