@@ -28,7 +28,8 @@ import bpe  # noqa: E402
 import utils  # noqa: E402
 from gpt2 import GPT2, SIZES, generate, read_model, save_model, shrink  # noqa: E402
 from load import Base, find_base  # noqa: E402
-from lora import load_adapter, merge, read_config, remove  # noqa: E402
+from lora import merge, remove  # noqa: E402
+from peft_files import load_adapter, read_config  # noqa: E402
 from train import PREFIX, SCRIPT  # noqa: E402
 
 # Shapes: T time (tokens), H heads, L layers; the batch is 1

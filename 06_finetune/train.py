@@ -43,7 +43,9 @@ import bpe  # noqa: E402
 import utils  # noqa: E402
 from gpt2 import GPT2, SIZES, generate, loss_on, read_model, save_model, shrink  # noqa: E402
 from load import Base, batches, find_base, load_text, warn  # noqa: E402
-from lora import add_lora, check_options, load_adapter, load_trainable, save_adapter, trainable_state  # noqa: E402
+from lora import add_lora  # noqa: E402
+from memory import load_trainable, peak_memory, trainable_state  # noqa: E402
+from peft_files import load_adapter, save_adapter  # noqa: E402
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
 
@@ -107,18 +109,12 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: of the GPU's memory, or of the machine's; 0 if not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # Linux; getrusage's figure would be that of the process that started this one
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines.get("VmHWM", "0").split()[0]) * 1024  # KiB; some sandboxes lack the line
-    with contextlib.suppress(ImportError):  # macOS; Windows has no such module
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 0
+def check_options(args: argparse.Namespace, given: dict) -> None:
+    """Raise InputError for an adapter's option beside another --method, which would pass over it."""
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        if name in given and args.method != "lora" and not args.resume:
+            raise utils.InputError(f"--{name.replace('_', '-')} is for --method lora, not for {args.method}; leave it "
+                                   "out.")
 
 
 def sample(model: GPT2, base: Base, prompt: str, length: int, dtype: torch.dtype, seed: int) -> str:
@@ -242,7 +238,7 @@ def main() -> None:
     first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_loss": math.inf}
     torch.manual_seed(args.seed + rank)  # all ranks have the same adapters by now, and need different dropout
     if saved:
-        load_trainable(model, saved["trained"], checkpoint_path)
+        load_trainable(model, saved["trained"])
         optimizer.load_state_dict(saved["optimizer"])
         first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
         losses, before = [loss.to(device) for loss in saved["losses"]], saved["before"]

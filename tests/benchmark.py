@@ -405,7 +405,7 @@ def gpt2_folder(folder: Path) -> None:
     model = gpt2.GPT2(gpt2.SIZES["gpt2"])
     gpt2.save_model(model, folder, end=50256)
     lora.add_lora(model, 8, 16, 0.0, ["c_attn"])
-    lora.save_adapter(model, folder / "adapter", str(folder))
+    peft_files.save_adapter(model, folder / "adapter", str(folder))
 
 
 def lora_side(side: str, folder: Path, steps: int = 6) -> None:
@@ -416,7 +416,7 @@ def lora_side(side: str, folder: Path, steps: int = 6) -> None:
     dtype = utils.pick_dtype(torch.device("cpu")) if side == "ours" else torch.float32
     if side == "ours":
         model = gpt2.read_model(folder, gpt2.read_config(folder / "config.json"))
-        lora.load_adapter(model, folder / "adapter")
+        peft_files.load_adapter(model, folder / "adapter")
         if dtype == torch.bfloat16:
             gpt2.shrink(model)
         model.train()
@@ -553,7 +553,7 @@ def bert_folder(folder: Path, method: str) -> str:
     bert.save_model(model, folder)
     rank, targets = (16, classify.ALL_MATRICES["bert"]) if method == "lora-all" else (8, ["query", "value"])
     lora.add_lora(model, rank, 16, 0.0, targets)
-    lora.save_adapter(model, folder / "adapter", str(folder), "", "SEQ_CLS", classify.heads(model))
+    peft_files.save_adapter(model, folder / "adapter", str(folder), "", "SEQ_CLS", classify.heads(model))
     return "MiniLM" if here.exists() else "random weights of MiniLM's shape"
 
 
@@ -566,7 +566,7 @@ def bert_side(side: str, folder: Path, method: str, steps: int = 8) -> None:
         config = bert.read_config(folder / "config.json") | {"dropout": 0.0}
         model = bert.read_model(folder, config, bert.Classifier).train()
         if method != "full":
-            lora.load_adapter(model, folder / "adapter", "", classify.heads(model))
+            peft_files.load_adapter(model, folder / "adapter", "", classify.heads(model))
             classify.shrink(model, dtype)
         options = {"fused": True}
     else:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import subprocess
 import sys
 import warnings
 
@@ -12,14 +13,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import chapter
+from conftest import ROOT, chapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 
 import utils
 
-gpt2, lora, weights = chapter("06_finetune", "gpt2", "lora", "weights")
+gpt2, lora, memory, peft_files, weights = chapter("06_finetune", "gpt2", "lora", "memory", "peft_files", "weights")
 SMALL = {"vocab_size": 61, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
 ALL = ["c_attn", "c_proj", "c_fc"]
 IDS = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -78,7 +79,7 @@ def test_peft_loads_what_we_wrote(tmp_path, rank, targets, rslora):
     ours, theirs = pair()
     base = ours(IDS)
     lora.install(ours, lora.build(ours, targets, rank, 12, 0.1, rslora))
-    lora.save_adapter(fill(ours), tmp_path, "gpt2-small")
+    peft_files.save_adapter(fill(ours), tmp_path, "gpt2-small")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         loaded = peft.PeftModel.from_pretrained(theirs, tmp_path)
@@ -97,12 +98,12 @@ def test_we_load_what_peft_wrote(tmp_path, rank, targets, rslora):
     model = with_peft(theirs, r=rank, lora_alpha=6, lora_dropout=0.2, target_modules=targets, use_rslora=rslora,
                       init_lora_weights=rank % 2 == 0)
     model.save_pretrained(tmp_path / "theirs")
-    config = lora.load_adapter(ours, tmp_path / "theirs")
+    config = peft_files.load_adapter(ours, tmp_path / "theirs")
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (rank, 6, 0.2)
     assert not any(module.training for module in ours.modules())  # as the base
     with torch.no_grad():
         assert close(ours(IDS), model(IDS).logits)
-    lora.save_adapter(ours, tmp_path / "ours", "name")
+    peft_files.save_adapter(ours, tmp_path / "ours", "name")
     a, b = (tmp_path / who / "adapter_model.safetensors" for who in ("ours", "theirs"))
     assert a.read_bytes() == b.read_bytes()
     mine, peft_s = (peft.LoraConfig.from_pretrained(tmp_path / who).to_dict() for who in ("ours", "theirs"))
@@ -123,14 +124,14 @@ def test_linear_layers_of_bert(tmp_path, cls, prefix, task_type):
     ours = whole.bert if prefix else whole
     model = with_peft(theirs, task_type, r=3, lora_alpha=9, target_modules=["query", "value", "output.dense"])
     model.save_pretrained(tmp_path / "theirs")
-    lora.load_adapter(ours, tmp_path / "theirs", prefix)
+    peft_files.load_adapter(ours, tmp_path / "theirs", prefix)
     assert len(lora.adapters(ours)) == 8
     run = lambda model: model(IDS, torch.ones_like(IDS))[0]  # noqa: E731
     with torch.no_grad():
         assert close(run(whole), run(model))
         lora.merge(ours)
         assert close(run(whole), run(model))
-    lora.save_adapter(ours, tmp_path / "ours", "bert", prefix, task_type)
+    peft_files.save_adapter(ours, tmp_path / "ours", "bert", prefix, task_type)
     a, b = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
     assert a["fan_in_fan_out"] is b["fan_in_fan_out"] is False and a["task_type"] == b["task_type"] == task_type
     assert load_file(tmp_path / "ours/adapter_model.safetensors").keys() == load_file(
@@ -143,7 +144,7 @@ def test_gradients_as_pefts(tmp_path, dropout):
     ours, theirs = pair()
     model = with_peft(theirs, r=4, lora_alpha=8, lora_dropout=dropout, target_modules=ALL)
     model.save_pretrained(tmp_path)
-    lora.load_adapter(ours, tmp_path)
+    peft_files.load_adapter(ours, tmp_path)
     logits = []
     for each in (ours, model):
         torch.manual_seed(1)
@@ -207,7 +208,7 @@ def test_training_moves_a_and_b_and_nothing_else(kind):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != ("lora_" in name), name
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n in before if "lora_" in n}
-    after, state = bits(model), copy.deepcopy(lora.trainable_state(model))
+    after, state = bits(model), copy.deepcopy(memory.trainable_state(model))
     assert state.keys() == {name for name in before if "lora_" in name}
     model.load_state_dict(before)
     model.load_state_dict(state, strict=False)
@@ -267,7 +268,7 @@ def test_merge_and_unmerge(targets):
     lora.remove(plain)
     assert plain.state_dict().keys() == keys and torch.equal(plain(IDS), merged) and not lora.adapters(plain)
     for _ in range(2):
-        lora.unmerge(model)
+        lora.merge(model, undo=True)
         assert same(before, bits(model)) and torch.equal(model.eval()(IDS), apart)
     lora.remove(model)
     assert same(bits(model), bits(pair()[0])) and not any(p.requires_grad for p in model.parameters())
@@ -287,7 +288,7 @@ def test_unmerge_after_a_move():
     before = bits(model)
     lora.merge(model)
     model.double()
-    lora.unmerge(model)
+    lora.merge(model, undo=True)
     assert same(bits(model), {name: tensor.double() for name, tensor in before.items()})
 
 
@@ -299,7 +300,7 @@ def test_a_bfloat16_base(how):
     model = pair()[0]
     model = gpt2.shrink(model.requires_grad_(False)) if how == "shrink" else model.bfloat16()
     lora.add_lora(model, 4, 8, 0.0, ALL)
-    model.load_state_dict(lora.trainable_state(expected), strict=False)
+    model.load_state_dict(memory.trainable_state(expected), strict=False)
     before = bits(model)
     layers = lora.adapters(model).values()
     assert all(p.dtype == torch.float32 for layer in layers for p in (layer.lora_A, layer.lora_B))
@@ -335,7 +336,7 @@ def test_a_small_update_is_lost_in_a_merged_bfloat16_weight_and_counts_apart():
 
 # ---------------------------------------------------------------------------------------------- refusals
 def refused(call, *parts: str) -> str:
-    with pytest.raises(utils.InputError) as error:
+    with pytest.raises(ValueError) as error:  # lora.py's own, or utils.InputError, which is one
         call()
     message = str(error.value)
     assert all(part in message for part in parts), message
@@ -353,17 +354,17 @@ def refused(call, *parts: str) -> str:
     ({"targets": ["attn"]}, ["'attn' is h.0.attn, of type Attention, not Linear or Conv1D; choose from attn.c"]),
     ({"targets": ["c_attn", "wte"]}, ["'wte' is wte, of type Embedding, not"]),
     ({"targets": ["ln_f"]}, ["ln_f, of type LayerNorm"]),
-    ({"rank": 0}, ["rank 0 must be a whole number of at least 1"]),
+    ({"rank": 0}, ["rank 0 is no number, or out of its range; usual: rank 8, alpha 16."]),
     ({"rank": -1}, ["rank -1"]),
     ({"rank": 2.0}, ["rank 2.0"]),
     ({"rank": True}, ["rank True"]),
-    ({"rank": 33}, ["rank 33 is above the smaller side of h.0.attn.c_attn, which is 32 x 96; choose 32 or less."]),
-    ({"alpha": math.nan}, ["alpha nan must be a finite number other than 0"]),
+    ({"rank": 33}, ["rank 33 is above the smaller side of h.0.attn.c_attn; choose 32 or less."]),
+    ({"alpha": math.nan}, ["alpha nan is no number"]),
     ({"alpha": -math.inf}, ["alpha -inf"]),
     ({"alpha": 10**400}, ["alpha 1000"]),
     ({"alpha": 0}, ["alpha 0"]),
     ({"alpha": "16"}, ["alpha '16'"]),
-    ({"dropout": 1.0}, ["dropout 1.0 must be at least 0 and less than 1"]),
+    ({"dropout": 1.0}, ["dropout 1.0 is no number, or out of its range"]),
     ({"dropout": -0.1}, ["dropout -0.1"]),
     ({"dropout": math.nan}, ["dropout nan"]),
 ])
@@ -379,12 +380,12 @@ def test_what_add_lora_refuses(options, parts):
 def test_what_else_is_refused(tmp_path):
     model = adapted(["c_attn"], rank=32)  # the largest rank there is
     refused(lambda: lora.add_lora(model, 4, 8, 0.0, ["c_fc"]), "already has LoRA layers", "remove")
-    lora.save_adapter(model, tmp_path, "gpt2")
-    refused(lambda: lora.load_adapter(model, tmp_path), "already has LoRA layers")
-    refused(lambda: lora.save_adapter(pair()[0], tmp_path, "gpt2"), "no LoRA layers to save", "add_lora")
+    peft_files.save_adapter(model, tmp_path, "gpt2")
+    refused(lambda: peft_files.load_adapter(model, tmp_path), "already has LoRA layers")
+    refused(lambda: peft_files.save_adapter(pair()[0], tmp_path, "gpt2"), "no LoRA layers to save", "add_lora")
     refused(lambda: lora.add_lora(nn.Sequential(nn.ReLU()), 4, 8, 0.0, ["0"]), "ReLU", "another model")
     (tmp_path / "file").touch()
-    refused(lambda: lora.save_adapter(model, tmp_path / "file", "gpt2"), "cannot write")
+    refused(lambda: peft_files.save_adapter(model, tmp_path / "file", "gpt2"), "cannot write")
 
 
 @pytest.mark.parametrize(("options", "name"), [
@@ -399,7 +400,8 @@ def test_what_peft_wrote_and_we_do_not_support_is_named(tmp_path, options, name)
     model = with_peft(pair()[1], **{"r": 4, "target_modules": ["c_attn"], **options})
     with warnings.catch_warnings(action="ignore"):
         model.save_pretrained(tmp_path)
-    refused(lambda: lora.load_adapter(pair()[0], tmp_path), "adapter_config.json", f"{name!r} is ", "not supported")
+    refused(lambda: peft_files.load_adapter(pair()[0], tmp_path), "adapter_config.json", f"{name!r} is ",
+            "not supported")
 
 
 EDITS = [
@@ -412,9 +414,10 @@ EDITS = [
     ({"target_modules": None}, "'target_modules' is None"), ({"target_modules": [1]}, "'target_modules' is [1]"),
     ({"target_modules": ["attn"]}, "h.0.attn, of type Attention"), ({"target_modules": []}, "'target_modules' is []"),
     ({"from_the_future": {"a": 1}}, "'from_the_future' is"), ({"target_parameters": ["a"]}, "'target_parameters' is"),
-    ({"r": "8"}, "rank '8' must"), ({"r": 10**300}, "above the smaller side"), ({"r": None}, "rank None must"),
-    ({"lora_alpha": math.nan}, "alpha nan must"), ({"lora_alpha": None}, "alpha None must"),
-    ({"lora_dropout": 2}, "dropout 2 must"), ({"lora_dropout": None}, "dropout None must"),
+    ({"r": "8"}, "rank '8' is no number"), ({"r": 10**300}, "above the smaller side"),
+    ({"r": None}, "rank None is no number"),
+    ({"lora_alpha": math.nan}, "alpha nan is no number"), ({"lora_alpha": None}, "alpha None is no number"),
+    ({"lora_dropout": 2}, "dropout 2 is no number"), ({"lora_dropout": None}, "dropout None is no number"),
     ({"target_modules": ["h.0.attn.c_attn"]}, "for another base: 'base_model.model.transformer.h.1.attn.c_attn."
      "lora_A.weight' is (4, 32) in the file and missing in this model"),
     ({"target_modules": ["c_attn", "mlp.c_fc"]}, "h.0.mlp.c_fc.lora_A.weight' is missing in the file and (4, 32) in"),
@@ -425,7 +428,7 @@ EDITS = [
 
 @pytest.mark.parametrize(("edit", "part"), EDITS, ids=range(len(EDITS)))
 def test_a_bad_config_is_refused(tmp_path, edit, part):
-    lora.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
+    peft_files.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
     path = tmp_path / "adapter_config.json"
     if edit is None:
         path.unlink()
@@ -438,15 +441,15 @@ def untouched(folder, prefix: str, *parts: str) -> None:
     """Refused, and the model is as it was."""
     model = pair()[0].requires_grad_(True)
     before = bits(model)
-    refused(lambda: lora.load_adapter(model, folder, prefix), *parts)
+    refused(lambda: peft_files.load_adapter(model, folder, prefix), *parts)
     assert same(before, bits(model)) and all(p.requires_grad for p in model.parameters()) and not lora.adapters(model)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     path, name = tmp_path / "adapter_model.safetensors", "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
-    lora.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
+    peft_files.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
     good = load_file(path)
-    lora.load_adapter(pair()[0], tmp_path)
+    peft_files.load_adapter(pair()[0], tmp_path)
     last = ("another base", "load it into the model that it was trained on")
     for bad, parts in [
         (good | {name: torch.zeros(96, 5)}, [f"{name!r} is (96, 5) in the file and (96, 4) in this model"]),
@@ -467,26 +470,143 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
 
 
 def test_an_adapter_in_bfloat16_is_loaded_as_float32(tmp_path):
-    lora.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
+    peft_files.save_adapter(adapted(["c_attn"]), tmp_path, "gpt2")
     path, model = tmp_path / "adapter_model.safetensors", pair()[0]
     save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
-    lora.load_adapter(model, tmp_path)
+    peft_files.load_adapter(model, tmp_path)
     stored = weights.open_weights(path)
-    for name, parameter in lora.named_tensors(lora.adapters(model), "transformer.").items():
+    for name, parameter in peft_files.named_tensors(lora.adapters(model), "transformer.").items():
         assert parameter.dtype == torch.float32 and parameter.requires_grad
         assert torch.equal(parameter, stored[name].float())
 
 
+# ---------------------------------------------------------------------------------------------- any torch model
+LAYERS = ["linear1", "linear2", "self_attn.out_proj"]
+
+
+def encoder(**options) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options.get("norm_first"))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_transformer_encoder_sees_its_adapter_in_training_in_eval_and_merged(norm_first):
+    """nn.TransformerEncoderLayer reads linear1's, linear2's and out_proj's weights itself, in eval() and always."""
+    model, x = encoder(norm_first=norm_first), torch.randn(3, 7, 16)
+    padding = torch.arange(7) >= torch.tensor([7, 4, 5])[:, None]
+    before = model(x, src_key_padding_mask=padding)
+    assert len(lora.add_lora(model, 4, 8, 0.0, LAYERS)) == 6
+    assert torch.allclose(model(x, src_key_padding_mask=padding), before, atol=1e-5)
+    fill(model)
+    outputs = []
+    for mode in ("train", "eval", "merged"):
+        lora.merge(model) if mode == "merged" else None
+        with torch.no_grad():
+            y = model.train(mode == "train")(x, src_key_padding_mask=padding)
+        outputs.append(y.masked_fill(padding[..., None], 0))
+    assert all(torch.allclose(y, outputs[0], atol=1e-5) for y in outputs[1:])
+    assert (outputs[0] - before.masked_fill(padding[..., None], 0)).abs().max() > 0.5  # the adapter is not nothing
+
+
+def test_gradients_reach_every_adapter_of_a_transformer_encoder_as_if_its_weights_were_sums():
+    """Also through out_proj, which nn.MultiheadAttention never calls. Oracle: autograd with W + s B A as the weight."""
+    model, x, goal = encoder(), torch.randn(3, 7, 16), torch.randn(3, 7, 16)
+    lora.add_lora(model, 4, 8, 0.0, LAYERS)
+    (fill(model).train()(x) * goal).sum().backward()
+    plain, pairs = encoder(), {}
+    weights = dict(plain.named_parameters())
+    for name, layer in lora.adapters(model).items():
+        pairs[name] = [p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B)]
+        weights[f"{name}.weight"] = weights[f"{name}.weight"].detach() + 2 * pairs[name][1] @ pairs[name][0]
+    (torch.func.functional_call(plain.train(), weights, (x,)) * goal).sum().backward()
+    for name, layer in lora.adapters(model).items():
+        for ours, theirs in zip((layer.lora_A, layer.lora_B), pairs[name]):
+            assert ours.grad.any() and close(ours.grad, theirs.grad, 1e-4)
+
+
+def test_what_peft_does_with_a_transformer_encoder():
+    """Seen with PEFT 0.21.2: the adapters act in train() and are left out in eval()."""
+    x, outputs = torch.randn(3, 7, 16), {}
+    model = with_peft(encoder(), None, r=4, lora_alpha=8, target_modules=["linear1", "linear2"])
+    for mode in (True, False):
+        with torch.no_grad():
+            outputs[mode] = model.train(mode)(x)
+    alone = encoder().eval()(x)
+    if torch.allclose(outputs[False], outputs[True], atol=1e-4):
+        pytest.skip(f"PEFT {peft.__version__} has learned to do it: lora.py's comment needs the new version")
+    assert torch.allclose(outputs[False], alone, atol=1e-5) and not torch.allclose(outputs[True], alone, atol=0.1)
+
+
+def test_a_weight_that_is_read_is_what_merging_would_leave():
+    for base in (nn.Linear(7, 11), gpt2.Conv1D(7, 11), nn.Linear(7, 11, bias=False), nn.Linear(7, 11).bfloat16()):
+        layer = fill(lora.LoRA(base, 4, 6))
+        apart = layer.weight
+        assert apart.shape == base.weight.shape and apart.dtype == base.weight.dtype and layer.bias is base.bias
+        assert apart.requires_grad
+        layer.merge()
+        assert torch.equal(layer.weight, apart) and layer.weight is base.weight
+
+
+def test_transformers_conv1d_is_one_too():
+    ours, theirs = pair()
+    names = lora.add_lora(theirs, 4, 8, 0.0, ["c_attn"])
+    assert names == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    lora.add_lora(ours, 4, 8, 0.0, ["c_attn"])
+    fill(ours)
+    for a, b in zip(lora.adapters(ours).values(), lora.adapters(theirs).values()):
+        b.load_state_dict({name: tensor.view(b.state_dict()[name].shape) for name, tensor in a.state_dict().items()})
+    with torch.no_grad():
+        assert close(ours(IDS), theirs(IDS).logits)
+
+
+def test_a_convolution_is_named_and_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    refused(lambda: lora.add_lora(model, 1, 1, 0.0, ["0"]), "'0' is 0, of type Conv2d, not Linear or Conv1D")
+    assert lora.add_lora(model, 1, 1, 0.0, ["2"]) == ["2"]
+
+
+def test_what_was_trained_is_put_back_or_refused_whole():
+    a, b = (adapted(["c_attn"], rank=rank) for rank in (4, 5))
+    state, before = memory.trainable_state(a), bits(b)
+    with pytest.raises(ValueError, match="another model"):
+        memory.load_trainable(b, state)
+    assert same(before, bits(b))
+    c = adapted(["c_attn"])
+    memory.load_trainable(c, state)
+    assert same(bits(a), bits(c))
+
+
+@pytest.mark.parametrize("name", ["lora", "peft_files", "memory", "weights", "bpe", "wordpiece"])
+def test_a_file_comes_alone(name):
+    """In a fresh process: lora.py brings torch and nothing else of ours; none options, requests or plots."""
+    program = f"""if True:
+        import sys, torch
+        sys.path[:0] = [{str(ROOT / "06_finetune")!r}, {str(ROOT)!r}]
+        loud = "argparse", "requests", "matplotlib", "torchvision"
+        for name in list(sys.modules):
+            if name.split(".")[0] in loud:
+                del sys.modules[name]
+        threads, before = torch.get_num_threads(), set(sys.modules)
+        import {name}
+        print(*(set(sys.modules) - before - {{"{name}"}}))
+        assert torch.get_num_threads() == threads
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    new = set(done.stdout.split())
+    assert not {module for module in new if module.split(".")[0] in ("argparse", "requests", "matplotlib")}
+    assert name != "lora" or not new & {"utils", "gpt2", "weights", "json", "numpy"}
+
+
 # ---------------------------------------------------------------------------------------------- the script
-def test_the_script_shows_what_its_header_says(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lora.py"])
+def test_the_script_shows_what_its_header_says(capsys):
     lora.main()
     out = capsys.readouterr().out
-    row = re.search(r"^ +8 +12,288 +2.1% +([\d.]+)% +([\d.]+)%$", out, re.MULTILINE)
+    row = re.search(r"^ +8 +12,288 +([\d.]+)% +([\d.]+)%$", out, re.MULTILINE)
     assert f"rank 8 misses {row[1]} %" in lora.__doc__ and f"and {row[2]} %" in lora.__doc__
-    assert "24,576 parameters to train instead of 1,771,776" in out and "changes its output by 0.0e+00" in out
     assert re.search(r"step 1: the gradient of A has length +0.00, that of B +\d", out)
-    assert float(re.search(r"merged and apart differ by (\S+),", out)[1]) < 1e-5
+    assert len((ROOT / "06_finetune" / "lora.py").read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_missing_share_is_that_of_the_best_approximation():
