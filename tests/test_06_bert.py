@@ -7,13 +7,14 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, chapter
+from conftest import REAL, ROOT, chapter
 
 import utils
 
@@ -526,3 +527,25 @@ def test_the_script_shows_shapes_and_the_nearest_sentences(tmp_path, monkeypatch
         status, _ = run_main(monkeypatch, capsys, *options, *more)
         assert status.startswith("error: ") and words in status and "\n" not in status
     assert run_main(monkeypatch, capsys, *options, "--top-k", 0)[0] == 2  # argparse's own
+
+def test_the_models_can_be_imported_without_argparse_requests_and_matplotlib(tmp_path):
+    """By a program of somebody else: nothing comes along that a model has no need of, and nothing global changes."""
+    code = """
+import sys, torch, torchvision
+sys.path[:0] = sys.argv[1:]
+for name in [name for name in sys.modules if name.split(".")[0] in ("argparse", "requests", "matplotlib")]:
+    del sys.modules[name]
+threads, seed = torch.get_num_threads(), torch.initial_seed()
+import bert, bert_train, bert_classify, bert_qa
+from bert import Bert, Classifier, Spans
+print(sorted({name.split(".")[0] for name in sys.modules} & {"argparse", "requests", "matplotlib", "train", "gpt2"}))
+assert (threads, seed) == (torch.get_num_threads(), torch.initial_seed())
+try:
+    Bert({"model_type": "bert", "n_layer": 1, "n_head": 3, "n_embd": 10})
+except ValueError as error:
+    print(error)
+"""
+    lasting = (ROOT / "utils.py").read_text().split("# " + "-" * 46 + " old names")[0]  # what utils.py will be
+    (tmp_path / "utils.py").write_text(lasting)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, ROOT / "06_finetune"], capture_output=True, text=True)
+    assert done.stdout == "[]\nn_embd 10 must be divisible by n_head 3; change one.\n", done.stdout + done.stderr

@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import utils
 
-weights, wordpiece, bert, lora, shared, classify = chapter(
-    "06_finetune", "weights", "wordpiece", "bert", "lora", "bert_train", "bert_classify")
+weights, wordpiece, bert, lora, peft_files, shared, classify = chapter(
+    "06_finetune", "weights", "wordpiece", "bert", "lora", "peft_files", "bert_train", "bert_classify")
 SCRIPT = ROOT / "06_finetune" / "bert_classify.py"
 WORDS = "the a film plot cast music it is was and so very quite rather more than less of in this that story end".split()
 GOOD, BAD = "fine great warm bright".split(), "poor weak cold grim".split()
@@ -387,13 +387,13 @@ def test_we_read_peft_s_adapter_and_head(small, tmp_path, family, targets, heads
     theirs.save_pretrained(tmp_path / "theirs")
     ours, tokenizer, _ = bert.load_bert(str(small / family), bert.Classifier, labels=["no", "yes"], pooling="cls")
     names = ["classifier", *(["pre_classifier"] if family == "distilbert" else ["bert.pooler.dense"] if heads else [])]
-    config = lora.load_adapter(ours, tmp_path / "theirs", "", tuple(names))
+    config = peft_files.load_adapter(ours, tmp_path / "theirs", "", tuple(names))
     ids, mask = wordpiece.pad([tokenizer.encode(text).ids for text, _ in sentences(9, 4)], tokenizer.pad)
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask.long()).logits
         assert torch.allclose(ours.eval()(ids, mask), expected, atol=1e-5) and expected.std() > 0.1
     assert all(ours.get_submodule(name).weight.requires_grad for name in names)
-    lora.save_adapter(ours, tmp_path / "ours", config["base_model_name_or_path"], "", "SEQ_CLS", tuple(names))
+    peft_files.save_adapter(ours, tmp_path / "ours", config["base_model_name_or_path"], "", "SEQ_CLS", tuple(names))
     a, b = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     again = with_peft(small / family, tmp_path / "ours")
@@ -407,11 +407,11 @@ def test_an_adapter_with_another_head_is_refused(small, runs, tmp_path):
     model = bert.load_bert(str(small / "bert"), bert.Classifier, labels=["a", "b", "c"], pooling="cls")[0]
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with pytest.raises(utils.InputError, match=r"classifier.bias' is \(2,\) in the file and \(3,\) in this model"):
-        lora.load_adapter(model, tmp_path / "adapter", "", shared.heads(model))
+        peft_files.load_adapter(model, tmp_path / "adapter", "", shared.heads(model))
     with pytest.raises(utils.InputError, match="bert.pooler.dense.bias' is .* in the file and missing"):
-        lora.load_adapter(model, tmp_path / "adapter", "", ("classifier",))
+        peft_files.load_adapter(model, tmp_path / "adapter", "", ("classifier",))
     with pytest.raises(utils.InputError, match="'modules_to_save' is"):
-        lora.load_adapter(model, tmp_path / "adapter", "")
+        peft_files.load_adapter(model, tmp_path / "adapter", "")
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and not lora.adapters(model)
 
 
@@ -551,7 +551,7 @@ def test_a_run_with_stand_ins_says_so(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, words", [
     (["--lora-targets", "attention"], "attention"), (["--model", "nowhere"], "no folder"),
-    (["--lora-targets", "query", "classifier"], "classifier, which is"), (["--lora-rank", 64], "rank 64"),
+    (["--lora-targets", "query", "classifier"], "side of classifier"), (["--lora-rank", 64], "rank 64"),
     (["--data", "no"], "no folder"), (["--device", "abacus"], "abacus"), (["--resume"], "does not exist"),
     (["--lora-targets", "query", "--method", "head"], "--lora-targets is for --method lora, not for head"),
     (["--lr", 1e30, "--method", "full", "--epochs", 1], "smaller --lr"),

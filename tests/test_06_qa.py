@@ -576,7 +576,7 @@ def test_a_run_with_stand_ins_says_so(small, tmp_path, monkeypatch):
     (["--question", "", "--context", "c"], "neither may be empty"), (["--model", "nowhere"], "no folder"),
     (["--data", "templates"], "--dev goes with --data PATH"), (["--data", "no.json"], "no.json cannot be read"),
     (["--lora-targets", "attention"], "LoRA target"), (["--resume"], "does not exist"),
-    (["--method", "lora", "--lora-targets", "q_lin", "qa_outputs"], "qa_outputs, which is"),
+    (["--method", "lora", "--lora-targets", "q_lin", "qa_outputs"], "side of qa_outputs"),
 ])
 def test_bad_input_gets_one_sentence(small, tmp_path, options, words):
     assert words in refused(*options_of(small, "lora distil"), *options, "--out", tmp_path)
