@@ -59,7 +59,7 @@ def batches(x: Tensor, y: Tensor, batch_size: int, seed: int) -> Iterator[tuple[
 def fit(model: nn.Module, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], epochs: int, batch_size: int,
         lr: float, weight_decay: float, seed: int, decay: bool = True, batches=batches,
         optimizer=torch.optim.AdamW) -> Iterator[dict]:
-    """Train on train = (x (N, I), y (N,)); after each epoch yield its figures. decay: the rate falls to zero."""
+    """Train on train = (x (N, I), y (N,)); after each epoch yield its figures. The last three are for experiment.py."""
     ## Adam (Kingma & Ba 2015) steps along a running average of each number's gradients, over the root of their mean
     ## square. AdamW (Loshchilov & Hutter 2019) also takes lr * weight_decay of every number at each step.
     optimizer = optimizer(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -81,7 +81,7 @@ def fit(model: nn.Module, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tenso
             ##    digit). Accuracy would not do: it does not change when a weight moves a little, so it has no slope.
             loss = F.cross_entropy(logits, y)  # y (B,) -> ()
             ## 4. Backward. The chain rule, from the loss back to every number (by hand: from_scratch.py). `.grad` then
-            ##    holds its slope: grow the number by a tiny d, and the loss grows by d times the slope. None moved yet.
+            ##    holds its slope: raise it by a tiny d, and the loss grows by d times the slope. No number has moved yet.
             loss.backward()
             ## 5. Step. Every number moves a little, roughly against its gradient. Only this line learns, and all it
             ##    knows of loss and data is `.grad`.
