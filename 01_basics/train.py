@@ -81,7 +81,7 @@ def fit(model: nn.Module, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tenso
             ##    digit). Accuracy would not do: it does not change when a weight moves a little, so it has no slope.
             loss = F.cross_entropy(logits, y)  # y (B,) -> ()
             ## 4. Backward. The chain rule, from the loss back to every number (by hand: from_scratch.py). `.grad` then
-            ##    holds its slope: raise it by a tiny d, and the loss grows by d times the slope. No number has moved yet.
+            ##    holds its slope: raise it by a tiny d, and the loss grows by d times the slope. No number moved yet.
             loss.backward()
             ## 5. Step. Every number moves a little, roughly against its gradient. Only this line learns, and all it
             ##    knows of loss and data is `.grad`.
