@@ -630,7 +630,7 @@ def main() -> None:
     print(f"nearest to {args.query!r}:")
     for score, i in zip(*(part.tolist() for part in scores.topk(min(args.top_k, len(texts))))):
         print(f"  {score:6.3f}  {texts[i]}")
-    utils.stand_in_notice(config["name"], "MiniLM" if "stand_in" in config else "")
+    utils.stand_in_notice("a small BERT", "MiniLM" if "stand_in" in config else "")
 
 
 if __name__ == "__main__":

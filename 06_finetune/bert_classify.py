@@ -276,11 +276,11 @@ def classify(args, parser) -> None:
     rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.text]
     for text, row in zip(args.text, predict(model, rows, tokenizer.pad, torch.float32).exp()):
         print(f"{saved['labels'][row.argmax()]:>12} {row.max():6.1%}  {text}")
-    utils.stand_in_notice("what the model learned from", saved["stand_in"])
+    utils.stand_in_notice(f"a model that learned from {saved['options']['data']}", saved["stand_in"])
 
 
 def main() -> None:
-    parser = new_parser(__doc__, __file__, RECIPES, "texts", method="lora", batch_size=32,
+    parser = new_parser(__doc__, __file__, RECIPES, "texts", "all matrices of a block", method="lora", batch_size=32,
                         out=Path(__file__).resolve().parent / "outputs" / "classify")
     add = parser.add_argument
     add("text", nargs="*", help="texts to classify with what was trained, each in quotes; without any, train")
@@ -368,4 +368,4 @@ def main() -> None:
 ##   --method head --pooling cls       76.06 %   MiniLM was trained for the mean (80.29), not for [CLS]
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run(main, go_on="--resume")

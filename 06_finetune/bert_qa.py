@@ -430,11 +430,11 @@ def ask(args, parser) -> None:
     print(f"{len(windows)} windows; the likeliest of all spans up to {options['max_answer']} tokens:")
     for begin, end in sorted(best, key=best.get, reverse=True)[:3]:
         print(f"{math.exp(best[begin, end] - total):7.1%}  {args.context[begin:end]}   (characters {begin} to {end})")
-    utils.stand_in_notice("what the model learned from", saved["stand_in"])
+    utils.stand_in_notice(f"a model that learned from {options['data']}", saved["stand_in"])
 
 
 def main() -> None:
-    parser = new_parser(__doc__, __file__, RECIPES, "questions", method="full", batch_size=16,
+    parser = new_parser(__doc__, __file__, RECIPES, "questions", "query and value", method="full", batch_size=16,
                         out=Path(__file__).resolve().parent / "outputs" / "qa")
     add = parser.add_argument
     add("--question", help="ask this of --context, with what was trained; without it, train")
@@ -524,4 +524,4 @@ def main() -> None:
 ##   --lr 2e-5       62.0 and 67.0   the rate usual for BERT, which is wider and saw more questions
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run(main, go_on="--resume")

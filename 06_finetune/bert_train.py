@@ -265,8 +265,11 @@ def place(text: str) -> str:
     return text if text in known or not Path(text).exists() else str(Path(text).resolve())
 
 
-def new_parser(doc: str, script: str, recipes: dict[str, dict], things: str, **defaults):
-    """A parser with the options that both scripts have. recipes: method -> its defaults of what is None in parsing."""
+def new_parser(doc: str, script: str, recipes: dict[str, dict], things: str, targets: str, **defaults):
+    """A parser with the options that both scripts have, which speak of `things` and of LoRA's usual targets.
+
+    recipes: method -> the values of options that are not given and differ by method, see fill.
+    """
     parser = utils.parser(doc, script, "device", "seed", "dtype", "compile", "resume")
     add = parser.add_argument
 
@@ -283,7 +286,7 @@ def new_parser(doc: str, script: str, recipes: dict[str, dict], things: str, **d
     add("--lora-rank", type=utils.count, help=f"rank of each change; parameters grow with it; {by_method('lora_rank')}")
     add("--lora-alpha", type=utils.positive, help=f"the change counts alpha / rank times; {by_method('lora_alpha')}")
     add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names, as query value, or "
-        "q_lin v_lin in DistilBERT")
+        f"q_lin v_lin in DistilBERT; without it {targets}")
     add("--dropout", type=utils.share, default=0.1, help="share of activations zeroed while training")
     add("--lr", type=utils.positive, help=f"AdamW's peak learning rate; {by_method('lr')}")
     add("--head-lr", type=utils.positive, help=f"the head's; {by_method('head_lr')}")
