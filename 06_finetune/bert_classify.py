@@ -27,7 +27,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from bert import Classifier, download_all
-from bert_train import batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train
+from bert_train import (
+    Data, batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train)
 from bpe import read_text
 from wordpiece import pad
 
@@ -44,20 +45,6 @@ SST2_SHA256 = {"train.tsv": "ec192f833a64da08f475488a77b0d0b47db47acd0f458bd1843
 class Texts(NamedTuple):
     texts: list[str]
     y: Tensor  # (N,) int64, the class
-
-
-class Data(NamedTuple):
-    train: Texts
-    val: Texts
-    test: Texts
-    labels: list[str]  # what the K classes are called
-    name: str
-    stand_in: str = ""  # the real set whose place it takes; empty for a real one
-
-    @property
-    def label(self) -> str:
-        """What plots and tables call this set."""
-        return self.name + ", stand-in" * bool(self.stand_in)
 
 
 def load_data(data: str | None = None) -> Data:
@@ -103,7 +90,7 @@ def read_tables(folder: Path, name: str, labels: list[str] | None = None) -> Dat
     if len(set(parts[0].y.tolist())) < K or K < 2:
         raise utils.InputError(f"{folder / 'train.tsv'} must hold texts of at least two classes, and of every class "
                                "that the other two files hold; put it right.")
-    return Data(*parts, labels or [str(k) for k in range(K)], name)
+    return Data(*parts, name, labels=labels or [str(k) for k in range(K)])
 
 
 def read_folders(folder: Path) -> Data:
@@ -121,7 +108,7 @@ def read_folders(folder: Path) -> Data:
     order = torch.randperm(len(parts[0].texts), generator=torch.Generator().manual_seed(0)).tolist()
     n = max(1, len(order) // 10)
     val, train = (Texts([parts[0].texts[i] for i in rows], parts[0].y[rows]) for rows in (order[:n], order[n:]))
-    return Data(train, val, parts[1], labels, folder.name)
+    return Data(train, val, parts[1], folder.name, labels=labels)
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -157,7 +144,7 @@ def template_reviews(sizes: tuple[int, int, int] = (3000, 500, 500), seed: int =
     texts, y = list(seen), torch.tensor(list(seen.values()))
     ends = [sum(sizes[:i]) for i in range(4)]
     parts = [Texts(texts[a:b], y[a:b]) for a, b in zip(ends, ends[1:])]
-    return Data(*parts, ["negative", "positive"], "templates", "SST-2")
+    return Data(*parts, "templates", "SST-2", ["negative", "positive"])
 
 
 SETS = {"sst2": read_sst2, "templates": template_reviews}  # the last stands in for the first

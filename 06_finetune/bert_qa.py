@@ -31,7 +31,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from bert import Spans, download_all
-from bert_train import batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train
+from bert_train import (
+    Data, batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train)
 from wordpiece import Encoding, WordPiece, pad
 
 # Shapes: B batch (windows), T time (tokens in a window, padding included)
@@ -52,19 +53,6 @@ class Question(NamedTuple):
     question: str
     answers: list[str]  # what counts as right: SQuAD's dev set has one from each of three or more people
     start: int  # where the first of them begins, in characters
-
-
-class Data(NamedTuple):
-    train: list[Question]
-    val: list[Question]
-    test: list[Question]
-    name: str
-    stand_in: str = ""  # the real set whose place it takes; empty for a real one
-
-    @property
-    def label(self) -> str:
-        """What plots and tables call this set."""
-        return self.name + ", stand-in" * bool(self.stand_in)
 
 
 def load_data(data: str | None = None, dev: str | None = None) -> Data:

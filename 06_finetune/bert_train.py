@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,6 +29,21 @@ from peft_files import load_adapter, save_adapter
 from wordpiece import WordPiece
 
 # Shapes: N texts (or windows of texts)
+
+
+class Data(NamedTuple):
+    """A data set in three parts: a list of questions each, or texts with their classes."""
+    train: Any
+    val: Any
+    test: Any
+    name: str
+    stand_in: str = ""  # the real set whose place it takes; empty for a real one
+    labels: list[str] = []  # what the classes are called, where there are any
+
+    @property
+    def label(self) -> str:
+        """What plots and tables call this set."""
+        return self.name + ", stand-in" * bool(self.stand_in)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -62,7 +78,8 @@ def freeze(model: nn.Module, method: str, rank: int, alpha: float, targets: list
             layer.weight.data = layer.weight.data.to(dtype)
 
 
-def prepare(args, data, kind: type, targets: dict[str, list[str]], **more) -> tuple[nn.Module, WordPiece, Path, object]:
+def prepare(args, data: Data, kind: type, targets: dict[str, list[str]], **more
+            ) -> tuple[nn.Module, WordPiece, Path, Data]:
     """(model, tokenizer, folder, data): args.model with a new head, ready to be trained as args.method says.
 
     kind, more: see bert.open_bert; targets: a family's layers that get adapters without --lora-targets. args.model and
@@ -230,7 +247,7 @@ def load_trained(args, parser, script: str, kind: type) -> tuple[nn.Module, Word
     return model.to(args.device), tokenizer, saved
 
 
-def report(args, script: str, data, model: nn.Module, history: list[dict], metrics: dict, curves: list[str], y: str,
+def report(args, script: str, data: Data, model: nn.Module, history: list[dict], metrics: dict, curves: list[str], y: str,
            *files: str) -> None:
     """Write metrics.json and history.png, and print what was written and what it cost."""
     memory = metrics["peak_memory_bytes"]
@@ -246,7 +263,7 @@ def report(args, script: str, data, model: nn.Module, history: list[dict], metri
 
 
 # ---------------------------------------------------------------------------------------------- options
-def load_set(sets: dict[str, Callable], name: str | None):
+def load_set(sets: dict[str, Callable[[], Data]], name: str | None) -> Data:
     """What sets[name] returns; without a name the first of sets, or the last, its stand-in, if it is out of reach."""
     try:
         data = sets[name or next(iter(sets))]()
