@@ -247,8 +247,8 @@ def load_trained(args, parser, script: str, kind: type) -> tuple[nn.Module, Word
     return model.to(args.device), tokenizer, saved
 
 
-def report(args, script: str, data: Data, model: nn.Module, history: list[dict], metrics: dict, curves: list[str], y: str,
-           *files: str) -> None:
+def report(args, script: str, data: Data, model: nn.Module, history: list[dict], metrics: dict, curves: list[str],
+           y: str, *files: str) -> None:
     """Write metrics.json and history.png, and print what was written and what it cost."""
     memory = metrics["peak_memory_bytes"]
     print(f"\n{history[-1]['seconds']:.0f} s of training, "
