@@ -71,10 +71,17 @@ def freeze(model: nn.Module, method: str, rank: int, alpha: float, targets: list
         if isinstance(model.get_submodule(name), LoRA):
             raise utils.InputError(f"--lora-targets takes in {name}, which is trained whole; leave it out.")
         model.get_submodule(name).requires_grad_()
-    ## A frozen matrix need not be more precise than what it is multiplied with. Tables stay as they are, as a batch
-    ## reads only a few of their rows; so do the weights of `head`, which are written out again.
+    if method == "lora":  # not with `head`, which writes the frozen weights out again
+        shrink(model, dtype)
+
+
+def shrink(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen matrices in dtype, and the tables, of which a batch reads only a few rows, as they are.
+
+    ## A frozen matrix need not be more precise than what it is multiplied with.
+    """
     for layer in model.modules():
-        if method == "lora" and isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.to(dtype)
 
 
