@@ -7,9 +7,8 @@ all of it agrees with PyTorch's own. Then a network of these parts learns, again
     python 02_cnn/from_scratch.py
     python 02_cnn/from_scratch.py --data shapes          offline, on drawn shapes
 
-You should see (CIFAR-10 as JPEG of quality 75, --data data/cifar10-jpg; two cores of an AMD EPYC that ran other
-programs besides; torch 2.15; seed 0): differences from PyTorch's of 3e-14 at most, and 64.8 % of the test pictures
-named right after 105 s, a linear model on the pixels 39.5 %.
+You should see (CIFAR-10 as JPEG, two cores of an AMD EPYC, seed 0): differences from PyTorch's of 3e-14 at most, and
+64.8 % of the test pictures named correctly after 105 s; a linear model on the pixels 39.5 %.
 Writes: outputs/from_scratch.png (the first layer's filters). Left out on purpose: strided and dilated convolutions.
 """
 
@@ -18,85 +17,84 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import Data, grid, linear_baseline, load_data, majority_baseline  # noqa: E402
+import utils
+from load import Data, grid, linear_baseline, load_data, majority_baseline
 
 # Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes,
-#         S side of a filter in pixels, L = H * W places
+#         side: of a filter, in pixels
 
 
 # ---------------------------------------------------------------------------------------------- convolution
 def conv_loops(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Convolution by its definition: x (B, C, H, W), w (M, C, S, S) with S odd, b (M,) -> y (B, M, H, W).
+    """Convolution by its definition: x (B, C, H, W), w (M, C, side, side) with side odd, b (M,) -> y (B, M, H, W).
 
-    ##     y[n, o, i, j] = b[o] + sum over c, di, dj of w[o, c, di, dj] x[n, c, i + di - S//2, j + dj - S//2]
+    ##     y[n, o, i, j] = b[o] + sum over c, di, dj of w[o, c, di, dj] x[n, c, i + di - side//2, j + dj - side//2]
     ## At every place the same small filter is laid over the picture and the products are summed. Two beliefs about
-    ## pictures are built in: what matters is near (S is small), and it means the same wherever it stands (w does not
+    ## pictures are built in: what matters is near (side is small), and it means the same wherever it stands (w does not
     ## depend on i, j). A linear layer on 32 x 32 pixels believes neither, and has to learn each place anew.
     """
     B, C, H, W = x.shape
-    M, _, S, _ = w.shape
-    x = F.pad(x, (S // 2,) * 4)  # zeros around it, so that the output is as large as the input
+    M, _, side, _ = w.shape
+    x = F.pad(x, (side // 2,) * 4)  # zeros around it, so that the output is as large as the input
     y = torch.empty(B, M, H, W, dtype=x.dtype)
     for n in range(B):
         for o in range(M):
             for i in range(H):
                 for j in range(W):
-                    y[n, o, i, j] = (w[o] * x[n, :, i : i + S, j : j + S]).sum() + b[o]
+                    y[n, o, i, j] = (w[o] * x[n, :, i : i + side, j : j + side]).sum() + b[o]
     return y
 
 
-def im2col(x: Tensor, S: int) -> Tensor:
-    """For every place, the S x S patch around it as a column: x (B, C, H, W) -> (B, C * S * S, L).
+def im2col(x: Tensor, side: int) -> Tensor:
+    """For every place, the side x side patch around it as a column: x (B, C, H, W) -> (B, C * side * side, H * W).
 
     ## With the patches as columns, a convolution is one matrix product, and a matrix product is what a processor does
-    ## best. The price is memory: S * S copies of every pixel.
+    ## best. The price is memory: side * side copies of every pixel.
     """
     B, C, H, W = x.shape
-    x = F.pad(x, (S // 2,) * 4)
-    patches = [x[:, :, di : di + H, dj : dj + W] for di in range(S) for dj in range(S)]  # S * S times (B, C, H, W)
-    return torch.stack(patches, 2).view(B, C * S * S, H * W)
+    x = F.pad(x, (side // 2,) * 4)
+    patches = [x[:, :, di : di + H, dj : dj + W] for di in range(side) for dj in range(side)]  # (B, C, H, W) each
+    return torch.stack(patches, 2).view(B, C * side * side, H * W)
 
 
-def col2im(columns: Tensor, C: int, H: int, W: int, S: int) -> Tensor:
-    """The transpose of im2col: add every entry of (B, C * S * S, L) to the pixel it came from, -> (B, C, H, W).
+def col2im(columns: Tensor, C: int, H: int, W: int, side: int) -> Tensor:
+    """The transpose of im2col: add (B, C * side * side, H * W) to the pixels it came from, -> (B, C, H, W).
 
-    ## A pixel was copied into S * S patches; its gradient is the sum of the gradients of all its copies.
+    ## A pixel was copied into side * side patches; its gradient is the sum of the gradients of all its copies.
     """
-    patches = columns.view(-1, C, S * S, H, W)
-    x = columns.new_zeros(len(columns), C, H + S - 1, W + S - 1)
-    for place in range(S * S):
-        di, dj = divmod(place, S)
+    patches = columns.view(-1, C, side * side, H, W)
+    x = columns.new_zeros(len(columns), C, H + side - 1, W + side - 1)
+    for place in range(side * side):
+        di, dj = divmod(place, side)
         x[:, :, di : di + H, dj : dj + W] += patches[:, :, place]
-    return x[:, :, S // 2 : S // 2 + H, S // 2 : S // 2 + W]
+    return x[:, :, side // 2 : side // 2 + H, side // 2 : side // 2 + W]
 
 
 def conv(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, tuple]:
     """conv_loops as one matrix product (Chellapilla et al. 2006); also returns what the backward pass needs."""
     B, _, H, W = x.shape
-    columns = im2col(x, w.shape[-1])  # (B, C * S * S, L)
-    y = w.flatten(1) @ columns + b[:, None]  # (M, C * S * S) @ (B, C * S * S, L) -> (B, M, L)
+    columns = im2col(x, w.shape[-1])  # (B, C * side * side, H * W)
+    y = w.flatten(1) @ columns + b[:, None]  # (M, C * side * side) @ (B, C * side * side, H * W) -> (B, M, H * W)
     return y.view(B, -1, H, W), (columns, w)
 
 
 def conv_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (B, M, H, W) -> dx (B, C, H, W), dw (M, C, S, S), db (M,).
+    """dy (B, M, H, W) -> dx (B, C, H, W), dw (M, C, side, side), db (M,).
 
     ## The forward pass is Y = F X + b with X = im2col(x), so the rules are those of any matrix product:
     ##     dF = dY X^T (summed over the batch),  dX = F^T dY,  dx = col2im(dX),  db = dY summed over batch and places
     """
     columns, w = cache
-    M, C, S, _ = w.shape
+    M, C, side, _ = w.shape
     H, W = dy.shape[2:]
-    dy = dy.flatten(2)  # (B, M, L)
+    dy = dy.flatten(2)  # (B, M, H * W)
     dw = (dy @ columns.mT).sum(0).view(w.shape)
-    return col2im(w.flatten(1).T @ dy, C, H, W, S), dw, dy.sum((0, 2))
+    return col2im(w.flatten(1).T @ dy, C, H, W, side), dw, dy.sum((0, 2))
 
 
 # ---------------------------------------------------------------------------------------------- pooling, normalisation
@@ -256,20 +254,14 @@ def accuracy(data: Data, w: dict[str, Tensor], running: dict) -> float:
 
 @torch.no_grad()  # no autograd: every gradient here is our own
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "seed")
     add = parser.add_argument
     add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if that is out of reach")
-    add("--epochs", type=int, default=2, help="passes over the training pictures")
-    add("--batch-size", type=int, default=100, help="pictures per step")
-    add("--lr", type=float, default=0.01, help="peak learning rate, falling linearly to zero")
-    add("--seed", type=int, default=0, help="decides weights and batches")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
-    args = parser.parse_args()
-    utils.check(args, above_zero="epochs batch_size lr")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
-
+    add("--epochs", type=utils.count, default=2, help="passes over the training pictures")
+    add("--batch-size", type=utils.count, default=100, help="pictures per step")
+    add("--lr", type=utils.positive, default=0.01, help="peak learning rate, falling linearly to zero")
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
     with torch.enable_grad():
         print("against PyTorch, largest absolute difference in float64:")
         for name, error in check_against_pytorch().items():
@@ -277,50 +269,44 @@ def main() -> None:
 
     data = load_data(args.data)
     x, y, K = data.train_x, data.train_y, len(data.classes)
-    label = data.name + ", stand-in" * data.stand_in
     with torch.enable_grad():
         linear = linear_baseline(data)
 
     g = torch.Generator().manual_seed(args.seed)
     w = init(K, x.shape[-1], (32, 64), g)
     velocity, running = {name: torch.zeros_like(p) for name, p in w.items()}, None
-    print(f"\n{label}: {len(y):,} pictures; {sum(p.numel() for p in w.values()):,} weights; loss before training "
+    print(f"\n{data.label}: {len(y):,} pictures; {sum(p.numel() for p in w.values()):,} weights; loss before training "
           f"{loss_and_gradients(normalise(x[:500], data), y[:500], w)[0]:.4f}, ln {K} = {math.log(K):.4f}")
-    per_epoch = math.ceil(len(y) / args.batch_size)
-    steps, begun = args.epochs * per_epoch, time.perf_counter()
-    bar = utils.Progress(steps, "pictures")
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(y), generator=g)
-        rows = order[step % per_epoch * args.batch_size :][: args.batch_size]
-        loss, gradients, statistics = loss_and_gradients(normalise(x[rows], data), y[rows], w)
-        running = running or statistics
-        for i in running:  # each new batch counts a tenth
-            running[i] = tuple(torch.lerp(old, new, 0.1) for old, new in zip(running[i], statistics[i]))
-        lr = args.lr * (1 - step / steps)
-        for name in w:  # momentum: v <- 0.9 v + gradient, w <- w - lr v
-            velocity[name].mul_(0.9).add_(gradients[name])
-            w[name] -= lr * velocity[name]
-        if not math.isfinite(loss):
-            raise utils.InputError(f"the loss became {loss} at step {step + 1}; use a smaller --lr.")
-        bar.update(step + 1, f"loss {loss:.3f}", args.batch_size)
-    bar.clear()
+    steps, begun, step = args.epochs * math.ceil(len(y) / args.batch_size), time.perf_counter(), 0
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(y), generator=g).split(args.batch_size):
+            loss, gradients, statistics = loss_and_gradients(normalise(x[rows], data), y[rows], w)
+            running = running or statistics
+            for i in running:  # each new batch counts a tenth
+                running[i] = tuple(torch.lerp(old, new, 0.1) for old, new in zip(running[i], statistics[i]))
+            lr = args.lr * (1 - step / steps)
+            for name in w:  # momentum: v <- 0.9 v + gradient, w <- w - lr v
+                velocity[name].mul_(0.9).add_(gradients[name])
+                w[name] -= lr * velocity[name]
+            step += 1
+            if not math.isfinite(loss):
+                raise utils.InputError(f"the loss became {loss} at step {step}; use a smaller --lr.")
+            utils.progress(step, steps, begun, f"loss {loss:.3f}", "pictures", args.batch_size)
     seconds = time.perf_counter() - begun
-    print(f"\ntest accuracy ({label}): most frequent class {majority_baseline(data):.1%}, "
+    print(f"\ntest accuracy ({data.label}): most frequent class {majority_baseline(data):.1%}, "
           f"linear model on the pixels {linear:.1%}, this network {accuracy(data, w, running):.1%} after "
           f"{seconds:.0f} s")
 
     filters = w["conv1"]
     filters = (filters - filters.amin((1, 2, 3), keepdim=True)) / (
         filters.amax((1, 2, 3), keepdim=True) - filters.amin((1, 2, 3), keepdim=True))
-    figure, axes = plt.subplots(figsize=(8, 4.4))
+    figure, axes = utils.pyplot().subplots(figsize=(8, 4.4))
     axes.imshow(grid(F.pad(filters, (0, 1, 0, 1), value=1.0), 8))  # a white line between two
     axes.axis("off")
-    axes.set_title(f"The 32 filters of the first convolution, 3 x 3 pixels, in colour ({label})")
-    utils.save_figure(figure, args.out / "from_scratch.png")
+    axes.set_title(f"The 32 filters of the first convolution, 3 x 3 pixels, in colour ({data.label})")
+    utils.write_atomically(args.out / "from_scratch.png", figure.savefig)
     print(f"wrote {args.out / 'from_scratch.png'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

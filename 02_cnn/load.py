@@ -8,7 +8,7 @@ into memory with no DataLoader; what normalisation is fitted on; and what augmen
     python 02_cnn/load.py --data shapes                 the stand-in: ten classes of drawn shapes
 
 You should see: 45,000 / 5,000 / 10,000 pictures of 10 classes of CIFAR-10. Of `shapes`, 9,000 / 1,000 / 2,000, a linear
-model names 13.8 % of the test pictures right, train.py --model simple --epochs 6 99.9 % (seed 0).
+model names 13.8 % of the test pictures correctly, train.py --model simple --epochs 6 99.9 % (seed 0).
 Writes: outputs/samples.png. Left out on purpose: a DataLoader with worker processes, for data that does not fit in RAM.
 """
 
@@ -19,7 +19,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
@@ -30,7 +29,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
+import utils
 
 # Shapes: N pictures (in all, or in a part), B batch, C channels (3: red, green, blue), H height, W width, K classes
 
@@ -53,8 +52,13 @@ class Data(NamedTuple):
     classes: list[str]
     mean: Tensor  # (3,) of the training pictures, scaled to 0 .. 1
     std: Tensor  # (3,)
-    name: str  # "cifar10", "shapes" or the folder's name
-    stand_in: bool
+    name: str  # one of SETS, or the folder's name
+    source: str  # what load_data takes to read it again: one of SETS, or the folder's path
+    stand_in: str  # the set in whose place it stands, such as "CIFAR-10"; empty where it is no stand-in
+
+    @property
+    def label(self) -> str:
+        return self.name + ", stand-in" * bool(self.stand_in)
 
 
 # ---------------------------------------------------------------------------------------------- the real set
@@ -122,19 +126,19 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     parts = {}
     for part in ("train", "test"):
         if not (root / part).is_dir():
-            raise utils.InputError(f"--data {root}: there is no folder {part}/ in it; give a folder that holds "
-                                   "train/CLASS/* and test/CLASS/*, or name cifar10 or shapes.")
+            raise utils.InputError(f"{root}: there is no folder {part}/ in it; give a folder that holds train/CLASS/* "
+                                   f"and test/CLASS/*, or one of {', '.join(SETS)}.")
         try:
             parts[part] = ImageFolder(root / part)
         except FileNotFoundError as error:  # no class at all, or one without a picture
-            raise utils.InputError(f"--data {root}: {error}".split(" Supported")[0].rstrip(".")
+            raise utils.InputError(f"{root}: {error}".split(" Supported")[0].rstrip(".")
                                    + "; every class needs pictures in train and in test.") from error
     classes = parts["train"].classes
     if len(classes) < 2:
-        raise utils.InputError(f"--data {root}: train has one class, {classes[0]}; it takes two to tell apart.")
+        raise utils.InputError(f"{root}: train has one class, {classes[0]}; it takes two to tell apart.")
     if classes != parts["test"].classes:
         odd = sorted(set(classes) ^ set(parts["test"].classes))
-        raise utils.InputError(f"--data {root}: {', '.join(odd)} only in train or only in test; give both the same "
+        raise utils.InputError(f"{root}: {', '.join(odd)} only in train or only in test; give both the same "
                                "classes.")
     for part in parts.values():
         known = {path for path, _ in part.samples}
@@ -155,7 +159,7 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
                 broken.append(path)
         tensors += [pictures, torch.tensor(part.targets)]
     if broken:
-        raise utils.InputError(f"--data {root}: {len(broken)} of {sum(map(len, parts.values()))} files can't be read "
+        raise utils.InputError(f"{root}: {len(broken)} of {sum(map(len, parts.values()))} files can't be read "
                                f"as pictures, {broken[0]} first; repair or remove them.")
     for what, count in notes.items():
         print(f"{root}: {count:,} pictures were {what} and have been {CHANGED[what]}")
@@ -172,6 +176,11 @@ def draw_shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     y = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=g)]
     return torch.cat([_draw(part, g) for part in y.split(1000)]), y
+
+
+def read_shapes() -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """The stand-in: 10,000 training and 2,000 test pictures, the same each time."""
+    return *draw_shapes(10_000, 1), *draw_shapes(2_000, 2), SHAPES
 
 
 def _draw(y: Tensor, g: torch.Generator) -> Tensor:
@@ -223,36 +232,37 @@ def _draw(y: Tensor, g: torch.Generator) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- all of it
-def load_data(data: str | None = None) -> Data:
-    """Read `cifar10`, `shapes` or a folder; None is CIFAR-10, and the stand-in where that can't be reached.
+SETS = {  # name -> how to read it, and what it stands in for; a set more is one function and one line
+    "cifar10": (read_cifar10, ""),
+    "shapes": (read_shapes, "CIFAR-10"),
+}
 
-    One tenth of the training pictures becomes the validation part, the same in every run whatever its seed.
+
+def load_data(data: str | None = None) -> Data:
+    """One of SETS by name, or a folder by its path; None is CIFAR-10, or its stand-in where that can't be reached.
+
+    One tenth of the training pictures becomes the validation part, the same in every run whatever its seed. Raises
+    ConnectionError where a set asked for by name can't be downloaded, and utils.InputError where it can't be read.
     """
-    name, stand_in = data or "cifar10", False
-    if name == "cifar10":
+    if data is None:
         try:
-            x, y, test_x, test_y, classes = read_cifar10()
+            return load_data("cifar10")
         except ConnectionError as error:
-            if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data shapes to work offline.") from error
-            print(error)
-            name = "shapes"
-    if name == "shapes":
-        stand_in, classes = True, SHAPES
-        utils.notice("STAND-IN: this run uses `shapes`, ten classes of shapes drawn on the spot.",
-                     "Its figures are not CIFAR-10's and can't be compared with them.")
-        (x, y), (test_x, test_y) = draw_shapes(10_000, 1), draw_shapes(2_000, 2)
-    elif name != "cifar10":
-        x, y, test_x, test_y, classes = read_folder(Path(name))
-        name = Path(name).resolve().name
+            print(f"{error} Working offline with --data shapes.")
+            return load_data("shapes")
+    read, stand_in = SETS.get(data, (lambda: read_folder(Path(data)), ""))
+    name, source = (data, data) if data in SETS else (Path(data).resolve().name, str(Path(data).resolve()))
+    utils.stand_in_notice(name, stand_in)
+    x, y, test_x, test_y, classes = read()
     ## Validation picks (which epoch, which option); the test part is looked at once, at the end. Were the test part
     ## used for picking, its figure would be the best of many tries, not what to expect on new pictures.
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
     val, train = order[: len(y) // 10], order[len(y) // 10 :]
     if len(val) == 0:
-        raise utils.InputError(f"--data {data}: {len(y)} training pictures are too few; ten at least.")
+        raise utils.InputError(f"{data}: {len(y)} training pictures are too few; give ten at least.")
     mean, std = channel_statistics(x[train])
-    return Data(x[train], y[train], x[val], y[val], test_x, test_y, classes, mean, std, name, stand_in)
+    return Data(x[train], y[train], x[val], y[val], test_x, test_y, classes, mean, std, name, source,
+                stand_in)
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,18 +360,14 @@ def grid(x: Tensor, columns: int) -> Tensor:
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    add = parser.add_argument
-    add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
-        "shapes if that is out of reach")
-    add("--seed", type=int, default=0, help="which samples are drawn, and how they are augmented")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
-    args = parser.parse_args()
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
+    parser = utils.parser(__doc__, __file__, "seed")
+    parser.add_argument("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it "
+                        "the first, or shapes if that is out of reach")
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
     data = load_data(args.data)
-    K, label = len(data.classes), data.name + ", stand-in" * data.stand_in
-    print(f"{label}: {len(data.train_y):,} pictures to train on, {len(data.val_y):,} to validate, "
+    K = len(data.classes)
+    print(f"{data.label}: {len(data.train_y):,} pictures to train on, {len(data.val_y):,} to validate, "
           f"{len(data.test_y):,} to test; {K} classes")
     print(f"one picture: {tuple(data.train_x[0].shape)} {data.train_x.dtype}; all training pictures: "
           f"{data.train_x.nbytes / 1e6:.0f} MB as bytes, {4 * data.train_x.nbytes / 1e6:.0f} MB as float32")
@@ -374,17 +380,16 @@ def main() -> None:
           f"guessing: loss ln {K} = {math.log(K):.4f}")
     print(f"a linear model on the pixels: {linear_baseline(data):.1%}")
 
-    figure, axes = plt.subplots(2, 1, figsize=(9, 5.8), layout="constrained")
+    figure, axes = utils.pyplot().subplots(2, 1, figsize=(9, 5.8), layout="constrained")
     x = data.train_x[torch.randperm(len(data.train_y))[:60]]
     for a, pictures, title in ((axes[0], x, "as they are"), (axes[1], augment(x, 4, 8), "flipped, shifted, cut out")):
         a.imshow(grid(pictures, 15))
         a.set_title(title)
         a.axis("off")
-    figure.suptitle(f"Training pictures ({label})")
-    utils.save_figure(figure, args.out / "samples.png")
+    figure.suptitle(f"Training pictures ({data.label})")
+    utils.write_atomically(args.out / "samples.png", figure.savefig)
     print(f"\nwrote {args.out / 'samples.png'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ its first filters respond to; and Grad-CAM, which shows the places in a picture 
     python 02_cnn/load_model.py                          the test part of what train.py was trained on
     python 02_cnn/load_model.py --image my_cat.jpg       one picture of your own
 
-You should see (train.py's default on CIFAR-10 as JPEG of quality 75, seed 0): 89.9 % named right; F1 from 79.5 % (cat,
-most often taken for a dog) to 95.2 % (automobile).
+You should see (train.py's default on CIFAR-10 as JPEG, seed 0): 89.9 % named correctly; F1 from 79.5 % (cat, most often
+taken for a dog) to 95.2 % (automobile).
 Writes to outputs/: predictions.png, confusion.png, mistakes.png, filters.png, feature_maps.png, grad_cam.png; with
 --image only the last.
 Left out on purpose: calibration, detection and segmentation.
@@ -17,25 +17,30 @@ Left out on purpose: calibration, detection and segmentation.
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import CHANGED, grid, load_data, read_picture  # noqa: E402
-from train import SCRIPT, ResNet, Simple, build, predict  # noqa: E402
+import utils
+from load import CHANGED, grid, load_data, read_picture
+from train import SCRIPT, ResNet, Simple, build, predict
 
-# Shapes: N pictures, B batch, C channels, M channels out (filters), H height, W width, h and w those of a later layer,
-#         S side of a filter in pixels, K classes
+# Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes
 
 
-def load_network(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
-    """Rebuild the network that train.py saved; also return the checkpoint, for its classes and its data."""
-    saved = utils.load_checkpoint(path, SCRIPT, device)
-    model = utils.rebuild(lambda: build(saved["config"], saved["mean"], saved["std"]), saved, path)
+def load_network(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """The network that train.py saved, ready to name pictures, and the rest of its file: classes, data, dtype.
+
+    Raises utils.InputError where the file is missing, damaged, or of another version's model.
+    """
+    saved = utils.load_checkpoint(path, SCRIPT)
+    try:
+        model = build(saved["config"], saved["mean"], saved["std"])
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise utils.InputError(f"{path} is of another version of the model; make it anew: python {SCRIPT}") from error
     return model.to(device).eval(), saved
 
 
@@ -60,7 +65,7 @@ def precision_recall_f1(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------------------------- looking inside
 def parts_of(model: nn.Module) -> tuple[nn.Module, Tensor, nn.Module]:
-    """First convolution, its filters (M, 3, S, S), and the layer for Grad-CAM: the last of at least 7 x 7 places."""
+    """First convolution, its filters (M, 3, side, side), and Grad-CAM's layer: the last of at least 7 x 7 places."""
     if isinstance(model, Simple):
         return model[1], model[1].weight.view(-1, 3, 3, 3), model[11]
     if isinstance(model, ResNet):
@@ -110,7 +115,8 @@ def draw_pictures(path: Path, x: Tensor, captions: list[str], title: str, maps: 
     """Draw pictures x (N, 3, H, W) uint8 with a line above each; maps (N, H, W) are laid over them."""
     columns = min(8, len(x))
     rows = -(-len(x) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(max(6.0, 1.5 * columns), 1.85 * rows + 0.4), squeeze=False)
+    figure, axes = utils.pyplot().subplots(rows, columns, squeeze=False,
+                                         figsize=(max(6.0, 1.5 * columns), 1.85 * rows + 0.4))
     for a in axes.flat:
         a.axis("off")
     for i, (a, caption) in enumerate(zip(axes.flat, captions)):
@@ -120,13 +126,13 @@ def draw_pictures(path: Path, x: Tensor, captions: list[str], title: str, maps: 
         a.set_title(caption, fontsize=7)
     figure.suptitle(title)
     figure.tight_layout()
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: list[str], title: str) -> None:
     """Draw the matrix (K, K) with its counts; the colour is the share of the row."""
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    figure, axes = plt.subplots(figsize=(1.5 + 0.6 * len(classes), 1.2 + 0.6 * len(classes)))
+    figure, axes = utils.pyplot().subplots(figsize=(1.5 + 0.6 * len(classes), 1.2 + 0.6 * len(classes)))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
@@ -136,31 +142,24 @@ def draw_confusion(path: Path, confusion: Tensor, classes: list[str], title: str
                       color="white" if share[row, column] > 0.5 else "black")
     axes.set(title=title, xlabel="named", ylabel="is")
     axes.grid(False)
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "device")
     add = parser.add_argument
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
-    add("--data", help="cifar10, shapes or a folder, whose test part is used; without it, what the model was "
-        "trained on")
+    add("--data", help="cifar10, shapes or a folder, to use its test part; without it what the model was trained on")
     add("--image", type=Path, help="name this one picture instead")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
-    args = parser.parse_args()
+    args = utils.parse_args(parser)
     if args.image and args.data:
         raise utils.InputError("--image names one picture, --data a whole set; leave one of them out.")
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
+    device = args.device
     model, saved = load_network(args.model, device)
-    classes, dtype, label = saved["classes"], getattr(torch, saved["dtype"]), saved["data"]
-    K = len(classes)
-    if saved["stand_in"]:
-        label += ", stand-in"
-        if args.image or args.data not in (None, saved["data"]):  # else load_data says so
-            utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on CIFAR-10.")
-
+    classes, dtype = saved["classes"], getattr(torch, saved["dtype"])
+    K, label = len(classes), saved["data"] + ", stand-in" * bool(saved["stand_in"])
+    if args.image or args.data not in (None, saved["data"]):  # else load_data says so
+        utils.stand_in_notice(saved["data"], saved["stand_in"])
     if args.image:
         picture, notes = read_picture(args.image)
         x = picture[None]  # (1, 3, H, W)
@@ -176,14 +175,13 @@ def main() -> None:
                       f"What speaks for {classes[k]} (trained on {label})",
                       torch.cat([torch.full_like(cams[0], torch.nan), *cams]))  # nan is not drawn
         print(f"wrote grad_cam.png to {args.out}")
-        if saved["stand_in"]:
-            utils.notice(f"STAND-IN: this network was trained on {saved['data']}, not on CIFAR-10.")
+        utils.stand_in_notice(saved["data"], saved["stand_in"])
         return
 
     data = load_data(args.data or saved["source"])
     if data.classes != classes:
         raise utils.InputError(f"{data.name} has other classes than the network learned: {', '.join(classes)}.")
-    label = data.name + ", stand-in" * data.stand_in
+    label = data.label
     mixed = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))  # folders come sorted by class
     x, y = data.test_x[mixed], data.test_y[mixed]
     p = predict(model, x.to(device), dtype).softmax(-1).cpu()  # (N, K)
@@ -191,7 +189,7 @@ def main() -> None:
     confusion = confusion_matrix(y, guess, K)
     precision, recall, f1 = precision_recall_f1(confusion)
     print(f"{saved['config']['model']} on the {len(y):,} test pictures of {data.name}: "
-          f"{(guess == y).double().mean():.2%} named right\n")
+          f"{(guess == y).double().mean():.2%} named correctly\n")
     print(f"{'class':14}{'precision':>10}{'recall':>10}{'F1':>10}   most often taken for")
     for k, name in enumerate(classes):
         wrong = confusion[k].clone()
@@ -227,15 +225,14 @@ def main() -> None:
             ("filters.png", stretch(filters.detach().float().cpu()), "The filters of the first convolution"),
             ("feature_maps.png", stretch(maps[0].detach().float().cpu()[:, None]).repeat(1, 3, 1, 1),
              f"What these filters make of predictions.png's first picture ({classes[y[0]]})")):
-        figure, axes = plt.subplots(figsize=(9, 9 * -(-len(pictures) // 12) / 12 + 0.6))
+        figure, axes = utils.pyplot().subplots(figsize=(9, 9 * -(-len(pictures) // 12) / 12 + 0.6))
         axes.imshow(grid(F.pad(pictures, (0, 1, 0, 1), value=1.0), 12))  # a white line between two
         axes.axis("off")
         axes.set_title(f"{title} ({label})")
-        utils.save_figure(figure, args.out / name)
+        utils.write_atomically(args.out / name, figure.savefig)
     print(f"\nwrote predictions, confusion, {'mistakes, ' * bool(len(wrong))}filters, feature_maps and grad_cam (.png) "
           f"to {args.out}")
-    if saved["stand_in"] or data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+    utils.stand_in_notice(data.name, data.stand_in or saved["stand_in"])
 
 
 if __name__ == "__main__":

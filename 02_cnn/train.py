@@ -7,22 +7,17 @@ augmented on the device; what label smoothing and a one-cycle learning rate are 
     python 02_cnn/train.py --model simple                   three convolutions, for comparison
     python 02_cnn/train.py --model transfer --head-only     torchvision's ResNet-18, already trained on ImageNet
     python 02_cnn/train.py --data path/to/folder            your own pictures (train/CLASS/*, test/CLASS/*), at 32 x 32
-    python 02_cnn/train.py --resume                         after Ctrl-C
 
-You should see (CIFAR-10 as JPEG of quality 75, --data data/cifar10-jpg --tta; two cores of an Intel Xeon with AMX;
-torch 2.15; bfloat16; seeds 0, 1, 2), as share of the test pictures named right, mean ± standard deviation:
-    linear model on the pixels 39.5 %
-    simple 82.6 ± 0.7 % after 289 s, over six views 83.6 ± 0.5 %      without AMX (an AMD EPYC, seed 0) after 341 s
-    resnet 89.8 ± 0.2 % after 453 s, over six views 90.8 ± 0.2 %      without AMX after 685 s
-transfer is not measured: ImageNet's weights were out of reach. It computes on 128 x 128 pixels, 16 times as many.
+You should see (CIFAR-10 as JPEG, two cores of an Intel Xeon with AMX, three seeds), of the test pictures: resnet
+89.8 ± 0.2 % correct after 450 s, simple 82.6 ± 0.7 % after 290 s, a linear model 39.5 %. transfer was not measured.
 Writes to outputs/: model.pt (the best weights by validation), checkpoint.pt (for --resume), metrics.json, history.png.
 Left out on purpose: DataLoader workers, several GPUs (chapter 05 has them), mixing pictures (mixup, CutMix).
 """
 
-import argparse
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,15 +27,15 @@ import torchvision
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import augment, linear_baseline, load_data, majority_baseline  # noqa: E402
+import utils
+from load import augment, linear_baseline, load_data, majority_baseline
 
-# Shapes: B batch, N pictures, C channels, M channels out (filters), H height, W width, K classes
+# Shapes: B batch, N pictures, C channels in, M channels out (filters), H height, W width, K classes
 
 SCRIPT = "02_cnn/train.py"
 
 
-# ---------------------------------------------------------------------------------------------- models
+# ---------------------------------------------------------------------------------------------- model
 class Normalise(nn.Module):
     """Bytes 0 to 255, (B, 3, H, W), to mean 0 and variance 1 per channel, by the training pictures' statistics.
 
@@ -148,9 +143,7 @@ class ResNet(nn.Module):
     """A whitening convolution, three residual blocks, a linear layer: (B, 3, H, W) -> (B, K).
 
     ## The shape is that of airbench94 (Jordan 2024), made for speed on this very data set, here with a skip connection
-    ## in each block. Prototypes on two cores of an AMD EPYC (JPEG copy, seed 0): as published, 8 epochs without skips
-    ## named 89.5 % of the validation pictures right after 441 s; with skips, 13 epochs, 40 % of them at 24 x 24, 90.3 %
-    ## after 578 s.
+    ## in each block: 90.3 % of the validation pictures instead of 89.5 (prototypes on the JPEG copy, seed 0).
     """
 
     def __init__(self, classes: int, mean: Tensor, std: Tensor, widths=(64, 256, 256)):
@@ -199,26 +192,21 @@ class Transfer(nn.Module):
         self.body.requires_grad_(not head_only)
         self.body.fc = nn.Linear(512, classes)
 
-    def load(self, path: Path | None) -> None:
+    def load(self, path: Path | str | None) -> None:
         """Take the body's weights from a file of torchvision's format, or download them. Raises utils.InputError."""
         source = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
         try:
             ## weights_only: a file of weights may carry code, which is not to be run.
             weights = torch.load(path, "cpu", weights_only=True) if path else source.get_state_dict(check_hash=True)
         except Exception as error:
-            if path:
-                raise utils.InputError(f"--weights {path} can't be read as a file of weights; take {source.url}"
-                                       ) from error
-            raise utils.InputError(f"--model transfer: no weights from {source.url} ({type(error).__name__}); download "
-                                   "that file elsewhere and name it with --weights PATH.") from error
+            what = f"weights {path} can't be read" if path else f"no weights could be downloaded ({error!r:.60})"
+            raise utils.InputError(f"{what}; fetch {source.url} and give that file's path as weights.") from error
         ## The last layer is ours, for our classes; older files lack the batch norms' counters, which nothing needs.
-        ours = lambda key: not str(key).startswith("fc.") and "num_batches" not in str(key)  # noqa: E731
-        body = lambda state: {key: value for key, value in state.items() if ours(key)}  # noqa: E731
-        shapes = lambda state: {key: getattr(value, "shape", None) for key, value in body(state).items()}  # noqa: E731
-        if not isinstance(weights, dict) or shapes(weights) != shapes(self.body.state_dict()):
-            raise utils.InputError(f"--weights {path} are of another architecture than torchvision's resnet18; take "
-                                   f"{source.url}")
-        self.body.load_state_dict(body(weights), strict=False)
+        body, own = ({key: value for key, value in dict(state).items() if not str(key).startswith("fc.")
+                      and "num_batches" not in str(key)} for state in (weights, self.body.state_dict()))
+        if {key: getattr(value, "shape", None) for key, value in body.items()} != {k: v.shape for k, v in own.items()}:
+            raise utils.InputError(f"weights {path} are of another network than resnet18; take {source.url}")
+        self.body.load_state_dict(body, strict=False)
 
     def train(self, mode: bool = True) -> "Transfer":
         super().train(mode)
@@ -240,7 +228,7 @@ def build(config: dict, mean: Tensor, std: Tensor) -> nn.Module:
     return ResNet(config["classes"], mean, std)
 
 
-# ---------------------------------------------------------------------------------------------- small functions
+# ---------------------------------------------------------------------------------------------- the loop
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, dtype: torch.dtype, tta: bool = False) -> Tensor:
     """Logits (N, K) for pictures x (N, 3, H, W) uint8. tta: the mean over six views of each picture.
@@ -262,9 +250,15 @@ def predict(model: nn.Module, x: Tensor, dtype: torch.dtype, tta: bool = False) 
     return torch.cat(logits)
 
 
-def score(logits: Tensor, y: Tensor) -> tuple[float, float]:
-    """(mean cross-entropy in nats, share of right answers) of logits (N, K) with labels y (N,)."""
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, tta: bool = False) -> tuple[float, float]:
+    """(mean cross-entropy in nats, share of correct answers) for pictures x (N, 3, H, W) uint8 with labels y (N,)."""
+    logits = predict(model, x, dtype, tta)
     return F.cross_entropy(logits, y).item(), (logits.argmax(-1) == y).float().mean().item()
+
+
+def batches(n: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
+    """The numbers of n rows, each once, in an order that seed decides: (B,) at a time."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).split(batch_size)
 
 
 def make_optimizers(model: nn.Module, lr: float, muon_lr: float, batch_size: int) -> list[torch.optim.Optimizer]:
@@ -301,7 +295,7 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["peak"] * factor
 
 
-def one_cycle(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """Factor on every learning rate, after Smith & Topin 2018: a linear rise over 5 % of the run, then a linear fall.
 
     ## Their rise takes nearly half of the run, and momentum falls meanwhile; a run this short can't spare that.
@@ -309,213 +303,169 @@ def one_cycle(step: int, steps: int) -> float:
     return min((step + 1) / (0.05 * steps + 1), (steps - step) / (0.95 * steps))
 
 
-# ---------------------------------------------------------------------------------------------- options
+def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], train: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor], epochs: int, batch_size: int, seed: int, dtype: torch.dtype,
+        label_smoothing: float = 0.2, pad: int = 2, cutout: int = 0, small: float = 0.0, first_epoch: int = 0,
+        seconds: float = 0.0, forward: nn.Module | None = None) -> Iterator[dict]:
+    """Train on train = (x (N, 3, H, W) uint8, y (N,)); pause after each epoch and yield its figures.
+
+    small: share of the run at three quarters of the size. A run that goes on begins at first_epoch, after so many
+    seconds. forward: what computes the logits where model is compiled.
+    """
+    (x_all, y_all), n = train, len(train[1])
+    convs = [layer for layer in model.modules() if isinstance(layer, Conv)]
+    per_epoch = math.ceil(n / batch_size)
+    steps, begun = epochs * per_epoch, time.perf_counter() - seconds
+    mirrored_first = torch.rand(n, generator=torch.Generator().manual_seed(seed)).to(y_all.device) < 0.5
+    for epoch in range(first_epoch, epochs):
+        losses = []
+        model.train()
+        for step, rows in enumerate(batches(n, batch_size, seed * 1_000_003 + epoch), epoch * per_epoch):
+            ## Each step's augmentation and dropout have a seed made from the step's number, as each epoch's order has
+            ## from the epoch's: a run that goes on needs nothing else to draw the same numbers.
+            torch.manual_seed(seed * 1_000_003 + step)
+            rows = rows.to(y_all.device)
+            ## A picture mirrored at random in every epoch comes the same way twice in a row half of the time. Chosen at
+            ## random once, and turned around with every epoch, all come both ways equally often (Jordan 2024).
+            mirrored = mirrored_first[rows] ^ (epoch % 2 == 1)
+            x, y = augment(x_all[rows], pad, cutout, mirrored), y_all[rows]  # (B, 3, H, W) uint8, (B,)
+            ## Outlines first, details later: at 24 x 24 a step takes about 0.6 of the time (progressive resizing, as in
+            ## fast.ai's DAWNBench entry of 2018).
+            if step < small * steps:
+                x = F.interpolate(x.float(), scale_factor=0.75, mode="bilinear", antialias=True)
+            set_rates(optimizers, schedule(step, steps))
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                logits = (forward or model)(x).float()  # (B, K)
+            ## Label smoothing (Szegedy et al. 2016): the target is 1 - a for the label and a / K for every class on
+            ## top. Without it the loss can always be lowered by being surer of what is already correct.
+            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+            (loss * len(y)).backward()  # the sum over the batch, not its mean: make_optimizers says why
+            for optimizer in optimizers:
+                optimizer.step()
+            for conv in convs:
+                conv.rescale()
+            losses.append(loss.detach())
+            if step % 10 == 9:  # looking at the loss makes a GPU wait, so not at every step
+                utils.progress(step + 1, steps, begun, f"loss {loss.item():.3f}", "pictures", batch_size)
+        train_loss = torch.stack(losses).mean().item()  # waits for a GPU to finish
+        seconds = time.perf_counter() - begun
+        if not math.isfinite(train_loss):
+            raise utils.InputError(f"the loss became {train_loss} in epoch {epoch + 1}; try a smaller --lr, --muon-lr.")
+        val_loss, val_accuracy = evaluate(model, *val, dtype)
+        yield {"step": step + 1, "epoch": epoch + 1, "seconds": seconds, "val_loss": val_loss,
+               "train_loss": train_loss, "val_accuracy": val_accuracy}
+        begun = time.perf_counter() - seconds  # the clock stood still meanwhile
+
+
+# ---------------------------------------------------------------------------------------------- main
 PRESETS = {
-    "simple": dict(epochs=16, batch_size=1000, lr=0.053, muon_lr=0.17, pad=2, cutout=0, small=0.5),
+    "simple": dict(epochs=16, batch_size=1000, lr=0.053, muon_lr=0.17, pad=2, cutout=0, small=0.5, dropout=0.2),
     "resnet": dict(epochs=13, batch_size=2000, lr=0.053, muon_lr=0.24, pad=2, cutout=6, small=0.4),
-    "transfer": dict(epochs=3, batch_size=250, lr=1e-3, muon_lr=0.12, pad=2, cutout=0, small=0.0),
+    "transfer": dict(epochs=3, batch_size=250, lr=1e-3, pad=2, cutout=0, small=0.0),
 }
+ONLY = {"dropout": ("simple",), "head_only": ("transfer",), "weights": ("transfer",), "muon_lr": ("simple", "resnet")}
 
 
-def parse_options() -> tuple[argparse.Namespace, dict]:
-    """Return every option with its value, and a dict of only those that the user gave. Raises utils.InputError."""
-    parser = utils.parser(__doc__)
+def parse_options():
+    """The options' values, those of the model where none was given. Raises utils.InputError for another model's."""
+    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # adds --device ... --out
+    parser.epilog = "; ".join(f"--model {name}: {', '.join(f'{k} {v}' for k, v in preset.items())}"
+                              for name, preset in PRESETS.items())
     add = parser.add_argument
     add("--model", choices=PRESETS, default="resnet", help="the network; decides the defaults of those below")
-    add("--data", type=utils.name_or_path("cifar10", "shapes"),
-        help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
+    add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it the first, or "
         "shapes if that is out of reach")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
-    add("--seed", type=int, default=0, help="decides weights, batches, augmentation and dropout")
-    add("--epochs", type=int, help="passes over the training pictures; the learning rates end at zero")
-    add("--batch-size", type=int, help="pictures per step; smaller learns more per picture, larger runs faster")
-    add("--lr", type=float, help="peak learning rate of the biases, per picture; 13 times that for the last layer; "
-        "transfer: AdamW's, for all layers")
-    add("--muon-lr", type=float, help="Muon's peak learning rate, for the 3 x 3 convolutions")
-    add("--label-smoothing", type=float, default=0.2, help="share of the target spread over all classes")
-    add("--dropout", type=float, default=0.2, help="share of features zeroed before the last layer (simple)")
-    add("--pad", type=int, help="augmentation: pictures move by up to so many pixels; 0 is off")
-    add("--cutout", type=int, help="augmentation: side of a square that is painted over; 0 is off")
-    add("--small", type=float, help="share of the run with pictures shrunk to 24 x 24, whose steps take 0.6 of "
-        "the time")
+    add("--epochs", type=utils.count, help="passes over the training pictures; the learning rates end at zero")
+    add("--batch-size", type=utils.count, help="pictures per step; smaller learns more per picture, larger runs faster")
+    add("--lr", type=utils.positive, help="peak learning rate of the biases, per picture; 13 times that for the last "
+        "layer; transfer: AdamW's, for all layers")
+    add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for the 3 x 3 convolutions")
+    add("--label-smoothing", type=utils.share, default=0.2, help="share of the target spread over all classes")
+    add("--dropout", type=utils.share, help="share of features zeroed before the last layer (simple)")
+    add("--pad", type=utils.number(int, "[0, 16]"), help="augmentation: pictures move by up to so many pixels")
+    add("--cutout", type=utils.number(int, "[0, inf)"), help="augmentation: side of a square that is painted over")
+    add("--small", type=utils.number(float, "[0, 1]"), help="share of the run with pictures shrunk to 24 x 24, whose "
+        "steps take 0.6 of the time")
     add("--head-only", action="store_true", help="transfer: train the last layer alone")
-    add("--weights", type=Path, help="transfer: torchvision's resnet18 file; without it, it is downloaded")
+    add("--weights", help="transfer: torchvision's resnet18 file; without it, it is downloaded")
     add("--tta", action="store_true", help="also report the mean over six views of each test picture")
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
-    add("--resume", action="store_true", help="go on from checkpoint.pt in --out, with the options of that run")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for everything written")
-    utils.preset(parser, "model", PRESETS)
-    args, given = utils.parse(parser)
-    utils.check(args, above_zero="epochs batch_size lr muon_lr", shares="dropout label_smoothing")
-    if not 0 <= args.small <= 1:
-        raise utils.InputError(f"--small {args.small} must be from 0 to 1.")
-    if args.weights and not args.weights.is_file():
-        raise utils.InputError(f"--weights {args.weights}: no such file; leave the option out to download it.")
-    if args.pad < 0 or args.cutout < 0 or args.pad > 16:
-        raise utils.InputError("--pad must be between 0 and 16, --cutout at least 0.")
-    of = {"dropout": ("simple",), "head_only": ("transfer",), "weights": ("transfer",), "muon_lr": ("simple", "resnet")}
-    for name in given.keys() & of.keys():
-        if not args.resume and args.model not in of[name]:
-            raise utils.InputError(f"--{name.replace('_', '-')} is for --model {' or '.join(of[name])}, not for "
+    args = utils.parse_args(parser)
+    for name, models in ONLY.items():
+        if vars(args)[name] and args.model not in models:
+            raise utils.InputError(f"--{name.replace('_', '-')} is for --model {' or '.join(models)}, not for "
                                    f"{args.model}; leave it out.")
-    return args, given
+    vars(args).update({name: value for name, value in PRESETS[args.model].items() if vars(args)[name] is None})
+    return args
 
 
 def main() -> None:
-    utils.keep_memory()
-    args, given = parse_options()
-    checkpoint_path, model_path = args.out / "checkpoint.pt", args.out / "model.pt"
-    saved = utils.resume(args, given, SCRIPT, free=("tta",))
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
-    if args.dtype == "auto":
-        args.dtype = str(utils.pick_dtype(device)).removeprefix("torch.")
-    dtype = getattr(torch, args.dtype)
-
-    # data
+    args = parse_options()
+    free = ("out", "device", "compile", "resume", "tta")
+    options = {name: value for name, value in vars(args).items() if name not in free}
+    saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT, options) if args.resume else None
     data = load_data(args.data)
-    args.data = args.data or data.name  # what it came to be, for --resume and later use
-    label = data.name + ", stand-in" * data.stand_in
-    train_x, train_y, val_x, val_y, test_x, test_y = (part.to(device) for part in data[:6])
+    train_x, train_y, val_x, val_y, test_x, test_y = (part.to(args.device) for part in data[:6])
     if saved and (saved["classes"], saved["pictures"]) != (data.classes, len(train_y)):
         raise utils.InputError(f"--resume: {data.name} is not the set it was then; start anew without --resume.")
     K = len(data.classes)
 
-    # model and optimizers
-    utils.set_seed(args.seed)
+    torch.manual_seed(args.seed)
     config = dict(model=args.model, classes=K, head_only=args.head_only, dropout=args.dropout)
     model = build(config, data.mean, data.std)
     if args.model == "transfer" and not saved:
         model.load(args.weights)
-    if args.model == "resnet" and not saved:
+    if args.model == "resnet":
         model.whiten(data.train_x[:1000])
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizers = make_optimizers(model, args.lr, args.muon_lr, args.batch_size)
-    convs = [layer for layer in model.modules() if isinstance(layer, Conv)]
-    first_step, seconds, history, losses, best = 0, 0.0, [], [], {"step": 0, "val_accuracy": -1.0}
+    model = model.to(args.device, memory_format=torch.channels_last)
+    optimizers, history, best = make_optimizers(model, args.lr, args.muon_lr, args.batch_size), [], {"val_accuracy": -1}
     if saved:
-        utils.load_weights(model, saved, checkpoint_path)
+        model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        first_step, seconds, history, best = saved["step"], saved["seconds"], saved["history"], saved["best"]
-        losses = [loss.to(device) for loss in saved["losses"]]
-    step_model = torch.compile(model) if args.compile else model
+        history, best = saved["history"], saved["best"]
 
-    # sanity numbers before training
-    per_epoch = math.ceil(len(train_y) / args.batch_size)
-    steps = args.epochs * per_epoch
-    print(f"{label}: {len(train_y):,} pictures to train on, {len(val_y):,} to validate, {len(test_y):,} to test\n"
-          f"{args.model}: {utils.count_parameters(model):,} trainable parameters; {args.dtype} on {device.type}; "
-          f"{steps:,} steps")
-    if saved:
-        print(f"resumed after step {first_step} and {seconds:.0f} s of training\n")
-    else:
-        loss, accuracy = score(predict(model, val_x[:1000], dtype), val_y[:1000])
-        print(f"a batch: {tuple(train_x[: args.batch_size].shape)} {train_x.dtype}, labels "
-              f"{[data.classes[k] for k in train_y[:4].tolist()]} ...\n"
-              f"before training: loss {loss:.4f} (guessing: ln {K} = {math.log(K):.4f}), accuracy {accuracy:.1%}\n")
-
-    def save() -> None:
-        """Write all that decides how the run goes on; and, where the newest weights are the best so far, the model."""
-        state = {"script": SCRIPT, "config": config, "classes": data.classes, "data": data.name, "source": args.data,
-                 "stand_in": data.stand_in, "mean": data.mean, "std": data.std, "dtype": args.dtype,
+    loss, accuracy = evaluate(model, val_x[:1000], val_y[:1000], args.dtype)
+    print(f"{data.label}: {len(train_y):,} pictures to train on, {len(val_y):,} to validate, {len(test_y):,} to test\n"
+          f"{args.model}: {utils.count_parameters(model):,} trainable parameters; {str(args.dtype)[6:]} on "
+          f"{args.device.type}; {args.epochs * math.ceil(len(train_y) / args.batch_size):,} steps\n"
+          f"a batch: {tuple(train_x[: args.batch_size].shape)} {train_x.dtype}, labels "
+          f"{[data.classes[k] for k in train_y[:4].tolist()]} ...\nbefore training, or going on: loss {loss:.4f} "
+          f"(guessing: ln {K} = {math.log(K):.4f}), accuracy {accuracy:.1%}\n")
+    for row in fit(model, optimizers, (train_x, train_y), (val_x, val_y), args.epochs, args.batch_size, args.seed,
+                   args.dtype, args.label_smoothing, args.pad, args.cutout, args.small, len(history),
+                   history[-1]["seconds"] if history else 0.0, torch.compile(model) if args.compile else None):
+        history.append(row)
+        best = row if row["val_accuracy"] > best["val_accuracy"] else best
+        print("epoch {epoch:3}  {seconds:4.0f} s  train {train_loss:.4f} (smoothed)  validation {val_loss:.4f}, "
+              "{val_accuracy:.2%}".format(**row).ljust(79), flush=True)
+        state = {"script": SCRIPT, "config": config, "classes": data.classes, "data": data.name, "source": data.source,
+                 "stand_in": data.stand_in, "mean": data.mean, "std": data.std, "dtype": str(args.dtype)[6:],
                  "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
-        if best["step"] == done:
-            utils.save_checkpoint(model_path, state)
-        utils.save_checkpoint(checkpoint_path, state | {
-            "options": utils.plain(args), "pictures": len(train_y), "step": done, "seconds": seconds,
-            "history": history, "best": best, "losses": losses,
+        if best is row:
+            utils.write_atomically(args.out / "model.pt", torch.save, state)
+        utils.write_atomically(args.out / "checkpoint.pt", torch.save, state | {
+            "options": options, "pictures": len(train_y), "history": history, "best": best,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
-    ## Ctrl-C only leaves a note, which the loop reads between two steps, where everything fits together.
-    interrupted, restore_signals = utils.catch_signals()
-
-    # ------------------------------------------------------------------------------------------ the loop
-    mirrored_first = torch.rand(len(train_y), generator=torch.Generator().manual_seed(args.seed)).to(device) < 0.5
-    bar, begun = utils.Progress(steps, "pictures", first_step), time.perf_counter()
-    model.train()
-    for step in range(first_step, steps):
-        ## Each epoch's order and each step's augmentation and dropout have a seed of their own, made from the step's
-        ## number: a resumed run needs nothing else to go on with the same numbers.
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == first_step:
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(train_y), generator=generator).to(device)
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        rows = order[place * args.batch_size : (place + 1) * args.batch_size]
-        ## A picture mirrored at random in every epoch comes the same way twice in a row half of the time. Chosen at
-        ## random once, and turned around with every epoch, all come both ways equally often (Jordan 2024).
-        mirrored = mirrored_first[rows] ^ (epoch % 2 == 1)
-        x, y = augment(train_x[rows], args.pad, args.cutout, mirrored), train_y[rows]  # (B, 3, H, W) uint8, (B,)
-        ## Outlines first, details later: at 24 x 24 a step takes about 0.6 of the time (progressive resizing, as in
-        ## fast.ai's DAWNBench entry of 2018).
-        if step < args.small * steps:
-            x = F.interpolate(x.float(), scale_factor=0.75, mode="bilinear", antialias=True)
-        set_rates(optimizers, one_cycle(step, steps))
-
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = step_model(x).float()  # (B, K)
-        ## Label smoothing (Szegedy et al. 2016): the target is 1 - a for the label and a / K for every class on top.
-        ## Without it the loss can always be lowered by being surer of what is already right.
-        loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
-        (loss * len(y)).backward()  # the sum over the batch, not its mean: make_optimizers says why
-        for optimizer in optimizers:
-            optimizer.step()
-        for conv in convs:
-            conv.rescale()
-        losses.append(loss.detach())
-
-        done = step + 1
-        due = done % per_epoch == 0
-        if not due and done % 10 and not interrupted:  # looking at the loss makes a GPU wait, so not at every step
-            continue
-        if not math.isfinite(loss.item()):
-            rates = "--lr" if args.model == "transfer" else "--lr and --muon-lr"
-            raise utils.InputError(f"the loss became {loss.item()} by step {done}; no file was touched since the last "
-                                   f"epoch's end; start again with a smaller {rates}.")
-        bar.update(done, f"loss {loss.item():.3f}", args.batch_size)
-        if due or interrupted:
-            seconds += time.perf_counter() - begun
-            if due:
-                val_loss, val_accuracy = score(predict(model, val_x, dtype), val_y)
-                model.train()
-                history.append({"step": done, "epoch": epoch + 1, "seconds": seconds, "val_loss": val_loss,
-                                "train_loss": torch.stack(losses).mean().item(), "val_accuracy": val_accuracy})
-                losses = []
-                best = history[-1] if val_accuracy > best["val_accuracy"] else best
-            save()
-            if interrupted:
-                raise KeyboardInterrupt(f"Saved at step {done}; go on with: {utils.go_on(SCRIPT, args.out)}")
-            bar.clear()
-            print(f"epoch {epoch + 1:3}  {seconds:4.0f} s  train {history[-1]['train_loss']:.4f} (smoothed)  "
-                  f"validation {val_loss:.4f}, {val_accuracy:.2%}", flush=True)
-            begun = time.perf_counter()
-
-    # report
-    restore_signals()
-    model.load_state_dict(utils.load_checkpoint(model_path, SCRIPT, device)["model"])  # best, maybe not last
+    model.load_state_dict(utils.load_checkpoint(args.out / "model.pt", SCRIPT)["model"])  # the best, maybe not the last
     ## The test part is used here, once. It chose nothing: not the epoch, not an option.
-    loss, accuracy = score(predict(model, test_x, dtype), test_y)
+    loss, accuracy = evaluate(model, test_x, test_y, args.dtype)
     majority, linear = majority_baseline(data), linear_baseline(data)
     metrics = {"test_accuracy": accuracy, "test_loss": loss, "val_accuracy": best["val_accuracy"],
                "best_epoch": best["epoch"], "majority_accuracy": majority, "linear_accuracy": linear}
-    print(f"\ntest accuracy ({label}): most frequent class {majority:.2%}, linear model on the pixels {linear:.2%}, "
-          f"{args.model} {accuracy:.2%} (epoch {best['epoch']}, loss {loss:.4f})")
+    print(f"\ntest accuracy ({data.label}): most frequent class {majority:.2%}, linear model on the pixels "
+          f"{linear:.2%}, {args.model} {accuracy:.2%} (epoch {best['epoch']}, loss {loss:.4f})")
     if args.tta:
-        metrics["test_accuracy_six_views"] = score(predict(model, test_x, dtype, tta=True), test_y)[1]
+        metrics["test_accuracy_six_views"] = evaluate(model, test_x, test_y, args.dtype, tta=True)[1]
         print(f"mean over six views of each picture: {metrics['test_accuracy_six_views']:.2%}")
-    print(f"{seconds:.0f} s of training")
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in,
-                       device=device.type, seed=args.seed, seconds=seconds, parameters=utils.count_parameters(model),
-                       metrics=metrics, history=history)
-    utils.plot_history(args.out / "history.png", history, ["val_accuracy"], f"{args.model} on {label}", x="epoch",
-                       y="share of validation pictures named right")
+    print(f"{history[-1]['seconds']:.0f} s of training")
+    utils.save_metrics(args, SCRIPT, data, model, metrics, history)
+    utils.plot_history(args.out / "history.png", history, ["val_accuracy"], f"{args.model} on {data.label}", "epoch",
+                       "share of validation pictures named correctly")
     print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 ## Try this. Each was run once (--model simple --epochs 3, the JPEG copy, seed 0); as it is: 75.12 % of the test
@@ -525,4 +475,4 @@ def main() -> None:
 ##   --pad 0              76.39 %, 54 s   no shifts: is there too little time for them to pay?
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run(main, go_on="--resume")

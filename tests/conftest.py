@@ -47,6 +47,8 @@ def call_main(module, *options):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(sys, "argv", [module.__file__, *map(str, options)])
         module.main()
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")  # a script's process ends instead
     return out.getvalue()
 
 

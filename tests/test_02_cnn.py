@@ -1,9 +1,9 @@
 """Chapter 02 against PyTorch, torchvision and scikit-learn, and its scripts as users run them."""
 
+import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from conftest import REAL, ROOT, chapter, run_script
+from conftest import REAL, ROOT, call_main, chapter, refusal, run_script
 from PIL import Image
 
 import utils
@@ -23,10 +23,6 @@ load, from_scratch, train, load_model, experiment = chapter(
     "02_cnn", "load", "from_scratch", "train", "load_model", "experiment"
 )
 FOLDER = ROOT / "02_cnn"
-
-
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
 
 
 def make_folder(root, classes=("cat", "dog"), n=12, size=(32, 32), mode="RGB"):
@@ -176,7 +172,7 @@ def test_without_a_network_the_stand_in_takes_over_unless_the_real_set_was_named
     monkeypatch.setattr(load, "URLS", ["http://127.0.0.1:9/x.tar.gz"])
     data = load.load_data()
     assert data.stand_in and data.name == "shapes" and "STAND-IN" in capsys.readouterr().out
-    with pytest.raises(utils.InputError, match="--data shapes"):
+    with pytest.raises(ConnectionError, match="could not be downloaded"):
         load.load_data("cifar10")
 
 
@@ -247,7 +243,7 @@ def test_from_scratch_learns_more_than_a_linear_model(tmp_path):
             folder = tmp_path / "data" / ("test" if i % 5 == 0 else "train") / load.SHAPES[k]
             folder.mkdir(parents=True, exist_ok=True)
             TF.to_pil_image(picture).save(folder / f"{i}.png")
-    out = run("from_scratch.py", "--data", tmp_path / "data", "--epochs", 8, "--batch-size", 50, "--out", tmp_path)
+    out = call_main(from_scratch, "--data", tmp_path / "data", "--epochs", 8, "--batch-size", 50, "--out", tmp_path)
     linear, ours = (float(out.split(name)[1].split("%")[0]) for name in ("linear model on the pixels", "this network"))
     assert ours > linear + 10 and (tmp_path / "from_scratch.png").stat().st_size > 1000
 
@@ -343,8 +339,8 @@ def test_the_stem_whitens():
     assert off.abs().max() < 0.01 and 0.5 < second.diag().min() and second.diag().max() < 1.01
 
 
-def test_one_cycle_rises_then_falls():
-    factors = [train.one_cycle(step, 1000) for step in range(1000)]
+def test_schedule_rises_then_falls():
+    factors = [train.schedule(step, 1000) for step in range(1000)]
     top = factors.index(max(factors))
     assert 45 < top < 55 and max(factors) == pytest.approx(1, abs=0.01) and 0 < factors[-1] < 0.002
     assert all(a < b for a, b in zip(factors[:top], factors[1 : top + 1]))
@@ -383,17 +379,17 @@ def test_transfer_takes_torchvisions_weights_and_a_frozen_body_stays(tmp_path):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "w.pth")
     model = train.build(config("transfer"), MEAN, STD)
-    with pytest.raises(utils.InputError, match="another architecture"):
+    with pytest.raises(utils.InputError, match="another network than resnet18"):
         model.load(tmp_path / "w.pth")
     torch.save({0: torch.ones(2)}, tmp_path / "w.pth")
-    with pytest.raises(utils.InputError, match="another architecture"):
+    with pytest.raises(utils.InputError, match="another network than resnet18"):
         model.load(tmp_path / "w.pth")
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"code": os.getcwd}, tmp_path / "code.pth")  # what weights_only refuses to run
-    for name in ("text.pth", "code.pth"):
-        out = run("train.py", *small(tmp_path), "--model", "transfer", "--weights", tmp_path / name, "--out",
-                  tmp_path / "o", code=1)
-        assert "can't be read as a file of weights" in out and "weights_only" not in out and out.count("\n") <= 2
+    for name in ("text.pth", "code.pth", "none.pth"):
+        with pytest.raises(utils.InputError, match=f"weights .*{name} can't be read; fetch https") as error:
+            model.load(tmp_path / name)
+        assert "weights_only" not in str(error.value)
 
 
 def test_weights_that_cannot_be_downloaded_are_a_clear_error(monkeypatch):
@@ -402,7 +398,7 @@ def test_weights_that_cannot_be_downloaded_are_a_clear_error(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", "/nowhere")
-    with pytest.raises(utils.InputError, match="no weights from https.*--weights PATH"):
+    with pytest.raises(utils.InputError, match="no weights could be downloaded .*fetch https.*as weights"):
         train.build(config("transfer"), MEAN, STD).load(None)
 
 
@@ -443,20 +439,6 @@ def test_grad_cam_against_its_definition(name):
     hook.remove()
 
 
-def test_load_model_on_what_train_left(tmp_path):
-    run("train.py", *small(tmp_path), "--epochs", 1, "--out", tmp_path / "o")
-    out = run("load_model.py", "--model", tmp_path / "o" / "model.pt", "--out", tmp_path / "p")
-    assert "precision" in out and "cat" in out
-    for name in ("predictions", "confusion", "mistakes", "filters", "feature_maps", "grad_cam"):
-        assert (tmp_path / "p" / f"{name}.png").stat().st_size > 1000
-    picture = tmp_path / "data" / "test" / "cat" / "0.png"
-    assert "%" in run("load_model.py", "--model", tmp_path / "o" / "model.pt", "--image", picture, "--out", tmp_path)
-    picture.write_text("no picture")
-    out = run("load_model.py", "--model", tmp_path / "o" / "model.pt", "--image", picture, "--out", tmp_path, code=1)
-    assert "can't be read as a picture" in out
-    assert "does not exist" in run("load_model.py", "--model", tmp_path / "none.pt", "--out", tmp_path, code=1)
-
-
 # ---------------------------------------------------------------------------------------------- as users run them
 def small(tmp_path):
     if not (tmp_path / "data").exists():
@@ -464,98 +446,165 @@ def small(tmp_path):
     return ["--data", tmp_path / "data", "--device", "cpu", "--batch-size", 20]
 
 
-def test_train_learns_and_leaves_what_it_should(tmp_path):
-    x, y = load.draw_shapes(900, 0)
-    for i, (picture, k) in enumerate(zip(x, y.tolist())):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of train.py on drawn shapes of three classes, as a user starts it: (folder, what it printed, data)."""
+    place = tmp_path_factory.mktemp("trained")
+    for i, (picture, k) in enumerate(zip(*load.draw_shapes(900, 0))):
         if k < 3:
-            folder = tmp_path / "data" / ("test" if i % 5 == 0 else "train") / load.SHAPES[k]
+            folder = place / "data" / ("test" if i % 5 == 0 else "train") / load.SHAPES[k]
             folder.mkdir(parents=True, exist_ok=True)
             TF.to_pil_image(picture).save(folder / f"{i}.png")
-    out = run("train.py", *small(tmp_path), "--model", "simple", "--epochs", 12, "--tta", "--out", tmp_path / "o")
+    options = "--device cpu --batch-size 20 --model simple --epochs 12 --tta --dtype float32".split()
+    out = run_script(FOLDER / "train.py", "--data", place / "data", *options, "--out", place / "o")
+    return place / "o", out, load.load_data(str(place / "data"))
+
+
+def test_train_learns_and_leaves_what_it_should(trained):
+    folder, out, data = trained
     assert "most frequent class" in out and "mean over six views" in out
-    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["metrics"]["test_accuracy"] > 0.7 > metrics["metrics"]["majority_accuracy"]
-    assert len(metrics["history"]) == 12 and (tmp_path / "o" / "history.png").stat().st_size > 1000
-    saved = utils.load_checkpoint(tmp_path / "o" / "model.pt", train.SCRIPT)
+    assert len(metrics["history"]) == 12 and (folder / "history.png").stat().st_size > 1000
+    model, saved = load_model.load_network(folder / "model.pt")
     assert saved["classes"] == load.SHAPES[:3] == sorted(load.SHAPES[:3])
-    model = train.build(saved["config"], saved["mean"], saved["std"])
-    model.load_state_dict(saved["model"])
-    data = load.load_data(str(tmp_path / "data"))
-    accuracy = train.score(train.predict(model, data.test_x, getattr(torch, saved["dtype"])), data.test_y)[1]
-    assert accuracy == pytest.approx(metrics["metrics"]["test_accuracy"], abs=0.03)
+    accuracy = train.evaluate(model, data.test_x, data.test_y, torch.float32)[1]
+    assert accuracy == pytest.approx(metrics["metrics"]["test_accuracy"], abs=1e-6)
+
+
+def test_load_model_on_what_train_left(trained, tmp_path):
+    model = ["--model", trained[0] / "model.pt", "--out", tmp_path]
+    out = call_main(load_model, *model)
+    assert "precision" in out and "crescent" not in out and load.SHAPES[0] in out
+    for name in ("predictions", "confusion", "mistakes", "filters", "feature_maps", "grad_cam"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    Image.new("RGB", (40, 32), (200, 0, 0)).save(tmp_path / "one.png")
+    out = call_main(load_model, *model, "--image", tmp_path / "one.png")
+    assert "%" in out and "it has been cut to a square and resized" in out
+    (tmp_path / "one.png").write_text("no picture")
+    assert "can't be read as a picture" in refusal(load_model, *model, "--image", tmp_path / "one.png")
+    assert "leave one of them out" in refusal(load_model, *model, "--image", tmp_path / "one.png", "--data", "shapes")
+    assert "does not exist" in refusal(load_model, "--model", tmp_path / "none.pt", "--out", tmp_path)
+    saved = torch.load(trained[0] / "model.pt", weights_only=True)
+    saved["config"].pop("classes")
+    torch.save(saved, tmp_path / "old.pt")
+    assert "another version of the model" in refusal(load_model, "--model", tmp_path / "old.pt", "--out", tmp_path)
 
 
 def test_the_weights_kept_are_the_best_by_validation_not_the_last(tmp_path):
     """On noise, validation goes up and down by chance."""
-    run("train.py", *small(tmp_path), "--model", "simple", "--epochs", 8, "--dtype", "float32", "--out", tmp_path / "o")
+    call_main(train, *small(tmp_path), *"--model simple --epochs 8 --dtype float32".split(), "--out", tmp_path / "o")
     history = json.loads((tmp_path / "o" / "metrics.json").read_text())["history"]
     best = max(history, key=lambda row: row["val_accuracy"])  # the first of several
-    saved = utils.load_checkpoint(tmp_path / "o" / "model.pt", train.SCRIPT)
+    model, saved = load_model.load_network(tmp_path / "o" / "model.pt")
     assert saved["metrics"]["epoch"] == best["epoch"] < 8
-    data, model = load.load_data(str(tmp_path / "data")), train.build(saved["config"], saved["mean"], saved["std"])
-    model.load_state_dict(saved["model"])
-    loss, _ = train.score(train.predict(model, data.val_x, torch.float32), data.val_y)
+    data = load.load_data(str(tmp_path / "data"))
+    loss = train.evaluate(model, data.val_x, data.val_y, torch.float32)[0]
     assert loss == pytest.approx(best["val_loss"], abs=1e-4) and abs(loss - history[-1]["val_loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("model", ["simple", "resnet"])
-def test_resume_after_ctrl_c_is_bit_identical(tmp_path, model):
-    options = [*small(tmp_path), "--model", model, "--dtype", "float32", "--cutout", 6]
-    run("train.py", *options, "--epochs", 15, "--out", tmp_path / "whole")
-    command = [sys.executable, "-u", FOLDER / "train.py", *options, "--epochs", "15", "--out", tmp_path / "cut"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch   2"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
-    run("train.py", *options, "--resume", "--out", tmp_path / "cut")
+def test_a_run_that_was_stopped_goes_on_bit_identically(tmp_path, monkeypatch, model):
+    options = [*small(tmp_path), "--model", model, "--dtype", "float32", "--cutout", 6, "--epochs", 4, "--out"]
+    call_main(train, *options, tmp_path / "whole")
+
+    def stop(model, *rest):
+        stop.calls += 1
+        if stop.calls == 4:  # before training, and after each epoch: in the third, before anything of it is saved
+            raise KeyboardInterrupt
+        return evaluate(model, *rest)
+
+    evaluate, stop.calls = train.evaluate, 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", stop)
+        call_main(train, *options, tmp_path / "cut")
+    out = call_main(train, *options, tmp_path / "cut", "--resume")
+    assert "epoch   3" in out and "epoch   2" not in out
     whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
     assert [r["val_loss"] for r in whole["history"]] == [r["val_loss"] for r in cut["history"]]
-    assert "--muon-lr" in run("train.py", *options, "--muon-lr", 0.5, "--resume", "--out", tmp_path / "cut", code=1)
+    again = [*options, tmp_path / "cut", "--resume"]
+    assert "of a run with --muon-lr" in refusal(train, *again, "--muon-lr", 0.5)
+    make_folder(tmp_path / "data" / "train" / "cat" / "more", n=1)
+    assert "not the set it was then" in refusal(train, *again)
 
 
 def test_bad_options_are_one_sentence(tmp_path):
-    cases = ((["--epochs", 0], "--epochs 0"), (["--dropout", 1], "--dropout 1"), (["--pad", 17], "--pad"),
-             (["--resume"], "does not exist"), (["--data", tmp_path / "none"], "no folder train/"))
+    cases = ((["--epochs", 0], "--epochs: 0 is not in [1, inf)"), (["--dropout", 1], "--dropout: 1 is not in [0, 1)"),
+             (["--pad", 17], "--pad: 17 is not in [0, 16]"), (["--resume"], "does not exist"),
+             (["--data", tmp_path / "none"], "no folder train/"),
+             (["--dropout", 0.1], "--dropout is for --model simple, not for resnet"),
+             (["--model", "simple", "--head-only"], "--head-only is for --model transfer, not for simple"))
     for options, message in cases:
-        out = run("train.py", *options, "--out", tmp_path / "o", code=1)
-        assert message in out and out.count("\n") <= 2
-    weights = run("train.py", *small(tmp_path), "--model", "transfer", "--weights", tmp_path / "x", "--out",
-                  tmp_path / "o", code=1)
-    assert "no such file" in weights
-    assert "16" in run("train.py", "--model", "simple", "--help").split("--epochs")[2].split("--batch-size")[0]
+        assert message in refusal(train, *options, "--out", tmp_path / "o")
+    assert "weights" in refusal(train, *small(tmp_path), "--model", "transfer", "--weights", tmp_path / "x", "--out",
+                                tmp_path / "o")
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        call_main(train, "--help")
+    assert out.getvalue() == "" or "simple: epochs 16" in out.getvalue()
 
 
 def test_a_loss_that_becomes_nan_stops_the_run(tmp_path):
     options = [*small(tmp_path), "--model", "simple", "--epochs", 8, "--out", tmp_path / "o"]
-    assert "the loss became" in run("train.py", *options, "--lr", "1e37", "--muon-lr", "1e37", code=1)
+    assert "the loss became" in refusal(train, *options, "--lr", "1e37", "--muon-lr", "1e37")
+
+
+def test_a_set_more_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
+    x, y = load.draw_shapes(200, 5)
+    monkeypatch.setitem(load.SETS, "doodles", (lambda: (x, y, x, y, load.SHAPES), "Photographs"))
+    options = "--data doodles --model simple --epochs 1 --batch-size 90 --device cpu".split()
+    out = call_main(train, *options, "--out", tmp_path)
+    assert out.count("this run uses doodles in place of Photographs") == 2 and "doodles, stand-in: 180 pictures" in out
+    assert json.loads((tmp_path / "metrics.json").read_text())["stand_in"] is True
+
+
+def test_the_networks_come_alone_and_speak_of_arguments():
+    """Another program takes ResNet: nothing that parses options, fetches or draws comes along."""
+    program = f"""if True:
+        import sys, torch, torchvision
+        sys.path[:0] = [{str(ROOT)!r}, {str(FOLDER)!r}]
+        loud = "argparse", "requests", "matplotlib"
+        for name in list(sys.modules):
+            if name.split(".")[0] in loud:
+                del sys.modules[name]
+        threads, state = torch.get_num_threads(), torch.get_rng_state()
+        import load_model, train
+        assert not [name for name in sys.modules if name.split(".")[0] in loud]
+        assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+        model = train.ResNet(10, torch.zeros(3), torch.ones(3))
+        assert model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_load_and_from_scratch_run_on_the_stand_in(tmp_path):
-    out = run("load.py", "--data", "shapes", "--out", tmp_path)
+    out = call_main(load, "--data", "shapes", "--out", tmp_path)
     assert out.count("STAND-IN") == 2 and "9,000 pictures" in out and (tmp_path / "samples.png").stat().st_size > 1000
 
 
-def test_experiment_runs_every_part(tmp_path):
+def test_experiment_runs_every_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "DEPTHS", (8, 20))
     make_folder(tmp_path / "data", classes=("a", "b", "c", "d"), n=40)
-    out = run("experiment.py", "--data", tmp_path / "data", "--device", "cpu", "--seeds", 2, "--pictures", 500, "--out",
-              tmp_path / "o")
+    out = call_main(experiment, "--data", tmp_path / "data", "--device", "cpu", "--seeds", 1, "--pictures", 500,
+                    "--dtype", "float32", "--out", tmp_path / "o")
     tables = json.loads((tmp_path / "o" / "experiment.json").read_text())["tables"]
     assert {part: len(rows) for part, rows in tables.items()} == {
         "ingredients": len(experiment.CHANGES), "depth": 2 * len(experiment.DEPTHS), "transfer": 3}
     for row in sum(tables.values(), []):
-        assert len(row["accuracy"]) == 2 and row["mean"] == pytest.approx(np.mean(row["accuracy"]))
-        assert row["std"] == pytest.approx(np.std(row["accuracy"], ddof=1)) and row["name"] in out
+        assert row["accuracy"] == [row["mean"]] and row["std"] == 0 and row["name"] in out
     assert (tmp_path / "o" / "experiment.png").stat().st_size > 1000
-    out = run("experiment.py", "--data", tmp_path / "data", "--seeds", 0, "--out", tmp_path / "o", code=1)
-    assert "--seeds 0 must be greater than zero" in out
+    monkeypatch.setattr(experiment, "DEPTHS", (8,))
+    call_main(experiment, "--data", tmp_path / "data", "--device", "cpu", "--seeds", 2, "--pictures", 500, "--only",
+              "depth", "--out", tmp_path / "o")
+    for row in json.loads((tmp_path / "o" / "experiment_depth.json").read_text())["tables"]["depth"]:
+        assert len(row["accuracy"]) == 2 and row["mean"] == pytest.approx(np.mean(row["accuracy"]))
+        assert row["std"] == pytest.approx(np.std(row["accuracy"], ddof=1))
+    assert "--seeds: 0 is not in [1, inf)" in refusal(experiment, "--seeds", 0, "--out", tmp_path / "o")
 
 
 def test_plain_and_residual_networks_have_the_same_weights_and_differ_by_the_skip():
-    data = load.Data(*[None] * 6, ["a", "b"], MEAN, STD, "none", False)
+    data = load.Data(*[None] * 6, ["a", "b"], MEAN, STD, "none", "none", "")
     torch.manual_seed(0)
     plain = experiment.deep(20, False, data)
     torch.manual_seed(0)
