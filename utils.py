@@ -208,7 +208,7 @@ def save_metrics(args, script: str, data, model: torch.nn.Module, metrics: dict,
     """Write metrics.json to args.out. data: what load_data returned; history: rows with "seconds" of training."""
     fields = dict(script=script, data=data.name, stand_in=bool(data.stand_in), device=args.device.type, seed=args.seed,
                   seconds=history[-1]["seconds"], parameters=count_parameters(model), metrics=metrics, history=history,
-                  versions={"python": sys.version.split()[0], "torch": str(torch.__version__)}, **more)
+                  versions={"python": sys.version.split()[0], "torch": str(torch.__version__)}) | more
     write_atomically(args.out / "metrics.json", lambda file: file.write(json.dumps(fields, indent=1).encode()))
 
 

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from weights import open_weights, save_safetensors  # noqa: E402
+import utils
+from weights import open_weights, save_safetensors
 
-# Shapes: B batch, T time (new tokens), S time (all tokens, S >= T), C channels (n_embd), H heads, D channels per head
-#         (C = H * D), V vocabulary
+# Shapes: B batch, T time (new tokens), S positions that can be seen (S >= T), C channels (n_embd), A attention heads,
+#         D channels per head (C = A * D), V vocabulary, N tokens in a text
 
 SIZES = {  # Radford et al. 2019, table 2; the heads are in OpenAI's hparams.json
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -72,13 +72,13 @@ class Attention(nn.Module):
         self.keep_weights, self.weights = False, None  # load_model.py turns this on to draw them
 
     def forward(self, x: Tensor, kv: Tensor | None, t: int) -> Tensor:
-        """kv (2, B, H, n_positions, D): keys and values of the t tokens before x, to which those of x are added."""
+        """kv (2, B, A, n_positions, D): keys and values of the t tokens before x, to which those of x are added."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, A, T, D) each
         if kv is not None:
             kv[:, :, :, t : t + T] = torch.stack([k, v])
-            k, v = kv[:, :, :, : t + T].to(q.dtype)  # (B, H, S, D) each, S = t + T
+            k, v = kv[:, :, :, : t + T].to(q.dtype)  # (B, A, S, D) each, S = t + T
         S, p = k.shape[2], self.dropout.p if self.training else 0.0
         if q.is_cuda and not self.keep_weights and (T == S or T == 1):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)  # one fused kernel
@@ -86,9 +86,9 @@ class Attention(nn.Module):
             ##     y = softmax(q k^T / sqrt(D) + mask) v        (Vaswani et al. 2017, equation 1)
             ## Spelled out; on a CPU that is no slower than the fused kernel (benchmark.py --rows attention).
             future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-            weights = torch.add(future, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)  # (B, H, T, S)
+            weights = torch.add(future, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)  # (B, A, T, S)
             self.weights = weights.detach() if self.keep_weights else None
-            y = self.dropout(weights).to(v.dtype) @ v  # (B, H, T, D)
+            y = self.dropout(weights).to(v.dtype) @ v  # (B, A, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -290,14 +290,14 @@ def save_model(model: GPT2, folder: Path, end: int) -> None:
               "n_ctx": c["n_positions"], "bos_token_id": end, "eos_token_id": end}
     data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
     if path.exists() and path.read_bytes() != data:
-        path.unlink()  # a kill between the two writes shall leave no folder with new weights and an old config
+        path.unlink()  # so that a kill between the two writes leaves no folder with new weights and an old config
     save_safetensors(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    utils.write_atomically(path, data)
+    utils.write_atomically(path, lambda file: file.write(data))
 
 
 # ---------------------------------------------------------------------------------------------- measuring, writing text
 @torch.no_grad()
-def loss_on(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch_size: int = 4) -> float:
+def evaluate(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch_size: int = 4) -> float:
     """Mean loss in nats per token on ids (N,): windows of block_size one after another, every token counted once."""
     training, total = model.training, 0.0
     model.eval()  # no dropout
@@ -368,7 +368,7 @@ def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0,
 
 # ---------------------------------------------------------------------------------------------- as a script
 def main() -> None:
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__)
     parser.add_argument("--model", type=Path, help="a folder with config.json and weights; without it, random weights")
     args = parser.parse_args()
     print(f"{'':12} layers  heads  channels     parameters   float32")

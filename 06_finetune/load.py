@@ -23,17 +23,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import requests
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import bpe  # noqa: E402
-import utils  # noqa: E402
-from bpe import Tokenizer  # noqa: E402
-from gpt2 import COMMON, GPT2, SIZES, loss_on, read_config, read_model, save_model  # noqa: E402
-from weights import open_weights  # noqa: E402
+import bpe
+import utils
+from bpe import Tokenizer
+from gpt2 import COMMON, GPT2, SIZES, evaluate, read_config, read_model, save_model
+from weights import open_weights
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
 
@@ -54,18 +53,23 @@ class Base(NamedTuple):
     config: dict  # of the network
     tokenizer: Tokenizer
     name: str  # by which find_base finds it again
-    stand_in: bool
+    stand_in: str  # "GPT-2" where it is one pre-trained here, or was fine-tuned from that; else ""
 
+    @property
     def label(self) -> str:
-        return self.name + ", stand-in" * (self.stand_in and self.name != "stand-in")
+        return self.name + ", stand-in" * bool(self.stand_in and self.name != "stand-in")
 
 
-class Text(NamedTuple):
+class Data(NamedTuple):
     train: Tensor  # (N,) int64 token ids: the first 90 % of the characters
     val: Tensor  # (N,): the last 10 %
     val_characters: int  # that val stands for
     name: str
-    stand_in: bool
+    stand_in: str  # the text in whose place it stands, "Tiny Shakespeare", or ""
+
+    @property
+    def label(self) -> str:
+        return self.name + ", stand-in" * bool(self.stand_in)
 
 
 # ---------------------------------------------------------------------------------------------- the base model
@@ -75,8 +79,8 @@ def find_base(name: str | None = None) -> Base:
     if name and name not in (*SIZES, "stand-in"):
         folder = Path(name)
         if not folder.is_dir():
-            raise utils.InputError(f"--model {name} is no folder; give one with config.json, model.safetensors, "
-                                   f"vocab.json and merges.txt, or {', '.join(SIZES)} or stand-in.")
+            raise utils.InputError(f"{name} is no folder; give one with config.json, model.safetensors, vocab.json "
+                                   f"and merges.txt, or {', '.join(SIZES)} or stand-in.")
         return _base(folder, read_config(folder / "config.json"), _tokenizer(folder), name)
     if name != "stand-in":
         weights_here = (utils.DATA_DIR / (name or "gpt2") / "model.safetensors").exists()
@@ -85,14 +89,13 @@ def find_base(name: str | None = None) -> Base:
             return _base(path, COMMON | SIZES[name or "gpt2"], tokenizer, name or "gpt2")
         except ConnectionError as error:
             if name or weights_here:  # asked for by name, or half there: never replaced by something else
-                raise utils.InputError(f"{error} Use --model stand-in to work offline.") from error
-            print(error)
+                raise
+            print(f"{error} Working offline with --model stand-in.")
     folder = utils.DATA_DIR / "gpt2-stand-in"
     if not (folder / "config.json").exists():
         pretrain(folder)
     config = read_config(folder / "config.json")
-    utils.notice("STAND-IN: in place of GPT-2 this run uses a small one, pre-trained on Python's manual",
-                 f"for {config.get('stand_in', 0)} steps. Its figures can't be compared with GPT-2's.")
+    utils.stand_in_notice("a small model, pre-trained on Python's manual,", "GPT-2")
     return _base(folder, config, _tokenizer(folder), "stand-in")
 
 
@@ -105,7 +108,7 @@ def _base(path: Path, config: dict, tokenizer: Tokenizer, name: str) -> Base:
     if len(tokenizer.vocab) != V:
         raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.vocab):,} tokens, and the model {V:,}; take "
                                "vocab.json and merges.txt from where the weights are from.")
-    return Base(path, config, tokenizer, name, "stand_in" in config)
+    return Base(path, config, tokenizer, name, "GPT-2" if "stand_in" in config else "")
 
 
 def _download(name: str) -> Path:
@@ -117,6 +120,7 @@ def _download(name: str) -> Path:
     ## finds a broken download, though not a hub that was broken into.
     if path.exists():
         return path  # it was verified when it came
+    import requests
     url = f"{HUB}{name}/resolve/main/model.safetensors"
     try:
         reply = requests.head(url, timeout=(10, 30), allow_redirects=False)
@@ -128,40 +132,50 @@ def _download(name: str) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- the text
-def read_text(name: str | None = None) -> tuple[str, str, bool]:
-    """(text, name, stand_in) for tinyshakespeare, python, pydocs or a path; None is Tiny Shakespeare, or Python source
-    where that can't be reached. Raises utils.InputError for a text that can't be had or read."""
-    if name in (None, "tinyshakespeare"):
+def read_tinyshakespeare() -> str:
+    """Raises ConnectionError where it can't be downloaded, utils.InputError where the file there is another."""
+    return utils.download([SHAKESPEARE], utils.DATA_DIR / "tinyshakespeare.txt", SHAKESPEARE_SHA256).read_text("utf-8")
+
+
+def read_python() -> str:
+    """A million characters of source code of Python's own library."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return "\n\n".join(file.read_text(encoding="utf-8") for file in files[:60])[:1_000_000]
+
+
+SETS = {  # name -> how to read it, and what it stands in for; a text more is one function and one line
+    "tinyshakespeare": (read_tinyshakespeare, ""),
+    "python": (read_python, "Tiny Shakespeare"),
+    "pydocs": (lambda: bpe.read_text("pydocs"), "Tiny Shakespeare"),
+}
+
+
+def load_data(data: str | None, tokenizer: Tokenizer, block_size: int) -> Data:
+    """Read, split and encode a text: one of SETS by name, or a path; None: Tiny Shakespeare or its stand-in.
+
+    Raises ConnectionError where a text asked for by name can't be downloaded, and utils.InputError where it can't be
+    read, or a part is shorter than one window of block_size + 1.
+    """
+    if data is None:
         try:
-            path = utils.download([SHAKESPEARE], utils.DATA_DIR / "tinyshakespeare.txt", SHAKESPEARE_SHA256)
-            return path.read_text(encoding="utf-8"), "tinyshakespeare", False
+            return load_data("tinyshakespeare", tokenizer, block_size)
         except ConnectionError as error:
-            if name:
-                raise utils.InputError(f"{error} Use --data python to work offline.") from error
-            print(error)
-    if name in (None, "python"):
-        utils.notice("STAND-IN: in place of Tiny Shakespeare this run uses `python`, source code of Python's own",
-                     "library. Its figures are not Tiny Shakespeare's and can't be compared with them.")
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        return "\n\n".join(file.read_text(encoding="utf-8") for file in files[:60])[:1_000_000], "python", True
-    text = bpe.read_text(name)
+            print(f"{error} Working offline with --data python.")
+            return load_data("python", tokenizer, block_size)
+    read, stand_in = SETS.get(data, (lambda: bpe.read_text(data), ""))
+    text, name = read(), Path(data).name
+    utils.stand_in_notice(name, stand_in)
     if not text:
-        raise utils.InputError(f"--data {name} is empty; give a text of some thousand characters at least.")
-    return text, Path(name).name, name == "pydocs"
-
-
-def load_text(name: str | None, tokenizer: Tokenizer, block_size: int) -> Text:
-    """Read, split and encode. Raises utils.InputError where a part is shorter than one window of block_size + 1."""
-    text, name, stand_in = read_text(name)
+        raise utils.InputError(f"{data} is empty; give a text of some thousand characters at least.")
     ## In order, as in chapter 05: a random split of windows would put neighbouring lines on both sides. The text is cut
     ## before it is encoded, so that no token lies on both sides either.
     n = int(0.9 * len(text))
     train, val = (torch.tensor(tokenizer.encode(part, special=False)) for part in (text[:n], text[n:]))
     if min(len(train), len(val)) < block_size + 1:
-        advice = "use a longer text" + " or a smaller --block-size" * (block_size > 1)
+        advice = "use a longer text" + " or a smaller block_size" * (block_size > 1)
         raise utils.InputError(f"{name} has {len(train):,} tokens to train on and {len(val):,} to validate on, too few "
                                f"for windows of {block_size}; {advice}.")
-    return Text(train, val, len(text) - n, name, stand_in)
+    return Data(train, val, len(text) - n, name, stand_in)
 
 
 def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -171,7 +185,7 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
     """
     if (len(ids) - block_size) // block_size < batch_size:
         raise utils.InputError(f"{len(ids):,} tokens make fewer than {batch_size} windows of {block_size} "
-                               "(--batch-size, --block-size); use a longer text or smaller numbers.")
+                               "(batch_size, block_size); use a longer text or smaller numbers.")
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(block_size, (), generator=generator))  # other cuts in each pass
@@ -179,14 +193,6 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
         for rows in starts[: len(starts) // batch_size * batch_size].view(-1, batch_size, 1):  # (B, 1)
             windows = ids[(rows + torch.arange(block_size + 1)).to(ids.device)]  # (B, T+1)
             yield windows[:, :-1], windows[:, 1:]
-
-
-def warn(base: Base, text: Text) -> None:
-    """Print the notice at the end of a run in which a stand-in took the place of model or text."""
-    pairs = ((base, "GPT-2"), (text, "Tiny Shakespeare"))
-    names = [f"not {real}'s but {part.name}'s" for part, real in pairs if part.stand_in]
-    if names:
-        utils.notice(f"STAND-IN: these figures are {', and '.join(names)}.")
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -197,7 +203,6 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
     ## rate; but with GPT-2's network, with AdamW alone, and with dropout, for the manual is short and is read many
     ## times.
     """
-    utils.check_writable(folder)  # now, and not after the training
     text = bpe.read_text("pydocs")
     n = int(0.9 * len(text))
     tokenizer = Tokenizer(*bpe.train_bpe(text[:n], STAND_IN["vocab_size"]))
@@ -209,7 +214,7 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
         print(f"pre-training a GPT-2 with {utils.count_parameters(model):,} parameters on {len(train):,} tokens of "
               f"Python's manual ({dtype})")
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        history, losses, bar, begun = [], [], utils.Progress(steps, "tokens"), time.perf_counter()
+        history, losses, begun = [], [], time.perf_counter()
         for step, (x, y) in zip(range(steps), batches(train, T, B, seed=0)):
             optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 50, (steps - step) / steps)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -220,12 +225,11 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            bar.update(step + 1, f"loss {losses[-1]:.3f}", B * T)
+            utils.progress(step + 1, steps, begun, f"loss {losses[-1]:.3f}", "tokens", B * T)
             if (step + 1) % 100 == 0 or step + 1 == steps:
                 history.append({"step": step + 1, "train_loss": sum(losses) / len(losses),
-                                "val_loss": loss_on(model, val, T, dtype)})
+                                "val_loss": evaluate(model, val, T, dtype)})
                 losses = []
-    bar.clear()
     print(f"{time.perf_counter() - begun:.0f} s; validation loss {history[-1]['val_loss']:.3f} nats per token "
           f"(uniform {math.log(len(tokenizer.vocab)):.3f})")
     tokenizer.save(folder)
@@ -237,24 +241,20 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
 
 
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__)
     add = parser.add_argument
-    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder; without it gpt2, or the stand-in if that is out "
-        "of reach")
-    add("--data", help="tinyshakespeare, python, pydocs or a text file; without it the first, or python if that is "
-        "out of reach")
+    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder; without it gpt2, or the stand-in if out of reach")
+    add("--data", help=f"{', '.join(SETS)} or a text file; without it the first, or python if that is out of reach")
     add("--sentence", default=SENTENCE, help="what to encode step by step")
-    add("--steps", type=int, help=f"pre-train the stand-in anew, with so many steps (as it comes: {STAND_IN_STEPS})")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the pre-training's plot")
-    args = parser.parse_args()
-    if args.steps is not None:
-        if args.model != "stand-in" or args.steps < 1:
-            raise utils.InputError("--steps must be at least 1, and goes with --model stand-in, which it makes anew.")
-        utils.check_writable(args.out)
-        pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps, args.out / "pretraining.png")
+    add("--steps", type=utils.count, help=f"pre-train the stand-in anew, with so many steps (as it comes: "
+        f"{STAND_IN_STEPS})")
+    args = utils.parse_args(parser)
+    if args.steps is not None and args.model != "stand-in":
+        raise utils.InputError("--steps goes with --model stand-in, which it makes anew.")
     if not args.sentence:
         raise utils.InputError("--sentence is empty; give one of a few words.")
+    if args.steps is not None:
+        pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps, args.out / "pretraining.png")
     base = find_base(args.model)
 
     # the model: what is in its files
@@ -278,11 +278,12 @@ def main() -> None:
         print(f"  {write(ids[t]):12} -> {likely:44} {write(ids[t + 1]):>12} {log_p[t, ids[t + 1]].exp():7.2%}")
 
     # the text
-    text = load_text(args.data, base.tokenizer, 1)
+    text = load_data(args.data, base.tokenizer, 1)
     print(f"\n{text.name}: {len(text.train):,} tokens to train on, {len(text.val):,} to validate on, "
           f"{text.val_characters / len(text.val):.2f} characters per token\n")
     print(base.tokenizer.decode(text.train[:60].tolist()))
-    warn(base, text)
+    utils.stand_in_notice(base.name, base.stand_in)
+    utils.stand_in_notice(text.name, text.stand_in)
 
 
 if __name__ == "__main__":

@@ -19,22 +19,19 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import bpe  # noqa: E402
-import utils  # noqa: E402
-from gpt2 import GPT2, SIZES, generate, read_model, save_model, shrink  # noqa: E402
-from load import Base, find_base  # noqa: E402
-from lora import merge, remove  # noqa: E402
-from peft_files import load_adapter, read_config  # noqa: E402
-from train import PREFIX, SCRIPT  # noqa: E402
+import bpe
+import utils
+from gpt2 import GPT2, SIZES, generate, read_model, save_model, shrink
+from load import Base, find_base
+from lora import merge, remove
+from peft_files import load_adapter, read_config
+from train import PREFIX, SCRIPT
 
-# Shapes: T time (tokens), H heads, L layers; the batch is 1
-
-OUTPUTS = Path(__file__).parent / "outputs"
+# Shapes: T time (tokens), A attention heads; the batch is 1, and `layers` how many there are
 
 
 def newest(outputs: Path) -> Path:
@@ -54,29 +51,29 @@ def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str
     config_path = Path(name) / "adapter_config.json"
     if not config_path.exists():
         if base_name:
-            raise utils.InputError(f"--base is for an adapter, and {name} is none; leave it out.")
+            raise utils.InputError(f"a base is for an adapter, and {name} is none; leave it out.")
         base = find_base(name)
-        return read_model(base.path, base.config), base, f"{base.label()}, without adapter"
+        return read_model(base.path, base.config), base, f"{base.label}, without adapter"
     ## An adapter is a fraction of a model, and its config names the rest. The hub's name for GPT-2 has its owner before
     ## it.
     named = read_config(config_path).get("base_model_name_or_path")
     base_name = base_name or str(named).removeprefix("openai-community/")
     if base_name not in (*SIZES, "stand-in") and not Path(base_name).is_dir():
         raise utils.InputError(f"{name} is an adapter for {named!r}, and {base_name} is not here; give the folder of "
-                               "its base with --base.")
+                               "its base (--base).")
     base = find_base(base_name)
     model = read_model(base.path, base.config)
     config = load_adapter(model, name, PREFIX)
     ## Merged, the adapter costs nothing more: what is written is an ordinary GPT-2 from here on.
     merge(model)
     remove(model)
-    return model.eval(), base, f"{base.label()} with the adapter {name} (rank {config['r']}) merged into it"
+    return model.eval(), base, f"{base.label} with the adapter {name} (rank {config['r']}) merged into it"
 
 
 # ---------------------------------------------------------------------------------------------- attention
 @torch.inference_mode()
 def attention_weights(model: GPT2, ids: Tensor) -> Tensor:
-    """Every head's weights for ids (1, T): (L, H, T, T); row t is a distribution over what position t looks at."""
+    """Every head's weights for ids (1, T): (layers, A, T, T); row t is a distribution over what position t looks at."""
     for block in model.h:
         block.attn.keep_weights = True
     model.hidden(ids)
@@ -86,7 +83,7 @@ def attention_weights(model: GPT2, ids: Tensor) -> Tensor:
 
 
 def where_heads_look(weights: Tensor) -> dict[str, Tensor]:
-    """Mean share of attention, (L, H) each, that goes to the token itself, to the one before, and to the first of all.
+    """Mean share of attention, (layers, A) each, that goes to the token itself, the one before, and the first of all.
 
     ## Many heads of a trained GPT-2 rest on the first token, which carries nothing of interest: weights have to sum to
     ## 1, and a head that finds nothing to do has to put them somewhere (the attention sink, Xiao et al. 2023).
@@ -98,14 +95,14 @@ def where_heads_look(weights: Tensor) -> dict[str, Tensor]:
 
 
 def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
-    """Heatmaps of one layer's heads: weights (L, H, T, T), one row per token, one column per token looked at."""
-    H, T = weights.shape[1], min(len(tokens), 40)
-    columns = min(H, 4)
-    figure, axes = plt.subplots(-(-H // columns), columns, squeeze=False,
-                                figsize=(4 * columns, 4 * -(-H // columns)))
+    """Heatmaps of one layer's heads: weights (layers, A, T, T), one row per token, one column per token looked at."""
+    A, T = weights.shape[1], min(len(tokens), 40)
+    columns = min(A, 4)
+    figure, axes = utils.pyplot().subplots(-(-A // columns), columns, squeeze=False,
+                                           figsize=(4 * columns, 4 * -(-A // columns)))
     for head, a in enumerate(axes.flat):
-        a.set_visible(head < H)
-        if head < H:
+        a.set_visible(head < A)
+        if head < A:
             a.imshow(weights[layer, head, :T, :T].numpy(), cmap="viridis", vmin=0, vmax=1)
             a.set_xticks(range(T), tokens[:T], fontsize=5, rotation=90, parse_math=False)  # "$" is a token here
             a.set_yticks(range(T), tokens[:T], fontsize=5, parse_math=False)
@@ -114,42 +111,31 @@ def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, p
     figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1\n{title}", y=0.995, fontsize=10,
                     parse_math=False)
     figure.tight_layout()
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed")
     add = parser.add_argument
     add("--model", help="a folder with an adapter or a model, gpt2, gpt2-medium, gpt2-large, gpt2-xl or stand-in; "
-        "without it, what train.py wrote last")
+        "without it, what train.py wrote last to --out")
     add("--base", help="an adapter's base, where it is not what its config names")
     add("--prompt", default="\n", help="the text to continue")
-    add("--length", type=int, default=200, help="tokens to write at most")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest; 1: as the model believes; above "
-        "that: wilder")
-    add("--top-k", type=int, help="draw from the k likeliest only")
-    add("--top-p", type=float, help="draw from the likeliest that sum to p only")
+    add("--length", type=utils.count, default=200, help="tokens to write at most")
+    add("--temperature", type=utils.number(float, "[0, inf)"), default=0.8, help="0: always the likeliest; 1: as the "
+        "model believes; above that: wilder")
+    add("--top-k", type=utils.count, help="draw from the k likeliest only")
+    add("--top-p", type=utils.number(float, "(0, 1]"), help="draw from the likeliest that sum to p only")
     add("--no-cache", action="store_true", help="compute everything again for every token, to see the difference")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
-    add("--layer", type=int, default=0, help="whose heads are drawn")
+    add("--layer", type=utils.number(int, "[0, inf)"), default=0, help="whose heads are drawn")
     add("--save", type=Path, help="write the model, adapter merged in, to this folder")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seed", type=int, default=0, help="decides what is drawn")
-    add("--out", type=Path, default=OUTPUTS, help="folder for the plot, and of what train.py wrote")
-    args = parser.parse_args()
-    utils.check(args, above_zero="length top_k top_p", not_negative="temperature")
-    if args.top_p is not None and args.top_p > 1:
-        raise utils.InputError(f"--top-p {args.top_p} must be at most 1.")
-    utils.set_seed(args.seed)
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
-    dtype = utils.pick_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
+    device, dtype = args.device, args.dtype
     model, base, what = load_model(args.model or str(newest(args.out)), args.base)
-    L = model.config["n_layer"]
-    if not 0 <= args.layer < L:
-        raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {L - 1}.")
+    layers = model.config["n_layer"]
+    if args.layer >= layers:
+        raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {layers - 1}.")
     ids = base.tokenizer.encode(args.prompt, special=False)
     if not ids:
         raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
@@ -187,7 +173,7 @@ def main() -> None:
     even = where_heads_look((torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None])[None, None])
     print(f"share of attention, over {T} tokens, that goes to ...\n"
           f"{'layer head':12}{'itself':>10}{'previous':>10}{'first':>10}")
-    for layer in range(L):
+    for layer in range(layers):
         for head in range(weights.shape[1]):
             itself, previous, first = (shares[name][layer, head].item() for name in ("itself", "previous", "first"))
             print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{first:10.1%}")
@@ -196,8 +182,7 @@ def main() -> None:
     tokens = [repr(base.tokenizer.decode([i]))[1:-1].replace(" ", "_") for i in window[0].tolist()]
     draw_attention(weights, tokens, args.layer, what, args.out / "attention.png")
     print(f"\nwrote {args.out / 'attention.png'}")
-    if base.stand_in:
-        utils.notice("STAND-IN: this is a small model pre-trained on Python's manual, not GPT-2.")
+    utils.stand_in_notice(base.name, base.stand_in)
 
 
 if __name__ == "__main__":

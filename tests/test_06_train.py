@@ -88,14 +88,14 @@ def test_batches_are_windows_with_targets_moved_by_one():
 
 def test_the_text_is_cut_in_order_and_before_encoding(small):
     tokenizer = bpe.Tokenizer.from_files(small[1] / "vocab.json", small[1] / "merges.txt")
-    text = load.load_text(str(small[2]), tokenizer, T)
+    text = load.load_data(str(small[2]), tokenizer, T)
     whole = small[2].read_text()
     assert tokenizer.decode(text.train.tolist()) == whole[:27_000]
     assert tokenizer.decode(text.val.tolist()) == whole[27_000:] and text.val_characters == 3_000
-    assert not text.stand_in and load.load_text("pydocs", tokenizer, T).stand_in
+    assert not text.stand_in and load.load_data("pydocs", tokenizer, T).stand_in
 
 
-def test_loss_on_counts_every_token_once(small):
+def test_evaluate_counts_every_token_once(small):
     model = gpt2.read_model(small[1], gpt2.read_config(small[1] / "config.json"))
     ids = torch.randint(400, (5 * T + 7,), generator=torch.Generator().manual_seed(0))
     reference = AutoModelForCausalLM.from_pretrained(small[1]).eval()
@@ -104,7 +104,7 @@ def test_loss_on_counts_every_token_once(small):
         x, y = ids[i : i + T][: len(ids) - 1 - i], ids[i + 1 : i + T + 1]
         with torch.no_grad():
             total += F.cross_entropy(reference(x[None]).logits[0], y, reduction="sum").item()
-    assert gpt2.loss_on(model, ids, T, torch.float32, batch_size=2) == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+    assert gpt2.evaluate(model, ids, T, torch.float32, batch_size=2) == pytest.approx(total / (len(ids) - 1), abs=1e-5)
 
 
 def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path, monkeypatch, capsys):
@@ -112,7 +112,7 @@ def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path,
               env={"DATA_DIR": str(tmp_path)})
     folder = tmp_path / "gpt2-stand-in"
     assert {p.name for p in folder.iterdir()} == {"config.json", "merges.txt", "model.safetensors", "vocab.json"}
-    assert "h.3.mlp.c_proj.weight" in out and "wpe.weight" in out and out.count("STAND-IN") == 3
+    assert "h.3.mlp.c_proj.weight" in out and "wpe.weight" in out and out.count("STAND-IN") == 4
     assert (tmp_path / "out" / "pretraining.png").exists()
     reference, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
@@ -132,9 +132,10 @@ def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path,
     monkeypatch.setattr(utils, "download", unreachable)
     capsys.readouterr()
     assert load.find_base(None).name == "stand-in" and "STAND-IN" in capsys.readouterr().out
-    assert load.read_text(None)[1:] == ("python", True)
-    for ask in (lambda: load.find_base("gpt2"), lambda: load.read_text("tinyshakespeare")):
-        with pytest.raises(utils.InputError, match="no network"):  # asked for by name: never replaced
+    text = load.load_data(None, base.tokenizer, T)
+    assert (text.name, text.stand_in) == ("python", "Tiny Shakespeare")
+    for ask in (lambda: load.find_base("gpt2"), lambda: load.load_data("tinyshakespeare", base.tokenizer, T)):
+        with pytest.raises(ConnectionError, match="no network"):  # asked for by name: never replaced
             ask()
 
 
@@ -216,12 +217,12 @@ def test_results_open_in_transformers_and_peft_with_equal_logits(small, runs):
 
 def test_the_result_gives_the_reported_loss_and_bits(small, runs):
     base = load.find_base(str(small[1]))
-    text = load.load_text(str(small[2]), base.tokenizer, T)
+    text = load.load_data(str(small[2]), base.tokenizer, T)
     for method, (out, _) in runs.items():
-        dtype = getattr(torch, torch.load(out / "checkpoint.pt", weights_only=True)["options"]["dtype"])
+        dtype = torch.load(out / "checkpoint.pt", weights_only=True)["options"]["dtype"]
         model = train.load_result(base, out, method)
         metrics = json.loads((out / "metrics.json").read_text())["metrics"]
-        loss = gpt2.loss_on(model, text.val, T, dtype)
+        loss = gpt2.evaluate(model, text.val, T, dtype)
         assert loss == pytest.approx(metrics["val_loss"], abs=5e-3)  # then the base may have been in bfloat16
         bits = metrics["val_loss"] * (len(text.val) - 1) / 3_000 / math.log(2)
         assert metrics["bits_per_character"] == pytest.approx(bits, abs=1e-6)
@@ -251,9 +252,11 @@ def test_a_stopped_run_resumes_bit_identically(small, runs, tmp_path, number, co
     child.send_signal(number)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == code and "Traceback" not in errors
-    stopped = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
-    assert 20 <= stopped < 40
-    assert f"resumed after step {stopped}" in run("train.py", "--resume", "--out", tmp_path)
+    assert number == signal.SIGKILL or errors.rstrip().endswith("--resume")
+    steps = [row["step"] for row in utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["history"]]
+    assert steps in ([10], [10, 20], [10, 20, 30])
+    text = call_main(train, *options, "--resume")
+    assert re.findall(r"(?m)^step +(\d+) ", text) == [str(step) for step in range(steps[-1] + 10, 41, 10)]
     name = "adapter/adapter_model.safetensors"
     assert digest(tmp_path / name) == digest(runs["lora"][0] / name)
 
@@ -262,10 +265,11 @@ def test_resume_refuses_other_options_and_other_text(small, runs, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(runs["lora"][0], out)
     before = digest(out / "checkpoint.pt")
-    assert "--lora-rank 8, not --lora-rank 4" in run("train.py", "--resume", "--lora-rank", 4, "--out", out, code=1)
+    again = [*small[0], *STEPS, *LORA, "--resume", "--out", out]
+    assert "is of a run with --lora-rank 8" in refusal(train, *again, "--lora-rank", 4)
     small[2].write_text(small[2].read_text() + "more " * 100)
     try:
-        assert "not what the run had" in run("train.py", "--resume", "--out", out, code=1)
+        assert "not what the run had" in refusal(train, *again)
     finally:
         small[2].write_text(small[2].read_text()[:30_000])
     assert digest(out / "checkpoint.pt") == before
@@ -311,7 +315,8 @@ def test_schedule_rises_then_falls_to_a_tenth():
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--steps", 0], "--steps 0"), (["--dropout", 1], "--dropout"), (["--prompt", ""], "--prompt is empty"),
+    (["--steps", 0], "--steps: 0 is not in [1, inf)"), (["--dropout", 1], "--dropout"),
+    (["--prompt", ""], "--prompt is empty"),
     (["--lora-targets", "attention"], "attn.c_attn"), (["--lora-rank", 64], "rank 64 is above"),
     (["--method", "full", "--lora-rank", 8], "--lora-rank is for --method lora, not for full"),
     (["--block-size", 65], "64 positions"), (["--model", "nowhere"], "no folder"), (["--data", "no.txt"], "no.txt"),
@@ -326,7 +331,7 @@ def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(small[1], folder)
     bpe.Tokenizer(*bpe.train_bpe("some other text, short", 260)).save(folder)
-    assert "its vocabulary has" in run("train.py", *small[0], "--model", folder, "--out", tmp_path, code=1)
+    assert "its vocabulary has" in refusal(train, *small[0], "--model", folder, "--out", tmp_path)
     short = tmp_path / "short.txt"
     short.write_text("too short a text")
     assert "too few for windows" in refusal(train, *small[0], "--data", short, "--out", tmp_path)
@@ -336,7 +341,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(small, runs, tm
     shutil.copytree(runs["full"][0], tmp_path / "out")
     before = digest(tmp_path / "out" / "model" / "model.safetensors")
     options = [*small[0], "--method", "full", "--lr", 1e30, "--device", "cpu", "--dtype", "float32"]
-    assert "smaller --lr" in run("train.py", *options, "--out", tmp_path / "out", code=1)
+    assert "smaller --lr" in refusal(train, *options, "--out", tmp_path / "out")
     assert digest(tmp_path / "out" / "model" / "model.safetensors") == before
 
 
@@ -350,7 +355,7 @@ def test_load_model_writes_draws_and_saves(small, runs, tmp_path):
     written = [re.search(r"The .*?(?=\n[\d.,]+ tokens per second)", text, re.S)[0] for text in texts]
     assert len(set(written)) == 1 and len(written[0]) > 20  # the same text with and without cache, and merged to disk
     assert (out / "attention.png").stat().st_size > 1000
-    assert "tokens per second" in run("load_model.py", *options, "--temperature", 0)
+    assert "tokens per second" in call_main(load_model, *options, "--temperature", 0)
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = weights.open_weights(small[1])
     merged = weights.open_weights(tmp_path / "merged")
@@ -378,8 +383,8 @@ def test_load_model_refuses(runs, tmp_path):
                         (["--layer", 2], "--layer 2"), (["--prompt", ""], "--prompt is")):
         assert words in refusal(load_model, *options, *more)
     whole = ["--model", runs["full"][0] / "model", "--base", "stand-in", "--out", tmp_path]
-    assert "--base is for an adapter" in refusal(load_model, *whole)
-    assert "neither adapter/ nor model/" in run("load_model.py", "--out", tmp_path, code=1)
+    assert "a base is for an adapter" in refusal(load_model, *whole)
+    assert "neither adapter/ nor model/" in refusal(load_model, "--out", tmp_path)
     shutil.copytree(adapter, tmp_path / "far")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "far" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "far/away"}))
@@ -398,7 +403,7 @@ def test_where_heads_look_on_weights_with_known_answers():
 # ---------------------------------------------------------------------------------------------- experiment.py
 def test_experiment_runs(small, tmp_path):
     options = [*small[0], "--steps", 4, "--seeds", 1, "--device", "cpu", "--out", tmp_path]
-    text = run("experiment.py", *options, "--parts", "scratch")
+    text = call_main(experiment, *options, "--only", "scratch")
     found = json.loads((tmp_path / "experiment_scratch.json").read_text())
     assert [len(rows) for rows in found["tables"].values()] == [3] and "from scratch" in text
     for rows in found["tables"].values():
@@ -407,3 +412,27 @@ def test_experiment_runs(small, tmp_path):
     assert (tmp_path / "scratch.png").exists() and (tmp_path / "experiment_scratch.png").exists()
     assert [len(experiment.rows_of(part, 768)) for part in ("methods", "alpha", "targets")] == [8, 5, 6]
     assert experiment.rows_of("methods", 16)[-1][0] == "LoRA, rank 16"  # 64 does not fit
+
+
+def test_the_model_comes_alone_and_speaks_of_arguments():
+    """Another program takes GPT-2, or fine-tunes it: nothing that parses options, fetches or draws comes along."""
+    program = f"""if True:
+        import sys, torch
+        sys.path[:0] = [{str(ROOT)!r}, {str(FOLDER)!r}]
+        loud = "argparse", "requests", "matplotlib"
+        for name in list(sys.modules):
+            if name.split(".")[0] in loud:
+                del sys.modules[name]
+        threads, state = torch.get_num_threads(), torch.get_rng_state()
+        import load_model, train, gpt2
+        assert not [name for name in sys.modules if name.split(".")[0] in loud]
+        assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+        try:
+            gpt2.GPT2(dict(vocab_size=5, n_positions=8, n_layer=1, n_head=3, n_embd=8))
+        except ValueError as error:
+            assert "n_embd" in str(error) and "--" not in str(error)
+        else:
+            raise AssertionError
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
