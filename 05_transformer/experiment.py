@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import math
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,7 +188,7 @@ def speeds(all_recipes: list[dict], data: Data, device: torch.device, dtype: tor
         clocks = [[next(rows)["seconds"] for rows in running] for _ in range(10)]
     turns = [[steps * CHARACTERS_PER_STEP / (after - before) for before, after in zip(*pair)]
              for pair in zip(clocks, clocks[1:])]  # without the first turn, which pays for what is done only once
-    return [statistics.median(turn) for turn in zip(*turns)]
+    return np.median(turns, 0).tolist()
 
 
 def recipes() -> list[tuple[str, str, dict, bool]]:

@@ -97,13 +97,9 @@ def multi_head_backward(dy: Tensor, cache: tuple) -> tuple[Tensor, Tensor, Tenso
 def init_model(n_vocab: int, block_size: int, n_embd: int) -> dict[str, Tensor]:
     """Random weights: character and position embeddings, attention, and a head that predicts the next character."""
     C = n_embd
-    return {
-        "characters": torch.randn(n_vocab, C) * 0.5,
-        "positions": torch.randn(block_size, C) * 0.5,
-        "w_qkv": torch.randn(C, 3 * C) * C**-0.5,
-        "w_out": torch.randn(C, C) * C**-0.5,
-        "head": torch.zeros(C, n_vocab),
-    }
+    return {"characters": torch.randn(n_vocab, C) * 0.5, "positions": torch.randn(block_size, C) * 0.5,
+            "w_qkv": torch.randn(C, 3 * C) * C**-0.5, "w_out": torch.randn(C, C) * C**-0.5,
+            "head": torch.zeros(C, n_vocab)}
 
 
 def forward(w: dict[str, Tensor], ids: Tensor, targets: Tensor, n_head: int) -> tuple[float, tuple]:
@@ -130,13 +126,8 @@ def backward(w: dict[str, Tensor], saved: tuple) -> dict[str, Tensor]:
     dcharacters = torch.zeros_like(w["characters"]).index_add_(0, ids.flatten(), dx.flatten(0, 1))
     dpositions = torch.zeros_like(w["positions"])
     dpositions[:T] = dx.sum(0)
-    return {
-        "characters": dcharacters,
-        "positions": dpositions,
-        "w_qkv": dw_qkv,
-        "w_out": dw_out,
-        "head": h.flatten(0, 1).mT @ dlogits.flatten(0, 1),
-    }
+    return {"characters": dcharacters, "positions": dpositions, "w_qkv": dw_qkv, "w_out": dw_out,
+            "head": h.flatten(0, 1).mT @ dlogits.flatten(0, 1)}
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -169,13 +160,8 @@ def check_against_pytorch() -> dict[str, float]:
 @torch.no_grad()
 def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) -> float:
     """Mean loss over every character of ids but the first, in consecutive windows, the last one shorter."""
-    n = (len(ids) - 1) // block_size * block_size
-    total = 0.0
-    for x, y in zip(ids[:n].view(-1, block_size).split(128), ids[1 : n + 1].view(-1, block_size).split(128)):
-        total += forward(w, x, y, n_head)[0] * x.numel()
-    if n < len(ids) - 1:
-        total += forward(w, ids[None, n:-1], ids[None, n + 1 :], n_head)[0] * (len(ids) - 1 - n)
-    return total / (len(ids) - 1)
+    windows = zip(ids[None, :-1].split(block_size, 1), ids[None, 1:].split(block_size, 1))  # (1, T) each
+    return sum(forward(w, x, y, n_head)[0] * x.numel() for x, y in windows) / (len(ids) - 1)
 
 
 def main() -> None:
@@ -197,11 +183,11 @@ def main() -> None:
         print(f"  {name:20} {error:.1e}")
 
     data = load_data(args.data, args.block_size)
-    V, label = len(data.vocab), data.label
+    V = len(data.vocab)
     ## The baseline that everything must beat looks one character back: a table of how often b follows a (load.py).
     log_probs = bigram_log_probs(data.train, V)  # (V, V)
     bigram = bigram_loss(data.train, data.val, V)
-    print(f"\nbigram model on {label}: {bigram:.4f} nats per character (uniform guessing: {math.log(V):.4f})")
+    print(f"\nbigram model on {data.label}: {bigram:.4f} nats per character (uniform guessing: {math.log(V):.4f})")
     generator = torch.Generator().manual_seed(args.seed)
     ids = [0]
     for _ in range(150):  # a sample: draw from the row of the last character, again and again
@@ -236,13 +222,13 @@ def main() -> None:
     axes[0].plot(losses, lw=0.8, label="one attention layer (train batches)")
     axes[0].axhline(bigram, color="C1", ls="--", label="bigram (validation)")
     axes[0].axhline(final, color="C2", ls="-.", label="one attention layer (validation)")
-    axes[0].set(title=f"One layer of attention ({label})", xlabel="step", ylabel="loss, nats per character")
+    axes[0].set(title=f"One layer of attention ({data.label})", xlabel="step", ylabel="loss, nats per character")
     axes[0].legend()
     axes[1].imshow(p[0].numpy(), cmap="viridis", vmin=0)
     labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in decode(x[0], data.vocab)]
-    axes[1].set_xticks(range(n), labels, fontsize=6)
-    axes[1].set_yticks(range(n), labels, fontsize=6)
-    axes[1].set(title=f"Head 0: who (row) looks at what (column) ({label})")
+    axes[1].set(title=f"Head 0: who (row) looks at what (column) ({data.label})", xticks=range(n), xticklabels=labels,
+                yticks=range(n), yticklabels=labels)
+    axes[1].tick_params(labelsize=6)
     axes[1].grid(False)
     utils.write_atomically(args.out / "from_scratch.png", figure.savefig)
     print(f"wrote {args.out / 'from_scratch.png'}")

@@ -38,7 +38,7 @@ class Data(NamedTuple):
     val: Tensor  # (N_val,)
     vocab: list[str]  # id -> character
     name: str  # "tinyshakespeare", "pydocs" or the file's name
-    stand_in: str  # the set that the text stands in for, "Tiny Shakespeare", or "" where it is no stand-in
+    stand_in: str = ""  # the set that the text stands in for, "Tiny Shakespeare", or "" where it is no stand-in
 
     @property
     def label(self) -> str:
@@ -47,7 +47,10 @@ class Data(NamedTuple):
 
 def read_tinyshakespeare() -> str:
     """Raises ConnectionError where it can't be downloaded, utils.InputError where the file there is another."""
-    return utils.download(URLS, utils.DATA_DIR / "tinyshakespeare.txt", SHA256).read_text(encoding="utf-8")
+    try:
+        return utils.download(URLS, utils.DATA_DIR / "tinyshakespeare.txt", SHA256).read_text(encoding="utf-8")
+    except ConnectionError as error:
+        raise ConnectionError(f"{error} Offline: --data pydocs.") from error
 
 
 def read_pydocs() -> str:
@@ -80,12 +83,9 @@ SETS = {  # name -> how to read it, and what it stands in for; a text more is on
 def encode(text: str, vocab: list[str]) -> Tensor:
     """Characters to ids: str of length N -> (N,) int64. Raises utils.InputError naming characters not in vocab."""
     index = {character: i for i, character in enumerate(vocab)}
-    strangers = sorted(set(text) - index.keys())
-    if strangers:
-        raise utils.InputError(
-            f"the model never saw {', '.join(map(repr, strangers[:10]))} in training; leave "
-            f"{'it' if len(strangers) == 1 else 'them'} out."
-        )
+    if strangers := sorted(set(text) - index.keys()):
+        raise utils.InputError(f"the model never saw {', '.join(map(repr, strangers[:10]))} in training; leave "
+                               f"{'it' if len(strangers) == 1 else 'them'} out.")
     return torch.tensor([index[character] for character in text], dtype=torch.int64)
 
 
@@ -104,7 +104,7 @@ def load_data(data: str | None = None, block_size: int = 1) -> Data:
         try:
             return load_data("tinyshakespeare", block_size)
         except ConnectionError as error:
-            print(f"{error} Working offline with --data pydocs.")
+            print(error)
             return load_data("pydocs", block_size)
     read, stand_in = SETS.get(data, (lambda: read_file(Path(data)), ""))
     text, name = read(), data if data in SETS else Path(data).name
@@ -114,15 +114,12 @@ def load_data(data: str | None = None, block_size: int = 1) -> Data:
     n = int(0.9 * len(text))
     train_text, val_text = text[:n], text[n:]
     if min(len(train_text), len(val_text)) < block_size + 1:
-        raise utils.InputError(
-            f"{name} has {len(text):,} characters, too few for a context of {block_size}: its last "
-            f"tenth must hold {block_size + 1}; use a longer text or a smaller block_size."
-        )
+        raise utils.InputError(f"{name} has {len(text):,} characters, too few for a context of {block_size}: its last "
+                               f"tenth must hold {block_size + 1}; use a longer text or a smaller block_size.")
     ## The vocabulary comes from the training part alone, like everything else that is fitted. Where the validation
     ## part has other characters, one extra id stands for all of them; the model never learned it, and pays for each.
     vocab = sorted(set(train_text))
-    unseen = set(val_text) - set(vocab)
-    if unseen:
+    if unseen := set(val_text) - set(vocab):
         vocab = [c for c in vocab if c != UNKNOWN] + [UNKNOWN]
         val_text = "".join(UNKNOWN if c in unseen else c for c in val_text)
     return Data(encode(train_text, vocab), encode(val_text, vocab), vocab, name, stand_in)
@@ -144,10 +141,8 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
     ## offset, so that the cuts between windows, where there is little to look back on, fall on other characters.
     """
     if (len(ids) - block_size) // block_size < batch_size:
-        raise utils.InputError(
-            f"{len(ids):,} characters make fewer than {batch_size} windows of {block_size} (batch_size, block_size); "
-            "use a longer text or smaller numbers."
-        )
+        raise utils.InputError(f"{len(ids):,} characters make fewer than {batch_size} windows of {block_size} "
+                               "(batch_size, block_size); use a longer text or smaller numbers.")
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(block_size, (), generator=generator))
@@ -188,11 +183,8 @@ def main() -> None:
     args = utils.parse_args(parser)
     data = load_data(args.data, args.block_size)
     vocab, total = data.vocab, len(data.train) + len(data.val)
-    print(
-        f"{data.label}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, "
-        f"last 10 % validation {len(data.val):,}"
-    )
-    print(f"vocabulary: {decode(range(len(vocab)), vocab)!r}\n")
+    print(f"{data.label}: {total:,} characters, {len(vocab)} distinct; first 90 % train {len(data.train):,}, last 10 % "
+          f"validation {len(data.val):,}\nvocabulary: {decode(range(len(vocab)), vocab)!r}\n")
     print(decode(data.train[:200], vocab), "\n")
 
     # a batch, as train.py sees it
@@ -203,9 +195,10 @@ def main() -> None:
     print(f"  the first input as ids: {inputs[0, :12].tolist()} ...\n")
 
     ## Three losses that need counting only. What a model has learned shows as the distance to the third.
-    print(f"guessing uniformly:     {math.log(len(vocab)):.3f} nats per character (ln {len(vocab)})")
-    print(f"guessing by frequency:  {frequency_loss(data.train, data.val, len(vocab)):.3f} nats per character")
-    print(f"by the one before:      {bigram_loss(data.train, data.val, len(vocab)):.3f} nats per character (bigram)")
+    parts = data.train, data.val, len(vocab)
+    print(f"guessing uniformly:     {math.log(len(vocab)):.3f} nats per character (ln {len(vocab)})\n"
+          f"guessing by frequency:  {frequency_loss(*parts):.3f} nats per character\n"
+          f"by the one before:      {bigram_loss(*parts):.3f} nats per character (bigram)")
 
     counts = Counter(decode(data.train, vocab)).most_common(60)
     figure, axes = utils.pyplot().subplots(figsize=(10, 3))

@@ -161,13 +161,9 @@ def where_heads_look(weights: Tensor, text: str) -> dict[str, Tensor]:
     T = len(text)
     rows = torch.arange(T)
     starts = torch.tensor([max(0, text.rfind("\n", 0, t + 1)) for t in range(T)])
-    share = {
-        "itself": weights[..., rows, rows].mean(-1),
-        "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
-        "line start": weights[..., rows, starts].mean(-1),
-    }
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return share | {"future": weights[..., future].sum(-1)}
+    return {"itself": weights[..., rows, rows].mean(-1), "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
+            "line start": weights[..., rows, starts].mean(-1), "future": weights[..., future].sum(-1)}
 
 
 def main() -> None:
@@ -176,8 +172,7 @@ def main() -> None:
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     add("--prompt", help="the text to continue; without it a newline, which asks for a new line")
     add("--length", type=utils.count, default=500, help="characters to write")
-    add("--temperature", type=utils.number(float, "[0, inf)"), default=0.8, help="0: always the likeliest; 1: as the "
-        "model believes; above: wilder")
+    add("--temperature", type=utils.number(float, "[0, inf)"), default=0.8, help="0: the likeliest; above 1: wilder")
     add("--top-k", type=utils.count, help="draw from the k likeliest only")
     add("--top-p", type=utils.number(float, "(0, 1]"), help="draw from the likeliest that sum to p only")
     add("--no-cache", action="store_true", help="compute everything again for every character, to see the difference")
@@ -209,30 +204,25 @@ def main() -> None:
     text = decode(window[0], vocab)
     weights = attention_weights(model, window).cpu()
     shares = where_heads_look(weights, text)
-    print("share of attention that goes to ...")
-    print(f"{'layer head':12}{'itself':>10}{'previous':>10}{'line start':>12}{'future':>10}")
     even = torch.ones(len(text), len(text)).tril()
     even = where_heads_look((even / even.sum(-1, keepdim=True))[None, None], text)
-    for layer in range(weights.shape[0]):
-        for head in range(weights.shape[1]):
-            itself, previous, line, future = (shares[name][layer, head].item() for name in shares)
-            print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{line:12.1%}{future:10.4g}")
-    itself, previous, line, future = (even[name].item() for name in even)
-    print(f"spread evenly{itself:9.1%}{previous:10.1%}{line:12.1%}{future:10.4g}")
+    print(f"share of attention that goes to ...\n{'':14}{'itself':>10}{'previous':>10}{'line start':>12}{'future':>10}")
+    layers, heads = weights.shape[:2]
+    places = [(layer, head) for layer in range(layers) for head in range(heads)]
+    for name, table, place in [("layer {}, head {}".format(*p), shares, p) for p in places] + [
+            ("spread evenly", even, (0, 0))]:
+        print("{:14}{:10.1%}{:10.1%}{:12.1%}{:10.4g}".format(name, *(share[place].item() for share in table.values())))
     assert not shares["future"].any(), "the causal mask leaks"
 
-    T, plt = min(len(text), 40), utils.pyplot()
+    T = min(len(text), 40)
     labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in text[:T]]
-    layers, heads = weights.shape[:2]
-    figure, axes = plt.subplots(layers, heads, figsize=(4 * heads, 4 * layers), squeeze=False)
-    for layer in range(layers):
-        for head in range(heads):
-            a = axes[layer, head]
-            a.imshow(weights[layer, head, :T, :T], cmap="viridis", vmin=0, vmax=1)
-            a.set_xticks(range(T), labels, fontsize=5)
-            a.set_yticks(range(T), labels, fontsize=5)
-            a.set_title(f"layer {layer}, head {head}", fontsize=9)
-            a.grid(False)
+    ticks = dict(xticks=range(T), yticks=range(T), xticklabels=labels, yticklabels=labels)
+    figure, axes = utils.pyplot().subplots(layers, heads, figsize=(4 * heads, 4 * layers), squeeze=False)
+    for place in places:
+        axes[place].imshow(weights[place][:T, :T].numpy(), cmap="viridis", vmin=0, vmax=1)
+        axes[place].set(**ticks, title="layer {}, head {}".format(*place))
+        axes[place].tick_params(labelsize=5)
+        axes[place].grid(False)
     stand_in = ", stand-in" * bool(saved["stand_in"])
     figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1 ({saved['data']}{stand_in})", y=0.995)
     figure.tight_layout()

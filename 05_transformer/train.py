@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import batches, bigram_loss, decode, load_data
+from load import Data, batches, bigram_loss, decode, load_data
 
 # Shapes: B batch, T time (at most block_size), C channels (n_embd), A heads, D channels per head (C = A * D),
 #         V vocabulary, N characters in a text
@@ -242,30 +242,28 @@ def fit(model: GPT, optimizers: list[torch.optim.Optimizer], train: Tensor, val:
             losses.append(loss.detach())
             if step % 10 == 9:  # looking at the loss makes a GPU wait, so not at every step
                 utils.progress(step + 1, steps, begun, f"loss {loss.item():.3f}", "characters", B * T)
-        train_loss = torch.stack(losses).mean()
-        if dist.is_initialized():
-            dist.all_reduce(train_loss.div_(dist.get_world_size()))  # the mean over all processes
+        train_loss = torch.stack(losses).mean().item()  # waits for a GPU to finish
         seconds = time.perf_counter() - begun
-        row = {"step": end, "seconds": seconds, "characters": end * B * T, "train_loss": train_loss.item(),
-               "val_loss": evaluate(model, val, T)}
-        if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            raise utils.InputError(f"the loss became {train_loss:g} by step {end}; try smaller --lr and --muon-lr.")
-        yield row
+        figures = torch.tensor([train_loss, evaluate(model, val, T)], device=train.device)
+        if dist.is_initialized():
+            dist.all_reduce(figures.div_(dist.get_world_size()))  # the mean over all processes: all see the same
+        train_loss, val_loss = figures.tolist()
+        if not figures.isfinite().all():
+            raise utils.InputError(f"the loss became {figures.sum():g} by step {end}; make lr and muon_lr smaller.")
+        yield {"step": end, "seconds": seconds, "characters": end * B * T, "train_loss": train_loss,
+               "val_loss": val_loss}
         begun = time.perf_counter() - seconds  # the clock stood still meanwhile
 
 
 # ---------------------------------------------------------------------------------------------- main
-PRESETS = {
-    "small": dict(steps=3000, batch_size=8, block_size=256, n_layer=4, n_head=3, n_embd=192, dropout=0.0,
-                  lr=2e-3, muon_lr=0.02, weight_decay=0.1),
-    "large": dict(steps=2000, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
-                  lr=2e-3, muon_lr=0.02, weight_decay=0.1),
-}
+PRESETS = {"small": dict(steps=3000, batch_size=8, block_size=256, n_layer=4, n_head=3, n_embd=192, dropout=0.0,
+                         lr=2e-3, muon_lr=0.02, weight_decay=0.1)}
+PRESETS["large"] = PRESETS["small"] | dict(steps=2000, batch_size=64, n_layer=6, n_head=6, n_embd=384, dropout=0.2)
 
 
 def parse_options():
     """The options' values, the preset's where none was given."""
-    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")
+    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # --device, --seed, --out
     parser.epilog = "; ".join(f"--preset {name}: {', '.join(f'{k} {v}' for k, v in preset.items())}"
                               for name, preset in PRESETS.items())
     add = parser.add_argument
@@ -281,8 +279,7 @@ def parse_options():
     add("--dropout", type=utils.share, help="share of channels zeroed: against overfitting, slows learning")
     add("--lr", type=utils.positive, help="AdamW's peak learning rate, for embedding and head")
     add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for the matrices in the blocks")
-    add("--weight-decay", type=utils.number(float, "[0, inf)"), help="Muon's: share of weights taken per step, times "
-        "muon_lr")
+    add("--weight-decay", type=utils.number(float, "[0, inf)"), help="Muon's: times muon_lr, the pull towards zero")
     add("--warmup", type=utils.count, default=20, help="steps over which the learning rates rise from zero")
     add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=utils.count, default=250, help="steps between evaluations on all of validation")
@@ -292,15 +289,33 @@ def parse_options():
     return args
 
 
+def report(args, data: Data, model: GPT, history: list[dict], best: dict, baselines: dict[str, float]) -> None:
+    """Print and write what the best weights reach, beside baselines: name -> nats per character."""
+    model.load_state_dict(utils.load_checkpoint(args.out / "model.pt", SCRIPT)["model"])  # the best, maybe not the last
+    metrics = {"val_loss": best["val_loss"], "perplexity": math.exp(min(best["val_loss"], 700)),
+               "bits_per_character": best["val_loss"] / math.log(2), "best_step": best["step"],
+               "last_val_loss": history[-1]["val_loss"], **{f"{k}_val_loss": nats for k, nats in baselines.items()}}
+    print(f"\n{'':24}nats per character   perplexity   bits per character   ({data.label}, validation)")
+    for name, nats in (baselines | {f"GPT, step {best['step']}": best["val_loss"]}).items():
+        print(f"{name:24}{nats:18.4f}{math.exp(min(nats, 700)):13.3f}{nats / math.log(2):21.4f}")
+    print(f"{history[-1]['seconds']:.0f} s of training\n\nit writes:\n"
+          f"{decode(generate(model, data.val[None, :1].to(args.device), 400)[0], data.vocab)}\n")
+    utils.save_metrics(args, SCRIPT, data, model, metrics, history)
+    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"],
+                       f"A character GPT on {data.label}", y="nats per character")
+    print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
+    utils.stand_in_notice(data.name, data.stand_in)
+
+
 def main() -> None:
     ## Several processes: torchrun starts this script twice and tells each its rank. Each holds the whole model, takes
     ## its share of every batch, and averages its gradients with the others': the step of one process with all of it.
-    ## The rest each does as if it were alone. Only rank 0 prints; files are the same, and written atomically.
+    ## Everything else each does as if it were alone, but only rank 0 prints and writes.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)  # -1: none
         dist.init_process_group()
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     args = parse_options()
     if args.batch_size % world:
         raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
@@ -313,15 +328,15 @@ def main() -> None:
         raise utils.InputError(f"--resume: {data.name} is not the text it was then; start anew without --resume.")
 
     torch.manual_seed(args.seed)
-    config = dict(vocab_size=len(vocab), **{name: vars(args)[name] for name in (
-        "block_size", "n_layer", "n_head", "n_embd", "dropout")})
+    config = {name: vars(args)[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+    config["vocab_size"] = len(vocab)
     model = GPT(**config).to(args.device)
     model.dtype = args.dtype
     optimizers = make_optimizers(model, args.lr, args.muon_lr, args.weight_decay)
     torch.manual_seed(args.seed + rank)  # all ranks have the same weights by now, and need different dropout
-    history, best = [], {"step": 0, "val_loss": math.inf}
+    first_step, history, best = 0, [], {"step": 0, "val_loss": math.inf}
 
-    bigram = bigram_loss(data.train, data.val, len(vocab))
+    bigram, uniform = bigram_loss(data.train, data.val, len(vocab)), math.log(len(vocab))
     print(f"{data.label}: {len(train):,} characters to train on, {len(val):,} to validate on, {len(vocab)} distinct\n"
           f"{utils.count_parameters(model):,} parameters; {str(args.dtype)[6:]} on {args.device.type}; "
           f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
@@ -330,49 +345,37 @@ def main() -> None:
     ## The head starts small, so the first loss is close to ln V: all characters about equally likely. Anything else is
     ## a mistake in head or loss. A leak of targets into inputs shows later, as a loss too good to be true.
     print(f"before training:  loss {evaluate(model, val, args.block_size):.4f}; guessing uniformly, ln {len(vocab)}: "
-          f"{math.log(len(vocab)):.4f}; bigram: {bigram:.4f}\n"
+          f"{uniform:.4f}; bigram: {bigram:.4f}\n"
           f"it writes:        {decode(generate(model, val[None, :1], 60)[0], vocab)!r}\n")
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        history, best = saved["history"], saved["best"]
-        torch.set_rng_state(saved["random_state"])
+        first_step, history, best = saved["step"], saved["history"], saved["best"]
+        torch.set_rng_state(saved["random_state"] if rank == 0 else torch.get_rng_state())
     forward = torch.compile(model) if args.compile else model
     forward = nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
     for row in fit(model, optimizers, train, val, args.steps, args.batch_size, args.eval_every, args.seed, args.warmup,
-                   args.grad_clip, history[-1]["step"] if saved else 0, history[-1]["seconds"] if saved else 0.0,
-                   forward, slice(rank, None, world)):
+                   args.grad_clip, first_step, history[-1]["seconds"] if saved else 0.0, forward,
+                   slice(rank, None, world)):
         history.append(row)
         best = row if row["val_loss"] < best["val_loss"] else best
+        stop = row["step"] - best["step"] >= args.patience * args.eval_every  # early stopping
         print("step {:5}  {:4.0f} s  {:,} characters  train {:.4f}  validation {:.4f}".format(*row.values()).ljust(79),
               flush=True)
         state = {"script": SCRIPT, "config": config, "vocab": vocab, "data": data.name, "stand_in": data.stand_in,
                  "torch": str(torch.__version__), "model": model.state_dict(), "metrics": best}
-        if best is row:
-            utils.write_atomically(args.out / "model.pt", torch.save, state)
-        utils.write_atomically(args.out / "checkpoint.pt", torch.save, state | {
-            "options": options, "characters": len(train), "history": history, "best": best,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
-        if row["step"] - best["step"] >= args.patience * args.eval_every:
-            break  # early stopping
-
-    model.load_state_dict(utils.load_checkpoint(args.out / "model.pt", SCRIPT)["model"])  # the best, maybe not the last
-    loss, uniform = best["val_loss"], math.log(len(vocab))
-    print(f"\n{'':24}nats per character   perplexity   bits per character   ({data.label}, validation)")
-    for name, nats in (("guessing uniformly", uniform), ("bigram", bigram), (f"GPT, step {best['step']}", loss)):
-        print(f"{name:24}{nats:18.4f}{math.exp(min(nats, 700)):13.3f}{nats / math.log(2):21.4f}")
-    print(f"{history[-1]['seconds']:.0f} s of training\n\nit writes:\n"
-          f"{decode(generate(model, val[None, :1], 400)[0], vocab)}\n")
-    utils.save_metrics(args, SCRIPT, data, model, {
-        "val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": loss / math.log(2), "best_step":
-        best["step"], "last_val_loss": history[-1]["val_loss"], "bigram_val_loss": bigram, "uniform_val_loss": uniform},
-        history)
-    utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"],
-                       f"A character GPT on {data.label}", y="nats per character")
-    print(f"wrote model.pt, checkpoint.pt, metrics.json and history.png to {args.out}")
-    utils.stand_in_notice(data.name, data.stand_in)
+        if rank == 0:
+            if best is row:
+                utils.write_atomically(args.out / "model.pt", torch.save, state)
+            utils.write_atomically(args.out / "checkpoint.pt", torch.save, state | {
+                "options": options, "characters": len(train), "step": args.steps if stop else row["step"],
+                "history": history, "best": best, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
+        if stop:
+            break
+    if rank == 0:
+        report(args, data, model, history, best, {"uniform": uniform, "bigram": bigram})
 
 
 ## Try this, with --steps 500 --eval-every 500. Each was run once (seed 0, Tiny Shakespeare); as it is: 1.5833 in 47 s.

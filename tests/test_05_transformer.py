@@ -137,7 +137,7 @@ def test_norm_against_nn_layernorm():
 
 def test_rotary_positions_against_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    q, k = torch.randn(2, 2, 12, 3, 8)  # (B, T, H, D) each
+    q, k = torch.randn(2, 2, 12, 3, 8)  # (B, T, A, D) each
     cos, sin = train.rotary_tables(12, 8)
     mine = train.rotate(torch.stack([q, k], 2), cos, sin)
     angle = torch.arange(12)[:, None] * 10000.0 ** -(torch.arange(0, 8, 2) / 8)
@@ -354,22 +354,40 @@ def same_run(a, b):
         assert [row[name] for row in a["history"]] == [row[name] for row in b["history"]]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_run_resumes_bit_identically(trained, tmp_path, number, code):
-    command = [sys.executable, "-u", FOLDER / "train.py", *RUN, "--out", tmp_path]
-    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if line.startswith("step    60"):
-            break
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == code and "Traceback" not in errors
-    assert number == signal.SIGKILL or errors.rstrip().endswith("--resume")
-    steps = [row["step"] for row in utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["history"]]
+def test_a_run_stopped_by_ctrl_c_and_then_killed_ends_bit_identically(trained, tmp_path):
+    def stop_after(step, number, *options):
+        """Run until a row is printed, send the signal; the exit status, what it said, and the steps saved so far."""
+        command = [sys.executable, "-u", FOLDER / "train.py", *RUN, "--out", tmp_path, *options]
+        child = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in child.stdout:
+            if line.startswith(f"step {step:5}"):
+                break
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=60)
+        saved = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)
+        return child.returncode, errors, [row["step"] for row in saved["history"]]
+
+    code, errors, steps = stop_after(60, signal.SIGINT)
+    assert code == 130 and "Traceback" not in errors and errors.rstrip().endswith("--resume")
     assert steps in ([30], [30, 60], [30, 60, 90])  # it was stopped beside or soon after the second save
+    code, _, steps = stop_after(steps[-1] + 30, signal.SIGKILL, "--resume")
+    assert code == -9 or steps[-1] == 150  # else it was done before the signal came
     text = call_main(train, *RUN, "--out", tmp_path, "--resume")
     assert re.findall(r"(?m)^step +(\d+) ", text) == [str(step) for step in range(steps[-1] + 30, 151, 30)]
     same_run(trained[0], tmp_path)
+
+
+def test_a_run_that_had_stopped_early_stays_as_it_was(tmp_path):
+    """--resume may come between the last save and the report, and must not train on."""
+    options = [*SMALL, "--steps", 100, "--eval-every", 10, "--patience", 2, "--lr", 1, "--muon-lr", 1, "--dtype",
+               "float32", "--out", tmp_path]
+    call_main(train, *options)
+    before = json.loads((tmp_path / "metrics.json").read_text())
+    (tmp_path / "metrics.json").unlink()
+    call_main(train, *options, "--resume")
+    after = json.loads((tmp_path / "metrics.json").read_text())
+    assert before["history"] == after["history"] and before["metrics"] == after["metrics"]
+    assert after["history"][-1]["step"] - after["metrics"]["best_step"] == 20 and after["history"][-1]["step"] < 100
 
 
 def test_resume_refuses_other_options_and_other_text(trained, tmp_path):
@@ -448,17 +466,19 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(trained, tmp_pa
     assert {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()} == before
 
 
-def test_the_model_comes_alone_and_speaks_of_arguments():
+def test_the_model_comes_alone_and_speaks_of_arguments(tmp_path):
     """Another program takes GPT: nothing that parses options, fetches or draws comes along, and nothing is changed."""
+    lasting = (ROOT / "utils.py").read_text().split("# " + "-" * 46 + " old names")[0]  # what utils.py will be
+    (tmp_path / "utils.py").write_text(lasting)
     program = f"""if True:
         import random, sys, torch, torchvision
-        sys.path[:0] = [{str(ROOT)!r}, {str(FOLDER)!r}]
+        sys.path[:0] = [{str(tmp_path)!r}, {str(FOLDER)!r}]
         loud = "argparse", "requests", "matplotlib"
         for name in list(sys.modules):
             if name.split(".")[0] in loud:
                 del sys.modules[name]
         threads, state = torch.get_num_threads(), torch.get_rng_state()
-        import load_model, train
+        import experiment, from_scratch, load_model, train
         assert not [name for name in sys.modules if name.split(".")[0] in loud]
         assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
         try:
