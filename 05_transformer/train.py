@@ -374,6 +374,8 @@ def main() -> None:
                 "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
         if stop:
             break
+    if world > 1:
+        dist.destroy_process_group()  # a process that ends without this may abort
     if rank == 0:
         report(args, data, model, history, best, {"uniform": uniform, "bigram": bigram})
 
