@@ -18,15 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import load_data, windows  # noqa: E402
+import utils
+from load import load_data, windows
 
 # Shapes: N rows, B batch (windows), T time steps looked back on, C channels, M hidden units, P predicted steps
 ## Time is the first dimension here, (T, B, ...), because the steps have to be taken one after another.
@@ -284,28 +283,23 @@ def squared_errors(forecast, part: Tensor, lookback: int, horizon: int) -> Tenso
 
 @torch.no_grad()  # no autograd: every gradient here is our own
 def main() -> None:
-    utils.keep_memory()
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "seed")
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file; without it ETTh1, or station if that is out of reach")
-    add("--lookback", type=int, default=96, help="rows that a forecast looks back on; each costs time")
-    add("--horizon", type=int, default=24, help="rows to forecast")
-    add("--hidden", type=int, default=64, help="units M of the LSTM: more learn more, and overfit sooner")
+    add("--lookback", type=utils.count, default=96, help="rows that a forecast looks back on; each costs time")
+    add("--horizon", type=utils.count, default=24, help="rows to forecast")
+    add("--hidden", type=utils.count, default=64, help="units M of the LSTM: more learn more, and overfit sooner")
     add("--forget-bias", type=float, default=1.0, help="where the forget gates start: sigmoid of it")
-    add("--epochs", type=int, default=3, help="passes over the training windows")
-    add("--batch-size", type=int, default=64, help="windows per step")
-    add("--lr", type=float, default=1e-2, help="Adam's step size at the start, falling linearly to zero")
-    add("--grad-clip", type=float, default=1.0, help="a longer gradient is cut to this")
-    add("--seed", type=int, default=0, help="decides weights and batches")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plot")
-    args = parser.parse_args()
-    utils.check(args, above_zero="lookback horizon hidden epochs batch_size lr grad_clip")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
+    add("--epochs", type=utils.count, default=3, help="passes over the training windows")
+    add("--batch-size", type=utils.count, default=64, help="windows per step")
+    add("--lr", type=utils.positive, default=1e-2, help="Adam's step size at the start, falling linearly to zero")
+    add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this")
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)
 
     data = load_data(args.data, args.lookback, args.horizon)
-    label = data.name + ", stand-in" * data.stand_in
+    label = data.label
     T, P, C, M = args.lookback, args.horizon, len(data.columns), args.hidden
 
     ## Part one: 200 steps back, before any training, on real inputs.
@@ -325,25 +319,21 @@ def main() -> None:
     inputs, targets = windows(data.train, T, P)
     w = init(C, M, P, args.forget_bias, g)
     optimizer = torch.optim.Adam(w.values(), lr=args.lr)
-    per_epoch = math.ceil(len(inputs) / args.batch_size)
-    steps, begun = args.epochs * per_epoch, time.perf_counter()
-    bar = utils.Progress(steps, "windows")
+    steps, begun, step = args.epochs * math.ceil(len(inputs) / args.batch_size), time.perf_counter(), 0
     print(f"\n{len(inputs):,} training windows, {T} rows -> {P} rows of {C} channels; "
           f"{sum(p.numel() for p in w.values()):,} weights")
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(inputs), generator=g)
-        rows = order[step % per_epoch * args.batch_size :][: args.batch_size]
-        loss, gradients = loss_and_gradients(inputs[rows], targets[rows], w)
-        clip(gradients, args.grad_clip)
-        for name in w:
-            w[name].grad = gradients[name]
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
-        optimizer.step()
-        if not math.isfinite(loss):
-            raise utils.InputError(f"the loss became {loss} at step {step + 1}; use a smaller --lr.")
-        bar.update(step + 1, f"loss {loss:.3f}", args.batch_size)
-    bar.clear()
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(inputs), generator=g).split(args.batch_size):
+            loss, gradients = loss_and_gradients(inputs[rows], targets[rows], w)
+            clip(gradients, args.grad_clip)
+            for name in w:
+                w[name].grad = gradients[name]
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
+            optimizer.step()
+            step += 1
+            if not math.isfinite(loss):
+                raise utils.InputError(f"the loss became {loss} at step {step}; use a smaller --lr.")
+            utils.progress(step, steps, begun, f"loss {loss:.3f}", "windows", args.batch_size)
     seconds = time.perf_counter() - begun
 
     ## The two forecasts that anything learned has to beat.
@@ -368,7 +358,7 @@ def main() -> None:
         for name, error in check_against_pytorch().items():
             print(f"  {name:26} {error:.1e}")
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4))
+    figure, axes = utils.pyplot().subplots(1, 2, figsize=(12, 4.4))
     for name, norms in curves.items():
         axes[0].semilogy(norms.clamp(min=1e-30), label=name)
     axes[0].set(title=f"Gradient of one output by earlier states, untrained ({label})", xlabel="steps back",
@@ -378,10 +368,9 @@ def main() -> None:
         axes[1].plot(range(1, P + 1), error, style, label=name)
     axes[1].set(title=f"Test error by step ahead ({label})", xlabel="steps ahead", ylabel="mean squared error, scaled")
     axes[1].legend()
-    utils.save_figure(figure, args.out / "from_scratch.png")
+    utils.write_atomically(args.out / "from_scratch.png", figure.savefig)
     print(f"\nwrote {args.out / 'from_scratch.png'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for ETTh1.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

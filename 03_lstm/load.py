@@ -21,16 +21,15 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
+import utils
 
 # Shapes: N rows (hours), C channels (columns), B windows, T time steps looked back on (lookback), P predicted steps
-#         (horizon), S hidden states of the simulated transformer
+#         (horizon); the simulated transformer has 6 hidden states
 
 URLS = ["https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"]
 SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
@@ -46,7 +45,8 @@ class Table(NamedTuple):
     columns: list[str]
     dates: list[datetime]  # N of them, equally far apart
     name: str  # "etth1", "station" or the file's name
-    stand_in: bool  # True where station was named, or nothing was and the real set could not be had
+    source: str  # what read_series takes to read it again: one of SETS, or the file's path
+    stand_in: str = ""  # the series in whose place it stands, such as "ETTh1"
     ends: tuple[int, int, int] | None = None  # rows at which training, validation and test end; None: 60, 80, 100 %
 
 
@@ -59,9 +59,14 @@ class Data(NamedTuple):
     columns: list[str]
     dates: list[str]  # ISO, of all rows used: train, val, test in order, without repetition
     name: str
-    stand_in: bool
+    source: str
+    stand_in: str
     noise_floor: float | None  # station only: test MSE, scaled, of the best possible forecast over P steps
     period: int  # rows after which a pattern is expected to come back: 24 where a row is an hour
+
+    @property
+    def label(self) -> str:
+        return self.name + ", stand-in" * bool(self.stand_in)
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -78,7 +83,7 @@ NOISE = np.array([0.6, 0.25, 0.5, 0.2, 0.15, 0.06, 0.4])  # of each channel's me
 
 
 def station_equations() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A (S, S), how the states move on; Q (S, S), the covariance of w; G (S, C), how the channels read the states."""
+    """A (6, 6), how the states move on; Q (6, 6), the covariance of w; G (6, C), how the channels read the states."""
     decay = np.exp(-1 / MEMORY)
     ## Oil warms and cools slowly towards a temperature set by weather and load:
     ##     oil[t+1] = a oil[t] + (1 - a) (weather + HEATING * load)[t+1],    a = exp(-1 / OIL_MEMORY)
@@ -87,7 +92,7 @@ def station_equations() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A = np.zeros((6, 6))
     A[:5, :5] = np.diag(decay)
     A[5] = [*(pull * decay), a]
-    into = np.vstack([np.eye(5), pull])  # (S, 5): a fresh disturbance reaches the oil at once, by its share
+    into = np.vstack([np.eye(5), pull])  # (6, 5): a fresh disturbance reaches the oil at once, by its share
     ## A state of variance s^2 that keeps the share d of itself needs fresh variance s^2 (1 - d^2) to stay as it is.
     Q = into @ np.diag(SPREAD**2 * (1 - decay**2)) @ into.T
     G = np.zeros((6, 7))
@@ -101,7 +106,7 @@ def station_equations() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def station(n: int = 17_420, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[datetime]]:
-    """Simulate n hours: y (N, C) the measurements, known (N, C), x (N, S) the hidden states, and the dates."""
+    """Simulate n hours: y (N, C) the measurements, known (N, C), x (N, 6) the hidden states, and the dates."""
     rng = np.random.default_rng(seed)
     dates = [datetime(2016, 7, 1) + timedelta(hours=t) for t in range(n)]
     t = np.arange(n)
@@ -164,7 +169,7 @@ def oracle_errors(y: np.ndarray, known: np.ndarray, x: np.ndarray, starts: range
     A, _, G = station_equations()
     at, best, errors = np.arange(starts.start, starts.stop), x[starts.start : starts.stop], []
     for step in range(1, horizon + 1):
-        best = best @ A.T  # (B, S): the states expected one step further on
+        best = best @ A.T  # (B, 6): the states expected one step further on
         errors.append((((y - known)[at + step] - best @ G) ** 2).mean(0))
     return np.stack(errors)
 
@@ -241,7 +246,7 @@ def read_table(path: Path, name: str | None = None) -> Table:
             f"{', '.join(f'{column} {count:,}' for column, count in counts.items())}), the first in line "
             f"{missing[0][0]}, column {missing[0][1]}; fill them or cut them out."
         )
-    return Table(torch.from_numpy(values), columns, dates, name, False)
+    return Table(torch.from_numpy(values), columns, dates, name, str(path.resolve()))
 
 
 def is_number(cell: str) -> bool:
@@ -279,30 +284,39 @@ def check_dates(dates: list[datetime], lines: list[int], name: str) -> None:
         )
 
 
-def read_series(data: str | None = None) -> Table:
-    """Return all rows of `etth1`, `station` or a CSV file. None: ETTh1, and the stand-in where that is out of reach.
+def read_etth1() -> Table:
+    """Raises ConnectionError where it can't be downloaded, utils.InputError where the file there is another."""
+    path = utils.download(URLS, utils.DATA_DIR / "ETTh1.csv", SHA256)
+    return read_table(path, "etth1")._replace(ends=ENDS, source="etth1")
 
-    Raises utils.InputError for a path that is missing or a folder, for what read_table refuses, and for an ETTh1.csv
-    that is not the real one.
+
+def read_station() -> Table:
+    """The stand-in: the simulated transformer, the same each time."""
+    y, _, _, dates = station()
+    return Table(torch.from_numpy(y), COLUMNS, dates, "station", "station", "ETTh1", ENDS)
+
+
+SETS = {"etth1": read_etth1, "station": read_station}  # a series more is one function and one line
+
+
+def read_series(data: str | None = None) -> Table:
+    """All rows of one of SETS, or of a CSV file; None: ETTh1, and the stand-in where that is out of reach.
+
+    Raises ConnectionError where a series asked for by name can't be downloaded, and utils.InputError for a path that is
+    missing or a folder, and as read_table does.
     """
-    if data in (None, "etth1"):
+    if data is None:
         try:
-            return read_table(utils.download(URLS, utils.DATA_DIR / "ETTh1.csv", SHA256), "etth1")._replace(ends=ENDS)
+            return read_series("etth1")
         except ConnectionError as error:
-            if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data station to work offline.") from error
-            print(error)
-    if data in (None, "station"):
-        utils.notice("STAND-IN: this run uses `station`, a simulated electricity transformer.",
-                     "Its figures are not ETTh1's and can't be compared with them.")
-        y, _, _, dates = station()
-        return Table(torch.from_numpy(y), COLUMNS, dates, "station", True, ENDS)
-    path = Path(data)
-    if path.is_dir():
-        raise utils.InputError(f"--data {data} is a folder; give one CSV file.")
-    if not path.is_file():
-        raise utils.InputError(f"--data {data}: no such file; give a CSV file, etth1 or station.")
-    return read_table(path)
+            print(f"{error} Working offline with --data station.")
+            return read_series("station")
+    if data not in SETS and not Path(data).is_file():
+        what = "is a folder; give one CSV file" if Path(data).is_dir() else "does not exist; give a CSV file"
+        raise utils.InputError(f"{data} {what}, or one of {', '.join(SETS)}.")
+    table = SETS[data]() if data in SETS else read_table(Path(data))
+    utils.stand_in_notice(table.name, table.stand_in)
+    return table
 
 
 # ---------------------------------------------------------------------------------------------- series to tensors
@@ -331,7 +345,7 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
     ## origins, Tashman 2000). And the test part stays out of it.
     """
     if earlier < 0:
-        raise utils.InputError(f"--earlier {earlier} must be at least 0.")
+        raise utils.InputError(f"earlier {earlier} must be at least 0.")
     train_end, val_end, test_end = (end - earlier for end in split(table))
     N_train, N_val, N_test = train_end, val_end - train_end, test_end - val_end
     if N_train < lookback + horizon or min(N_val, N_test) < horizon:
@@ -360,7 +374,7 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
     return Data(
         train=scaled[:train_end], val=scaled[train_end - lookback : val_end], test=scaled[val_end - lookback :],
         mean=mean, std=std, columns=table.columns, dates=[str(date) for date in table.dates[:test_end]],
-        name=table.name, stand_in=table.stand_in, period=period(table.dates),
+        name=table.name, source=table.source, stand_in=table.stand_in, period=period(table.dates),
         noise_floor=(noise_floor(horizon, std.numpy()).mean().item()
                      if table.stand_in and not earlier else None),
     )
@@ -414,7 +428,7 @@ def draw_series(table: Table, label: str, day: int, path: Path) -> None:
     """A day, a week and all of it (one mean per day), with the split. day: rows in a day, or what stands for one."""
     train_end, val_end, test_end = split(table)
     few, names = table.values[:, -7:], table.columns[-7:]
-    figure, axes = plt.subplots(3, 1, figsize=(11, 9))
+    figure, axes = utils.pyplot().subplots(3, 1, figsize=(11, 9))
     start = next((i for i, date in enumerate(table.dates) if date.weekday() == 0), 0)  # a Monday
     for a, n in ((axes[0], day), (axes[1], 7 * day)):
         rows = slice(start, start + n + 1)
@@ -430,25 +444,25 @@ def draw_series(table: Table, label: str, day: int, path: Path) -> None:
     axes[2].axvline(table.dates[test_end - 1], color="black", ls="--", lw=0.8)
     axes[0].legend(ncols=7, fontsize=8)
     figure.tight_layout()
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def draw_autocorrelation(r: Tensor, data: Data, label: str, path: Path) -> None:
     """r (lags + 1, C)."""
-    figure, axes = plt.subplots(figsize=(11, 4))
+    figure, axes = utils.pyplot().subplots(figsize=(11, 4))
     axes.plot(r[:, -7:], label=data.columns[-7:])
     for lag in range(data.period, len(r), data.period):
         axes.axvline(lag, color="black", lw=0.4, ls=":")
     axes.set(title=f"Autocorrelation of the training rows ({label}); dotted: every {data.period} rows",
              xlabel="lag (rows)", ylabel="correlation")
     axes.legend(ncols=7, fontsize=8)
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def draw_window(x: Tensor, y: Tensor, data: Data, label: str, path: Path) -> None:
     """One window: x (T, C) and y (P, C)."""
     T, P, shown = len(x), len(y), range(len(data.columns))[-7:]
-    figure, axes = plt.subplots(len(shown), 1, figsize=(11, 1 + len(shown)), sharex=True, squeeze=False)
+    figure, axes = utils.pyplot().subplots(len(shown), 1, figsize=(11, 1 + len(shown)), sharex=True, squeeze=False)
     for a, j in zip(axes[:, 0], shown):
         a.plot(range(1 - T, 1), x[:, j], lw=0.9)
         a.plot(range(1, P + 1), y[:, j], lw=0.9)
@@ -456,25 +470,21 @@ def draw_window(x: Tensor, y: Tensor, data: Data, label: str, path: Path) -> Non
         a.set_ylabel(data.columns[j])
     axes[0, 0].set_title(f"One training window, scaled ({label}): from the white part a model has to tell the grey one")
     axes[-1, 0].set_xlabel("rows from now")
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "seed")
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file, of which 60 / 20 / 20 %% train, validate and test; without it "
         "ETTh1, or station if that is out of reach")
-    add("--lookback", type=int, default=336, help="rows that a forecast may look back on")
-    add("--horizon", type=int, default=96, help="rows to forecast")
-    add("--seed", type=int, default=0, help="which training window is shown")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the plots")
-    args = parser.parse_args()
-    utils.check(args, above_zero="lookback horizon")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
+    add("--lookback", type=utils.count, default=336, help="rows that a forecast may look back on")
+    add("--horizon", type=utils.count, default=96, help="rows to forecast")
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
     table = read_series(args.data)
     data = prepare(table, args.lookback, args.horizon)
-    label = data.name + ", stand-in" * data.stand_in
+    label = data.label
     train_end, val_end, test_end = split(table)
 
     print(f"{label}: {len(table.values):,} rows of {len(data.columns)} channels, one row per "
@@ -522,8 +532,7 @@ def main() -> None:
     draw_autocorrelation(r, data, label, args.out / "autocorrelation.png")
     draw_window(inputs[i], targets[i], data, label, args.out / "window.png")
     print(f"\nwrote series.png, autocorrelation.png and window.png to {args.out}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for ETTh1.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from collections.abc import Callable
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from load import Table, autocorrelation, noise_floor, prepare, read_series, split, windows  # noqa: E402
-from train import load_forecaster, repeat_last, same_hour_yesterday, set_dtype  # noqa: E402
+import utils
+from load import Table, autocorrelation, noise_floor, prepare, read_series, split, windows
+from train import load_forecaster, repeat_last, same_hour_yesterday
 
 # Shapes: B windows, T time steps looked back on, C channels, P predicted steps, N rows
 
@@ -43,7 +42,7 @@ def predict(forecast: Callable[[Tensor], Tensor], part: Tensor, lookback: int, h
     return torch.cat([forecast(x).cpu() for x in inputs.split(256)]), targets.cpu()
 
 
-def measure(y: Tensor, truth: Tensor) -> dict[str, float]:
+def evaluate(y: Tensor, truth: Tensor) -> dict[str, float]:
     """The usual error measures of forecasts y against the truth, both of one shape.
 
     ##     MSE  = mean (y - truth)^2       an error of 2 counts four times an error of 1
@@ -83,7 +82,7 @@ def write_csv(path: Path, columns: list[str], dates: list[datetime], y: Tensor) 
     rows.writerow(["date", *columns])
     rows.writerows([date.date() if whole_days else date, *(f"{value:.6g}" for value in row)]
                    for date, row in zip(dates, y.tolist()))
-    utils.write_atomically(path, text.getvalue().encode())
+    utils.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -96,13 +95,13 @@ def draw_forecasts(test: Tensor, y: Tensor, lookback: int, chosen: list[int], ch
     P = y.shape[1]
     shown = min(lookback, 2 * P)
     inputs, truth = windows(test, lookback, P)
-    figure, axes = plt.subplots(len(chosen), len(channels), figsize=(5.5 * len(channels), 2.3 * len(chosen)),
-                                squeeze=False, sharex=True)
+    figure, axes = utils.pyplot().subplots(len(chosen), len(channels), figsize=(5.5 * len(channels), 2.3 * len(chosen)),
+                                           squeeze=False, sharex=True)
     for row, i in zip(axes, chosen):
         for a, j in zip(row, channels):
             a.plot(range(1 - shown, 1), inputs[i, -shown:, j], color="black", lw=0.9, label="input")
-            a.plot(range(1, P + 1), truth[i, :, j], color=utils.COLORS[0], lw=0.9, label="truth")
-            a.plot(range(1, P + 1), y[i, :, j], color=utils.COLORS[1], lw=1.5, label="forecast")
+            a.plot(range(1, P + 1), truth[i, :, j], color="C0", lw=0.9, label="truth")
+            a.plot(range(1, P + 1), y[i, :, j], color="C1", lw=1.5, label="forecast")
             mse = (y[i, :, j] - truth[i, :, j]).square().mean()
             a.set_title(f"{columns[j]}, window {i}: MSE {mse:.2f}", fontsize=9)
     for a in axes[-1]:
@@ -110,27 +109,27 @@ def draw_forecasts(test: Tensor, y: Tensor, lookback: int, chosen: list[int], ch
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper right", ncols=3, fontsize=8)
     figure.suptitle(f"{title}, test, scaled", x=0.4, y=1.0)
     figure.tight_layout()
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def draw_steps(errors: dict[str, Tensor], title: str, path: Path) -> None:
     """errors: name -> mean squared error by step (P,)."""
-    figure, axes = plt.subplots(figsize=(8, 4.2))
+    figure, axes = utils.pyplot().subplots(figsize=(8, 4.2))
     for (name, error), style in zip(errors.items(), ("-", ":", "--", "-.")):
         axes.plot(range(1, len(error) + 1), error, style, label=name)
     highest = max(error.max().item() for error in errors.values())
     axes.set(title=f"{title}: error by step ahead (test)", xlabel="steps ahead", ylabel="MSE, scaled",
              ylim=(0, 1.25 * highest))  # room for the legend
     axes.legend(loc="upper center", ncols=2, fontsize=8)
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def draw_residuals(residuals: Tensor, r: Tensor, period: int, columns: list[str], title: str, path: Path) -> None:
     """residuals (B, P, C) = truth - forecast, scaled; r (lags + 1, C), autocorrelation of those one step ahead."""
     P = residuals.shape[1]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    figure, axes = utils.pyplot().subplots(1, 3, figsize=(15, 4.2))
     edges = torch.linspace(-4, 4, 81)
-    for step, color in zip(dict.fromkeys((1, (P + 1) // 2, P)), utils.COLORS):
+    for step, color in zip(dict.fromkeys((1, (P + 1) // 2, P)), ("C0", "C1", "C2")):
         e = residuals[:, step - 1].flatten()
         mean, std = e.mean().item(), e.std().item()
         axes[0].stairs(torch.histogram(e, edges, density=True).hist, edges, color=color,
@@ -149,50 +148,46 @@ def draw_residuals(residuals: Tensor, r: Tensor, period: int, columns: list[str]
     axes[2].set(title="Mean residual by step (bias)", xlabel="steps ahead", ylabel="truth - forecast, scaled")
     figure.suptitle(f"{title}, test", y=1.0)
     figure.tight_layout()
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def draw_future(table: Table, dates: list[datetime], y: Tensor, channels: list[int], title: str, path: Path) -> None:
     """The end of the file and, beyond it, the forecast y (P, C)."""
-    figure, axes = plt.subplots(len(channels), 1, figsize=(10, 2.3 * len(channels)), squeeze=False, sharex=True)
+    figure, axes = utils.pyplot().subplots(len(channels), 1, figsize=(10, 2.3 * len(channels)), squeeze=False,
+                                           sharex=True)
     shown = 2 * len(y)
     for a, j in zip(axes[:, 0], channels):
         a.plot(table.dates[-shown:], table.values[-shown:, j], color="black", lw=0.9, label="measured")
-        a.plot(dates, y[:, j], color=utils.COLORS[1], label="forecast")
+        a.plot(dates, y[:, j], color="C1", label="forecast")
         a.set_ylabel(table.columns[j])
     axes[0, 0].legend(fontsize=8)
     axes[0, 0].set_title(f"{title}: beyond the end of the file")
-    utils.save_figure(figure, path)
+    utils.write_atomically(path, figure.savefig)
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__, "device")
     add = parser.add_argument
     add("--data", help="etth1, station or a CSV file; without it, what the model was trained on")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--windows", type=int, nargs="+", help="test windows to draw, from 0; without it three, evenly spread")
     add("--channels", nargs="+", help="columns to draw; without it the first and the last")
-    folder = Path(__file__).parent / "outputs"
-    add("--model", type=Path, default=folder / "model.pt", help="what train.py wrote")
-    add("--out", type=Path, default=folder, help="folder for the forecast and the plots")
-    args = parser.parse_args()
-    utils.check_writable(args.out)
-    device = utils.pick_device(args.device)
+    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
+    args = utils.parse_args(parser)
+    device = args.device
     model, saved = load_forecaster(args.model, device)
-    set_dtype(model, saved["dtype"])
     T, P, columns = saved["lookback"], saved["horizon"], saved["columns"]
     table = read_series(args.data or saved["source"])
-    if saved["stand_in"] and not table.stand_in:
-        utils.notice(f"STAND-IN: this model was trained on {saved['data']}, and not on {table.name}.")
+    if not table.stand_in:  # else read_series says so
+        utils.stand_in_notice(saved["data"], saved["stand_in"])
     if table.columns != columns:
         raise utils.InputError(f"{table.name} has the columns {', '.join(table.columns)}, but the model knows "
                                f"{', '.join(columns)}; give a file that has those, in that order.")
     if unknown := [column for column in args.channels or () if column not in columns]:
         raise utils.InputError(f"--channels {unknown[0]}: there is {', '.join(columns)}.")
     period = prepare(table, T, P, saved["earlier"]).period  # and the checks that go with it
-    label = table.name + ", stand-in" * table.stand_in
+    label = table.name + ", stand-in" * bool(table.stand_in)
     if table.name != saved["data"]:
-        label += f", trained on {Path(saved['data']).name}" + ", stand-in" * saved["stand_in"]
+        label += f", trained on {Path(saved['data']).name}" + ", stand-in" * bool(saved["stand_in"])
     if saved["earlier"]:
         label += f", {saved['earlier']:,} rows earlier"
     title = f"{saved['kind']}, {P} rows ahead, {label}"
@@ -212,10 +207,10 @@ def main() -> None:
     print(f"{title}: {B:,} test windows\n{'':12}{'scaled:':>9}{'':27}{'units of the file:':>20}")
     print(f"{'channel':12}{'MSE':>9}{'RMSE':>9}{'MAE':>9}{'R2':>9}{'RMSE':>11}{'MAE':>9}")
     for j, column in enumerate(columns):
-        figures = measure(y[..., j], truth[..., j])
+        figures = evaluate(y[..., j], truth[..., j])
         print(f"{column:12.12}" + "".join(f"{value:9.3f}" for value in figures.values())
               + f"{figures['RMSE'] * std[j]:11.3g}{figures['MAE'] * std[j]:9.3g}")
-    print(f"{'all':12}" + "".join(f"{value:9.3f}" for value in measure(y, truth).values()))
+    print(f"{'all':12}" + "".join(f"{value:9.3f}" for value in evaluate(y, truth).values()))
 
     # where and when it is wrong
     forecasts = {saved["kind"]: y, "repeat last": predict(lambda x: repeat_last(x, P), test, T, P)[0]}
@@ -251,8 +246,7 @@ def main() -> None:
     draw_residuals(residuals, r, period, columns, title, args.out / "residuals.png")
     draw_future(table, dates, ahead, channels, title, args.out / "future.png")
     print(f"wrote forecast.csv, forecasts.png, steps.png, residuals.png and future.png to {args.out}")
-    if table.stand_in or saved["stand_in"]:
-        utils.notice(f"STAND-IN: these figures are for {label}, not for a model of ETTh1.")
+    utils.stand_in_notice(saved["data"], saved["stand_in"] or table.stand_in)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 A "season" is train.py's --earlier: all parts of ETTh1 end so many rows earlier; the five lie a month apart. A candidate
 is the mean of one or two nets and one line; its score the geometric mean of its validation MSE over seasons and
-horizons. 03_lstm/train.py tells above its MODELS what came out. pytest does not collect this file.
+horizons. 03_lstm/README.md tells what came out. pytest does not collect this file.
 """
 
 import argparse
@@ -28,31 +28,33 @@ GROUPS = [({"revin": {"norm": "revin"}, "last": {"norm": "last"}}, "trained line
 EXACT = "exact line"
 
 
+class Members(nn.Module):
+    """Nets and lines that train.fit trains side by side, each by itself; as a forecaster, their mean."""
+
+    def __init__(self, nets: list[nn.Module]):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([net(x) for net in self.nets]).mean(0)
+
+
 def members(horizon: int, earlier: int) -> tuple[dict[str, nn.Module], load.Data]:
     """Every net and line by name, trained on one season for one horizon, and that season's data."""
-    T, batch = RECIPE["lookback"], RECIPE["batch_size"]
+    T = RECIPE["lookback"]
     data = load.load_data("etth1", T, horizon, earlier)
-    inputs, targets = load.windows(data.train, T, horizon)
-    steps = EPOCHS * math.ceil(len(inputs) / batch)
     found = {EXACT: train.NLinear(train.LINEAR_LOOKBACK, horizon).fit(data.train)}
     for nets, line, loss_name in GROUPS:
-        utils.set_seed(0)
-        base = {"channels": inputs.shape[2], "lookback": T, "horizon": horizon, "segment": RECIPE["segment"],
+        torch.manual_seed(0)
+        base = {"channels": len(data.columns), "lookback": T, "horizon": horizon, "segment": RECIPE["segment"],
                 "hidden": RECIPE["hidden"], "dropout": RECIPE["dropout"]}
-        group = nn.ModuleList([train.SegmentGRU(**(base | change)) for change in nets.values()])
-        if line:
-            group.append(experiment.Line(T, horizon))
-        train.set_dtype(group, str(utils.pick_dtype(torch.device("cpu"))).removeprefix("torch."))
-        optimizer = torch.optim.AdamW(group.parameters(), lr=RECIPE["lr"], weight_decay=0.0, fused=True)
-        for step, rows in zip(range(steps), train.batches(len(inputs), batch, 0)):
-            optimizer.param_groups[0]["lr"] = RECIPE["lr"] * train.schedule(step, steps)
-            error = torch.stack([member(inputs[rows]) for member in group]) - targets[rows]
-            optimizer.zero_grad()
-            (error.abs() if loss_name == "mae" else error.square()).mean((1, 2, 3)).sum().backward()
-            for member in group:
-                nn.utils.clip_grad_norm_(member.parameters(), 1.0)
-            optimizer.step()
-        found |= dict(zip([*nets, line] if line else nets, group.eval()))
+        group = [train.SegmentGRU(**(base | change)) for change in nets.values()]
+        group = Members(group + ([experiment.Line(T, horizon)] if line else []))
+        train.set_dtype(group, utils.pick_dtype(torch.device("cpu")))
+        for _ in train.fit(group, data.train, data.val, T, horizon, EPOCHS, RECIPE["batch_size"], RECIPE["lr"], 0,
+                           loss_name):
+            pass
+        found |= dict(zip([*nets, line] if line else nets, group.eval().nets))
     return found, data
 
 
@@ -71,7 +73,6 @@ def main() -> None:
     parser.add_argument("--horizons", type=int, nargs="+", default=[96, 192, 336, 720])
     parser.add_argument("--seasons", type=int, nargs="+", default=[0, 720, 1440, 2160, 2880])
     args = parser.parse_args()
-    utils.keep_memory()
     parts = []
     for horizon, earlier in itertools.product(args.horizons, args.seasons):
         found, data = members(horizon, earlier)

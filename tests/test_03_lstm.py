@@ -3,22 +3,18 @@
 import itertools
 import json
 import math
+import subprocess
 import sys
 from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL, ROOT, chapter, run_script
+from conftest import REAL, ROOT, call_main, chapter, refusal
 
 import utils
 
 load, from_scratch, train, load_model = chapter("03_lstm", "load", "from_scratch", "train", "load_model")
-FOLDER = ROOT / "03_lstm"
-
-
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +58,7 @@ def test_the_split_is_that_of_the_papers(station, lookback, horizon):
 def test_etth1_itself(monkeypatch):
     monkeypatch.setattr(utils, "DATA_DIR", REAL)
     data = load.load_data(None, 336, 96)
-    assert (data.name, data.stand_in, data.noise_floor, data.period) == ("etth1", False, None, 24)
+    assert (data.name, data.stand_in, data.noise_floor, data.period) == ("etth1", "", None, 24)
     assert data.columns == load.COLUMNS == (REAL / "ETTh1.csv").read_text().splitlines()[0].split(",")[1:]
     raw = np.loadtxt(REAL / "ETTh1.csv", delimiter=",", skiprows=1, usecols=range(1, 8))
     assert raw.shape == (17420, 7)
@@ -185,7 +181,7 @@ def test_stand_in_only_where_the_real_set_is_out_of_reach(tmp_path, monkeypatch,
     monkeypatch.setattr(load, "URLS", ["http://127.0.0.1:9/ETTh1.csv"])
     found = load.read_series(None)
     assert found.name == "station" and found.stand_in and "STAND-IN" in capsys.readouterr().out
-    with pytest.raises(utils.InputError, match="--data station"):
+    with pytest.raises(ConnectionError, match="etth1|ETTh1"):
         load.read_series("etth1")
     (tmp_path / "ETTh1.csv").write_text("corrupt")
     with pytest.raises(utils.InputError, match="not the expected file"):
@@ -200,7 +196,7 @@ def test_a_good_file(tmp_path, end):
     path = write(tmp_path / "x.csv", ("\ufeff" + end.join(lines) + end * 3).encode())
     data = load.load_data(path, 20, 10)
     assert [len(data.train), len(data.val), len(data.test)] == [120, 20 + 40, 20 + 40]
-    assert (data.name, data.stand_in, data.noise_floor, data.period) == ("x.csv", False, None, 7)
+    assert (data.name, data.stand_in, data.noise_floor, data.period) == ("x.csv", "", None, 7)
     assert data.columns == ["a", "b"] and data.dates[199] == "2020-07-18 00:00:00"
     torch.testing.assert_close(data.train[:, 1].double() * data.std[1] + data.mean[1],
                                torch.arange(120).double() * 0.5,
@@ -303,7 +299,7 @@ def test_earlier_moves_all_parts_and_fits_the_scaler_anew(tmp_path):
     expected = both[len(then.train) - 20 : len(then.train) - 20 + len(then.val)]
     assert torch.allclose(unscale(then, then.val), expected, atol=1e-3)
     assert then.train.mean(0).abs().max() < 1e-5 and len(then.dates) == len(now.dates) - 40
-    for earlier, words in ((-1, "--earlier -1"), (110, "too few"), (500, "0 / 40 / 40")):
+    for earlier, words in ((-1, "earlier -1"), (110, "too few"), (500, "0 / 40 / 40")):
         with pytest.raises(utils.InputError, match=words):
             load.load_data(path, 20, 10, earlier=earlier)
 
@@ -318,7 +314,7 @@ def test_every_part_must_hold_a_window(tmp_path):
 def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(utils.InputError, match="is a folder"):
         load.read_series(str(tmp_path))
-    with pytest.raises(utils.InputError, match="no such file"):
+    with pytest.raises(utils.InputError, match="does not exist"):
         load.read_series(str(tmp_path / "none.csv"))
 
 
@@ -415,21 +411,12 @@ def test_plain_gradients_vanish_or_explode_and_open_forget_gates_keep_them(stati
 
 
 # ---------------------------------------------------------------------------------------------- load_model.py
-def main(module, monkeypatch, capsys, *options):
-    """What a script prints, without the seconds that a process of its own needs."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, options)])
-    module.main()
-    return capsys.readouterr().out
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a small run of train.py on station: 48 hours -> 24 hours."""
     folder = tmp_path_factory.mktemp("trained")
     options = "--data station --model lstm --lookback 48 --horizon 24 --hidden 8 --epochs 1 --batch-size 512"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *options.split(), "--device", "cpu", "--out", str(folder)])
-        train.main()
+    call_main(train, *options.split(), "--device", "cpu", "--out", folder)
     return folder
 
 
@@ -439,7 +426,7 @@ def test_measures_against_scikit_learn():
     truth = torch.randn(50, 6, generator=g).cumsum(0)
     for noise in (0.3, 9.0):  # the second is worse than the mean
         y = truth + noise * torch.randn(50, 6, generator=g)
-        found, a, b = load_model.measure(y, truth), truth.flatten().numpy(), y.flatten().numpy()
+        found, a, b = load_model.evaluate(y, truth), truth.flatten().numpy(), y.flatten().numpy()
         assert found["MSE"] == pytest.approx(metrics.mean_squared_error(a, b), rel=1e-5)
         assert found["RMSE"] == pytest.approx(metrics.mean_squared_error(a, b) ** 0.5, rel=1e-5)
         assert found["MAE"] == pytest.approx(metrics.mean_absolute_error(a, b), rel=1e-5)
@@ -456,25 +443,26 @@ def test_predictions_are_those_that_train_evaluated(trained, station):
         torch.testing.assert_close(y[1000], model(data.test[None, 1000:1048])[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(truth[1000], data.test[1048:1072])
     figures = json.loads((trained / "metrics.json").read_text())["metrics"]
-    ours = load_model.measure(y, truth)
+    ours = load_model.evaluate(y, truth)
     for name in ("mse", "mae", "rmse", "r2"):
         assert ours[name.upper()] == pytest.approx(figures[f"test_{name}"], rel=1e-4)
 
 
-def test_a_model_of_earlier_rows_is_judged_by_the_test_part_it_had(tmp_path, monkeypatch, capsys):
+def test_a_model_of_earlier_rows_is_judged_by_the_test_part_it_had(tmp_path):
     options = "--model lstm --lookback 12 --horizon 4 --hidden 4 --epochs 1 --earlier 60 --device cpu".split()
-    main(train, monkeypatch, capsys, "--data", write(tmp_path / "x.csv", table(400)), *options, "--out", tmp_path / "o")
-    out = main(load_model, monkeypatch, capsys, "--model", tmp_path / "o" / "model.pt", "--out", tmp_path, "--device",
+    call_main(train, "--data", write(tmp_path / "x.csv", table(400)), *options, "--out", tmp_path / "o")
+    out = call_main(load_model, "--model", tmp_path / "o" / "model.pt", "--out", tmp_path, "--device",
                "cpu")
     figures = json.loads((tmp_path / "o" / "metrics.json").read_text())["metrics"]
     whole, = (line.split() for line in out.splitlines() if line.startswith("all "))
     assert "60 rows earlier" in out and float(whole[1]) == pytest.approx(figures["test_mse"], abs=6e-4)
 
 
-def test_what_is_drawn_is_the_windows_that_were_chosen(trained, station, tmp_path, monkeypatch, capsys):
+def test_what_is_drawn_is_the_windows_that_were_chosen(trained, station, tmp_path, monkeypatch):
     figures = {}
-    monkeypatch.setattr(utils, "save_figure", lambda figure, path: figures.update({path.name: figure}))
-    main(load_model, monkeypatch, capsys, "--model", trained / "model.pt", "--out", tmp_path, "--device", "cpu",
+    monkeypatch.setattr(utils, "write_atomically", lambda path, write, *content: figures.update(
+        {path.name: getattr(write, "__self__", None)}))
+    call_main(load_model, "--model", trained / "model.pt", "--out", tmp_path, "--device", "cpu",
          "--windows", 7, 900, "--channels", "MUFL", "OT")
     model, data = train.load_forecaster(trained / "model.pt")[0], load.prepare(station, 48, 24)
     for axes, (i, j) in zip(figures["forecasts.png"].axes, itertools.product((7, 900), (2, 6)), strict=True):
@@ -491,14 +479,14 @@ def test_what_is_drawn_is_the_windows_that_were_chosen(trained, station, tmp_pat
     assert len(ahead.get_ydata()) == 24 and ahead.get_xdata()[0] == station.dates[-1] + timedelta(hours=1)
 
 
-def test_forecast_goes_on_where_the_file_ends_scaled_by_the_checkpoint(trained, station, tmp_path, monkeypatch, capsys):
+def test_forecast_goes_on_where_the_file_ends_scaled_by_the_checkpoint(trained, station, tmp_path):
     """On a file of another length, so of another scaler; and what is written can be appended to the file."""
     rows = zip(station.dates[:1000], station.values[:1000].tolist())
     lines = ["date," + ",".join(station.columns), *(",".join([str(date), *map(repr, row)]) for date, row in rows)]
     path = write(tmp_path / "mine.csv", lines + [""])
-    out = main(load_model, monkeypatch, capsys, "--model", trained / "model.pt", "--data", path, "--out", tmp_path,
+    out = call_main(load_model, "--model", trained / "model.pt", "--data", path, "--out", tmp_path,
                "--device", "cpu", "--windows", 0, 176, "--channels", "LUFL")
-    assert "mine.csv, trained on station, stand-in" in out and "and not on mine.csv" in out
+    assert "mine.csv, trained on station, stand-in" in out and "this run uses station in place of ETTh1" in out
     model, saved = train.load_forecaster(trained / "model.pt")
     mean, std = torch.tensor(saved["mean"]).double(), torch.tensor(saved["std"]).double()
     with torch.no_grad():
@@ -532,9 +520,9 @@ def test_the_future_is_made_of_the_last_rows_alone(station):
     assert dates[0] - station.dates[-1] == timedelta(hours=1) and len(dates) == 3
 
 
-def test_load_model_as_a_script(trained, station, tmp_path, monkeypatch, capsys):
+def test_load_model_as_a_script(trained, station, tmp_path):
     options = ("--model", trained / "model.pt", "--device", "cpu", "--out", tmp_path)
-    out = main(load_model, monkeypatch, capsys, *options)
+    out = call_main(load_model, *options)
     mse = json.loads((trained / "metrics.json").read_text())["metrics"]["test_mse"]
     everything = next(line for line in out.splitlines() if line.startswith("all "))
     assert float(everything.split()[1]) == pytest.approx(mse, abs=6e-4) and "STAND-IN" in out
@@ -554,39 +542,38 @@ def test_load_model_as_a_script(trained, station, tmp_path, monkeypatch, capsys)
                           (("--channels", "OT", "XY"), "--channels XY: there is HUFL"),
                           (("--data", write(tmp_path / "x.csv", table())), "columns a, b, but the model knows HUFL")):
         with pytest.raises(utils.InputError, match=message):
-            main(load_model, monkeypatch, capsys, *options, *more)
+            call_main(load_model, *options, *more)
 
 
-def test_models_that_are_none(trained, tmp_path, monkeypatch, capsys):
-    assert "make it with: python 03_lstm/train.py" in run("load_model.py", "--model", tmp_path / "no.pt", "--out",
-                                                          tmp_path, code=1)
+def test_models_that_are_none(trained, tmp_path):
+    assert "python 03_lstm/train.py" in refusal(load_model, "--model", tmp_path / "no.pt", "--out", tmp_path)
     saved = utils.load_checkpoint(trained / "model.pt", train.SCRIPT)
     older = {name: value for name, value in saved.items() if name != "earlier"}  # of before --earlier was kept
-    utils.save_checkpoint(tmp_path / "older.pt", older | {"mean": torch.tensor(saved["mean"])})
-    main(load_model, monkeypatch, capsys, "--model", tmp_path / "older.pt", "--out", tmp_path)
+    utils.write_atomically(tmp_path / "older.pt", torch.save, older | {"mean": torch.tensor(saved["mean"])})
+    call_main(load_model, "--model", tmp_path / "older.pt", "--out", tmp_path)
     for change in ({"kind": "other"}, {"config": saved["config"] | {"hidden": 9}}, {"config": {}}):
-        utils.save_checkpoint(tmp_path / "model.pt", saved | change)
-        with pytest.raises(utils.InputError, match="make a new one with"):
-            main(load_model, monkeypatch, capsys, "--model", tmp_path / "model.pt", "--out", tmp_path)
+        utils.write_atomically(tmp_path / "model.pt", torch.save, saved | change)
+        with pytest.raises(utils.InputError, match="another version of the model"):
+            call_main(load_model, "--model", tmp_path / "model.pt", "--out", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- the scripts
-def test_load_as_a_script(tmp_path, monkeypatch, capsys):
-    out = main(load, monkeypatch, capsys, "--data", "station", "--out", tmp_path)
+def test_load_as_a_script(tmp_path):
+    out = call_main(load, "--data", "station", "--out", tmp_path)
     assert out.count("STAND-IN") == 2 and "noise floor" in out and "2,785" in out
     for name in ("series.png", "autocorrelation.png", "window.png"):
         assert (tmp_path / name).stat().st_size > 20_000
     path = write(tmp_path / "one.csv", [line.rsplit(",", 1)[0] for line in table(200, timedelta(hours=5))])
     options = ("--data", path, "--lookback", 20, "--horizon", 5, "--out", tmp_path)
-    assert "every 1 rows" in main(load, monkeypatch, capsys, *options)
+    assert "every 1 rows" in call_main(load, *options)
     path = write(tmp_path / "bad.csv", BAD["text"][0])
-    assert "column 'b'" in run("load.py", "--data", path, "--out", tmp_path, code=1)
+    assert "column 'b'" in refusal(load, "--data", path, "--out", tmp_path)
 
 
 def test_from_scratch_as_a_script(tmp_path):
     options = ("--data", "station", "--lookback", 24, "--horizon", 12, "--hidden", 16, "--epochs", 1,
                "--batch-size", 128)
-    out = run("from_scratch.py", *options, "--out", tmp_path)
+    out = call_main(from_scratch, *options, "--out", tmp_path)
     figures = {line[:28].strip(): [float(v) for v in line[28:].split()[:2] if "." in v] for line in out.splitlines()
                if line.startswith(("repeat last", "LSTM by hand", "the best possible"))}
     assert figures["LSTM by hand"][0] < 0.8 * figures["repeat last"][0]  # it has learned
@@ -594,7 +581,25 @@ def test_from_scratch_as_a_script(tmp_path):
     assert "LSTM, backward" in out and (tmp_path / "from_scratch.png").stat().st_size > 20_000
 
 
-def test_from_scratch_refuses_what_makes_no_sense(tmp_path, monkeypatch, capsys):
+def test_from_scratch_refuses_what_makes_no_sense(tmp_path):
     for option, value in (("--lookback", 0), ("--lr", -1), ("--seed", -1)):
-        with pytest.raises(utils.InputError, match=f"{option} {value}"):
-            main(from_scratch, monkeypatch, capsys, option, value, "--out", tmp_path)
+        assert f"argument {option}: {value}" in refusal(from_scratch, option, value, "--out", tmp_path)
+
+
+def test_the_forecasters_come_alone():
+    """Another program takes SegmentGRU: nothing that parses options, fetches or draws comes along."""
+    program = f"""if True:
+        import sys, torch
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "03_lstm")!r}]
+        loud = "argparse", "requests", "matplotlib"
+        for name in list(sys.modules):
+            if name.split(".")[0] in loud:
+                del sys.modules[name]
+        threads, state = torch.get_num_threads(), torch.get_rng_state()
+        import load_model, train
+        assert not [name for name in sys.modules if name.split(".")[0] in loud]
+        assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+        net = train.SegmentGRU(channels=3, lookback=48, horizon=20, segment=12, hidden=16, dropout=0.0, norm="last")
+        assert net(torch.zeros(2, 48, 3)).shape == (2, 20, 3)
+        """
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -3,53 +3,22 @@
 import json
 import math
 import re
-import signal
-import subprocess
-import sys
-import time
 from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import REAL, ROOT, chapter, run_script
+from conftest import REAL, call_main, chapter, refusal
 
 import utils
 
 load, train, experiment = chapter("03_lstm", "load", "train", "experiment")
-FOLDER = ROOT / "03_lstm"
 T, P, C = 48, 20, 3
 SEGMENT = dict(channels=C, lookback=T, horizon=P, segment=12, hidden=16, dropout=0.0, norms=["last", "revin"],
                linear=True)
 SMALL = ["--horizon", "24", "--lookback", "48", "--segment", "24", "--hidden", "16", "--batch-size", "64",
          "--lr", "0.01", "--device", "cpu"]
-
-
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
-
-
-@pytest.fixture
-def inside(monkeypatch, capsys):
-    """Like `run`, in this process: it spares the seconds that importing torch takes."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(script, *options, code=0):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-        error = None
-        try:
-            utils.run({"train.py": train, "experiment.py": experiment}[script].main)
-        except SystemExit as stop:
-            error = str(stop.code)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        assert (error is not None) == bool(code), error
-        assert not code or error.startswith("error: ") and "\n" not in error
-        return capsys.readouterr().out + (error or "")
-
-    return call
 
 
 def small(kind, **changes):
@@ -195,7 +164,7 @@ def test_the_forecast_of_segments_is_the_mean_of_its_members():
     model = small("segment").eval()
     x = torch.randn(4, T, C)
     model.line.fit(torch.randn(300, C).cumsum(0))
-    assert len(model.nets) == 2 and model.trained(x).shape == (2, 4, P, C)
+    assert len(model.nets) == 2
     torch.testing.assert_close(model(x), (model.nets[0](x) + model.nets[1](x) + model.line(x)) / 3)
     alone = small("segment", norms=["last"], linear=False).eval()
     torch.testing.assert_close(alone(x), alone.nets[0](x))
@@ -206,7 +175,7 @@ def test_the_line_is_solved_before_training_saved_with_the_model_and_never_train
     model.line.fit(torch.randn(300, C).cumsum(0))
     solved = model.line.weight.clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model.trained(torch.randn(4, T, C)).square().mean().backward()
+    model(torch.randn(4, T, C)).square().mean().backward()
     optimizer.step()
     assert torch.equal(model.line.weight, solved) and solved.abs().max() > 0
     other = small("segment")
@@ -218,7 +187,7 @@ def test_segment_in_bfloat16_is_close_to_float32():
     model = small("segment", hidden=64).eval()
     x = torch.randn(4, T, C)
     exact = model(x)
-    train.set_dtype(model, "bfloat16")
+    train.set_dtype(model, torch.bfloat16)
     assert model(x).dtype == torch.float32 and 0 < (model(x) - exact).abs().mean() < 0.02
 
 
@@ -280,8 +249,8 @@ def test_a_batch_can_be_learned_by_heart(kind):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     first = (model(x) - y).abs().mean().item()
     for _ in range(400):
-        f = model.trained(x) if kind == "segment" else model(x, y)[None] if kind == "seq2seq" else model(x)[None]
-        loss = (f - y).abs().mean((1, 2, 3)).sum()
+        f = model.nets[0](x) if kind == "segment" else model(x, y) if kind == "seq2seq" else model(x)
+        loss = (f - y).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -293,23 +262,23 @@ def test_schedule_and_batches():
     factors = [train.schedule(step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 50) and max(factors) > 0.99 and factors[-1] < 1e-4
     assert all(a > b for a, b in zip(factors[50:], factors[51:]))
-    stream = train.batches(100, 32, 5)
-    passes = [torch.cat([next(stream) for _ in range(4)]) for _ in range(2)]
+    generator = torch.Generator().manual_seed(5)
+    passes = [torch.cat(train.batches(100, 32, generator)) for _ in range(2)]
     assert all(torch.equal(p.sort()[0], torch.arange(100)) for p in passes) and not torch.equal(*passes)
 
 
 # ---------------------------------------------------------------------------------------------- as users run it
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, table):
-    """One small run that is never stopped, with dropout, for several tests to look at."""
+    """One small run for several tests to look at."""
     out = tmp_path_factory.mktemp("trained")
-    return out, run("train.py", "--data", table, *SMALL, "--epochs", 8, "--out", out)
+    return out, call_main(train, "--data", table, *SMALL, "--epochs", 8, "--out", out)
 
 
 def test_train_learns_and_leaves_what_it_should(trained, table):
     out, printed = trained
     metrics = json.loads((out / "metrics.json").read_text())
-    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "metrics.json", "history.png"}
+    assert {p.name for p in out.iterdir()} == {"model.pt", "metrics.json", "history.png"}
     others = metrics["metrics"]["others"]
     assert list(others)[:3] == ["repeat last", "same hour yesterday", "NLinear (48)"]
     assert metrics["metrics"]["test_mse"] < 0.2 < others["repeat last"]["mse"] and len(metrics["history"]) == 8
@@ -322,7 +291,6 @@ def test_train_learns_and_leaves_what_it_should(trained, table):
     model, saved = train.load_forecaster(out / "model.pt")
     data = load.load_data(str(table), 48, 24)
     assert saved["columns"] == data.columns and saved["mean"] == data.mean.tolist() and saved["earlier"] == 0
-    train.set_dtype(model, saved["dtype"])
     x, y = load.windows(data.test, 48, 24)
     with torch.no_grad():
         f = model(x).flatten().numpy()
@@ -333,47 +301,8 @@ def test_train_learns_and_leaves_what_it_should(trained, table):
     assert columns[1].startswith("repeat last")
 
 
-def same_run(a, b):
-    a, b = (utils.load_checkpoint(folder / "checkpoint.pt", train.SCRIPT) for folder in (a, b))
-    assert a["step"] == b["step"]
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    for name in ("train_mae", "val_mse"):
-        assert [row[name] for row in a["history"]] == [row[name] for row in b["history"]]
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_run_resumes_bit_identically(trained, table, tmp_path, inside, number, code):
-    whole = utils.load_checkpoint(trained[0] / "checkpoint.pt", train.SCRIPT)["options"]
-    options = ["--data", table, *SMALL, "--epochs", 8, "--dtype", whole["dtype"], "--out", tmp_path]
-    child = subprocess.Popen([sys.executable, "-u", str(FOLDER / "train.py"), *map(str, options)],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if line.startswith("epoch  3"):
-            break
-    time.sleep(0.02)
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == code and "Traceback" not in errors
-    assert number == signal.SIGKILL or "--resume" in errors
-    stopped_at = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["step"]
-    assert f"resumed after step {stopped_at} " in inside("train.py", "--resume", "--out", tmp_path)
-    same_run(trained[0], tmp_path)
-
-
-def test_resume_refuses_other_options_and_another_series(trained, table, tmp_path, inside):
-    before = (trained[0] / "checkpoint.pt").read_bytes()
-    assert "--hidden 16, not --hidden 32" in inside("train.py", "--resume", "--hidden", 32, "--out", trained[0], code=1)
-    assert (trained[0] / "checkpoint.pt").read_bytes() == before
-    copy = tmp_path / "copy.csv"
-    copy.write_text(table.read_text())
-    inside("train.py", "--data", copy, *SMALL, "--epochs", 1, "--out", tmp_path / "o")
-    copy.write_text(table.read_text().replace("load,heat", "load,cold"))
-    assert "not the series it was" in inside("train.py", "--resume", "--out", tmp_path / "o", code=1)
-
-
-def test_early_stopping_keeps_the_best_and_the_stand_in_is_named(tmp_path, inside):
-    out = inside("train.py", "--data", "station", "--model", "seq2seq", "--horizon", 2, "--lookback", 4, "--hidden", 4,
+def test_early_stopping_keeps_the_best_and_the_stand_in_is_named(tmp_path):
+    out = call_main(train, "--data", "station", "--model", "seq2seq", "--horizon", 2, "--lookback", 4, "--hidden", 4,
               "--batch-size", 4096, "--epochs", 4, "--lr", 0.5, "--patience", 1, "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     values = [row["val_mse"] for row in metrics["history"]]
@@ -384,82 +313,80 @@ def test_early_stopping_keeps_the_best_and_the_stand_in_is_named(tmp_path, insid
     assert 0 < floor < metrics["metrics"]["test_mse"] and f"{floor:.4f}" in out  # nothing beats the oracle
 
 
-def test_the_kept_weights_are_the_best_or_the_last(table, tmp_path, inside, monkeypatch):
+def test_the_kept_weights_are_the_best_or_the_last(table, tmp_path, monkeypatch):
     """With validation errors made up, so that the second epoch is the best whatever is learned."""
-    real = train.evaluate
+    real, weights = train.evaluate, []
     for keep, expected in (("best", 2), ("last", 4)):
-        errors = iter([9.0, 9.0, 3.0, 1.0, 2.0, 2.5])  # before training the model and repeat last; then four epochs
+        errors = iter([9.0, 9.0, 3.0, 1.0, 2.0, 2.5])  # before training the model and its level; then four epochs
         monkeypatch.setattr(train, "evaluate", lambda *a, e=errors, **k: real(*a, **k) | {"mse": next(e, 5.0)})
-        inside("train.py", "--data", table, *SMALL, "--epochs", 4, "--keep", keep, "--out", tmp_path / keep)
+        call_main(train, "--data", table, *SMALL, "--epochs", 4, "--keep", keep, "--out", tmp_path / keep)
         monkeypatch.setattr(train, "evaluate", real)
         saved = utils.load_checkpoint(tmp_path / keep / "model.pt", train.SCRIPT)
-        newest = utils.load_checkpoint(tmp_path / keep / "checkpoint.pt", train.SCRIPT)["model"]
         assert saved["metrics"]["epoch"] == expected
-        assert all(torch.equal(saved["model"][name], newest[name]) for name in newest) == (keep == "last")
+        weights.append(saved["model"])
+    assert not all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_before_training_nothing_is_dropped(table, tmp_path, inside):
-    said = [inside("train.py", "--data", table, *SMALL, "--epochs", 1, "--dropout", dropout, "--dtype", "float32",
+def test_before_training_nothing_is_dropped(table, tmp_path):
+    said = [call_main(train, "--data", table, *SMALL, "--epochs", 1, "--dropout", dropout, "--dtype", "float32",
                    "--out", tmp_path) for dropout in (0, 0.9)]
     assert len({re.search("before training: .*", text)[0] for text in said}) == 1
 
 
-def test_a_member_learns_as_if_it_were_alone(table, tmp_path, inside):
+def test_a_member_learns_as_if_it_were_alone(table, tmp_path):
     for norms in (["last"], ["last", "revin"]):
-        inside("train.py", "--data", table, *SMALL, "--epochs", 1, "--norm", *norms, "--no-linear", "--dropout", 0,
+        call_main(train, "--data", table, *SMALL, "--epochs", 1, "--norm", *norms, "--no-linear", "--dropout", 0,
                "--grad-clip", 0.01, "--dtype", "float32", "--out", tmp_path / str(len(norms)))
     alone, beside = (utils.load_checkpoint(tmp_path / n / "model.pt", train.SCRIPT)["model"] for n in "12")
     assert all(torch.allclose(alone[name], beside[name], atol=1e-6) for name in alone)
 
 
-def test_a_long_gradient_is_cut(table, tmp_path, inside):
+def test_a_long_gradient_is_cut(table, tmp_path):
     """AdamW divides by the gradient's size, but for its epsilon, 1e-8: cut to far less, no weight moves."""
     for clip in (1.0, 1e-16):
-        inside("train.py", "--data", table, *SMALL, "--epochs", 1, "--grad-clip", clip, "--out", tmp_path / str(clip))
+        call_main(train, "--data", table, *SMALL, "--epochs", 1, "--grad-clip", clip, "--out", tmp_path / str(clip))
     moved, still = (utils.load_checkpoint(tmp_path / str(clip) / "model.pt", train.SCRIPT)["model"]
                     for clip in (1.0, 1e-16))
     torch.manual_seed(0)
-    utils.set_seed(0)
     config = utils.load_checkpoint(tmp_path / "1.0" / "model.pt", train.SCRIPT)["config"]
     for name, p in train.build("segment", config).named_parameters():
         assert torch.allclose(p, still[name], atol=1e-5) and not torch.allclose(p, moved[name], atol=1e-3), name
 
 
-def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(table, tmp_path, inside):
+def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(table, tmp_path):
     options = ["--data", table, *SMALL, "--epochs", 1, "--out", tmp_path]
-    inside("train.py", *options)
+    call_main(train, *options)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert "the loss became" in inside("train.py", *options, "--lr", "1e38", code=1)
+    assert "the loss became" in refusal(train, *options, "--lr", "1e38")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--epochs", 0], "--epochs 0"),
-        (["--horizon", 0], "--horizon 0"),
-        (["--lookback", -1], "--lookback -1"),
+        (["--epochs", 0], "--epochs: 0"),
+        (["--horizon", 0], "--horizon: 0"),
+        (["--lookback", -1], "--lookback: -1"),
         (["--lr", "nan"], "--lr"),
-        (["--dropout", 1], "--dropout 1.0"),
+        (["--dropout", 1], "--dropout: 1"),
         (["--weight-decay", -1], "--weight-decay"),
-        (["--teacher-forcing", 2], "--teacher-forcing 2.0"),
+        (["--teacher-forcing", 2], "--teacher-forcing: 2"),
         (["--teacher-forcing", 1], "for --model seq2seq"),
         (["--model", "lstm", "--segment", 24], "for --model segment"),
         (["--model", "lstm", "--dtype", "bfloat16"], "for --model segment, not for lstm"),
         (["--model", "lstm", "--norm", "last", "mean"], "takes one"),
-        (["--data", "TABLE", "--lookback", 48, "--segment", 49], "--segment 49"),
-        (["--data", "TABLE", "--lookback", 48, "--hidden", 7], "--hidden"),
+        (["--data", "TABLE", "--lookback", 48, "--segment", 49], "segment 49"),
+        (["--data", "TABLE", "--lookback", 48, "--hidden", 7], "hidden 7"),
         (["--data", "TABLE", "--horizon", 500], "too few"),
         (["--data", "nowhere"], "nowhere"),
         (["--device", "tpu"], "--device"),
         (["--out", "/dev/null/x"], "cannot write"),
-        (["--resume", "--out", "TMP"], "does not exist"),
     ],
 )
-def test_bad_input_gets_one_sentence(table, tmp_path, inside, options, words):
-    options = [{"TABLE": table, "TMP": tmp_path}.get(option, option) for option in options]
+def test_bad_input_gets_one_sentence(table, tmp_path, options, words):
+    options = [table if option == "TABLE" else option for option in options]
     options += [] if "--out" in options else ["--out", tmp_path]
-    assert words in inside("train.py", *options, code=1)
+    assert words in refusal(train, *options)
     assert not (tmp_path / "model.pt").exists()
 
 
@@ -502,15 +429,16 @@ def test_a_recursive_forecast_of_more_segments_begins_with_that_of_fewer():
 
 def test_all_rows_are_judged_on_the_same_hours(monkeypatch, table):
     data, seen = load.load_data(str(table), 96, 24), []
-    monkeypatch.setattr(experiment, "evaluate", lambda model, part, T, P: seen.append(part[T:]) or {"mse": 0.0})
+    for module in (train, experiment):  # fit judges validation, measure the test part
+        monkeypatch.setattr(module, "evaluate", lambda model, part, T, P: seen.append(part[T:]) or {"mse": 0.0})
     for lookback in (24, 96):
         recipe = experiment.BASE | dict(lookback=lookback, segment=24, hidden=4)
-        experiment.run(recipe, data, 96, 24, 1, 0, torch.device("cpu"), "float32")
+        experiment.measure(recipe, data, 96, 24, 1, 0, torch.device("cpu"), torch.float32)
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and len(seen[0]) == len(seen[1]) == 180
 
 
 def test_experiment_runs(tmp_path, table):
-    out = run("experiment.py", "--data", table, "--rows", "lookback 24", "lookback 96", "--seeds", 2, "--epochs", 1,
+    out = call_main(experiment, "--data", table, "--only", "lookback 24", "lookback 96", "--seeds", 2, "--epochs", 1,
               "--horizon", 24, "--hidden", 8, "--device", "cpu", "--out", tmp_path)
     rows = json.loads((tmp_path / "experiment.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["lookback 24, segment 24", "lookback 96"]
@@ -521,5 +449,5 @@ def test_experiment_runs(tmp_path, table):
     assert (tmp_path / "experiment.png").stat().st_size > 1000
 
 
-def test_the_experiment_refuses_rows_that_do_not_exist(tmp_path, table, inside):
-    assert "--rows" in inside("experiment.py", "--data", table, "--rows", "nothing", "--out", tmp_path, code=1)
+def test_the_experiment_refuses_rows_that_do_not_exist(tmp_path, table):
+    assert "--only nothing" in refusal(experiment, "--data", table, "--only", "nothing", "--out", tmp_path)
