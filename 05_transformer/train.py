@@ -348,7 +348,10 @@ def main() -> None:
           f"{uniform:.4f}; bigram: {bigram:.4f}\n"
           f"it writes:        {decode(generate(model, val[None, :1], 60)[0], vocab)!r}\n")
     if saved:
-        model.load_state_dict(saved["model"])
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            raise utils.InputError("--resume: checkpoint.pt is of another version of the model; start anew.") from error
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step, history, best = saved["step"], saved["history"], saved["best"]

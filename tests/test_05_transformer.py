@@ -398,6 +398,10 @@ def test_resume_refuses_other_options_and_other_text(trained, tmp_path):
     assert "a run with --n-embd 32; go on with the same" in refusal(train, *RUN, "--n-embd", 64, *again)
     assert "a run with --data pydocs" in refusal(train, *RUN, "--data", text, *again)
     assert (trained[0] / "checkpoint.pt").read_bytes() == before
+    saved = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    del saved["model"]["shift"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    assert "another version of the model" in refusal(train, *RUN, "--out", tmp_path, "--resume")
     small = ["--data", text, *SMALL[2:], "--steps", 2, "--dtype", "float32", "--out", tmp_path / "o"]
     call_main(train, *small)
     text.write_text("abcdefghi" * 100)
