@@ -66,7 +66,10 @@ count, positive, share = number(int, "[1, inf)"), number(float, "(0, inf)"), num
 
 def parser(doc: str, script: str, *common: str):
     """An ArgumentParser with --out (by default `outputs` beside the script's file) and the named ones of five more."""
-    from argparse import ArgumentDefaultsHelpFormatter as Help, ArgumentParser
+    from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+    class Help(ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # "(default: None)" would say less than nothing
+            return action.help if action.default is None else super()._get_help_string(action)
     options = ArgumentParser(description=doc.split("\n")[0], usage="%(prog)s [options]", formatter_class=Help)
     options.add_argument("--out", type=Path, default=Path(script).resolve().parent / "outputs", help="where to write")
     common_options = {
@@ -90,16 +93,14 @@ def parse_args(options):
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {args.device}: this machine has no such device; use --device auto.") from error
     if "dtype" in args:
-        args.dtype = pick_dtype(args.device, args.dtype)
+        args.dtype = pick_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     write_atomically(args.out / ".probe", lambda file: None)  # fails now and not after the training
     (args.out / ".probe").unlink(missing_ok=True)
     return args
 
 
-def pick_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
-    """The named dtype; for `auto`, the one of bfloat16 and float32 in which this device multiplies matrices faster."""
-    if name != "auto":
-        return getattr(torch, name)
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The one of bfloat16 and float32 in which this device multiplies matrices faster: what --dtype auto means."""
     if device.type != "cpu":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     ## CPUs with AMX or AVX512-BF16 are several times faster in bfloat16, others slower. The two take turns here.
@@ -198,9 +199,8 @@ def load_checkpoint(path: Path, script: str, options: dict = {}) -> dict:
     except Exception as error:
         what = "is damaged, or not from " + script if path.exists() else "does not exist"
         raise InputError(f"{path} {what}; make it with: python {script}") from error
-    for name, value in state.get("options", {}).items():
-        if options.get(name, value) != value:
-            raise InputError(f"{path} is of a run with --{name.replace('_', '-')} {value}; go on with the same.")
+    if other := [f"--{k.replace('_', '-')} {v}" for k, v in state.get("options", {}).items() if options.get(k, v) != v]:
+        raise InputError(f"{path} is of a run with {' '.join(other)}; go on with the same.")
     return state
 
 

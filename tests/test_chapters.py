@@ -5,21 +5,22 @@ import subprocess
 import sys
 
 import pytest
+import lines
 import results
 from conftest import ROOT
 
+LINES = 8900  # of code; less with every change
 CHAPTERS = sorted(path.name for path in ROOT.glob("[0-9][0-9]_*"))
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_without_their_teaching_comments_the_scripts_still_run(tmp_path, chapter):
-    """`grep -v '^ *##'` leaves lean programs: all of a chapter's scripts answer --help, in one process to save time."""
+    """`grep -v '^ *##'` leaves lean programs: the scripts of a chapter answer --help, in one process to save time."""
     (tmp_path / chapter).mkdir()
-    scripts = [path.name for path in (ROOT / chapter).glob("*.py")]
+    scripts = [path.name for path in (ROOT / chapter).glob("*.py") if "    utils.run(main" in path.read_text("utf-8")]
     for path in [*(ROOT / chapter).glob("*.py"), ROOT / "utils.py"]:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        lean = [line for line in lines if not line.lstrip().startswith("##")]
-        assert len(lean) < len(lines)
+        lean = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if not line.lstrip().startswith("##")]
         (tmp_path / path.relative_to(ROOT)).write_text("".join(lean), encoding="utf-8")
     program = """if True:
         import contextlib, io, runpy, sys
@@ -34,6 +35,38 @@ def test_without_their_teaching_comments_the_scripts_still_run(tmp_path, chapter
     command = [sys.executable, "-c", program, str(tmp_path / chapter), *scripts]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_there_is_not_more_to_read_than_design_allows():
+    found = lines.figures()
+    assert found["utils.py, all lines"] <= 230 and found["01_basics/train.py, all lines"] <= 135
+    assert found["noqa: " + "E402"] == 0
+    assert all(length <= 110 for name, length in found.items() if name.startswith("longest main()"))
+    assert found["code lines of the product"] <= LINES
+    assert all(shared <= 25 for name, shared in found.items() if name.startswith("equal lines"))
+
+
+def test_all_six_chapters_fit_into_one_program(tmp_path):
+    """By the README's own lines; then each model computes, and is the one of its chapter."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    snippet, = [part for part in readme.split("```") if part.startswith("python\nimport importlib")]
+    program = snippet.removeprefix("python\n") + """
+import torch
+found = {folder: chapter(folder, *names.split()) for folder, names in {
+    "01_basics": "load train", "02_cnn": "load train", "03_lstm": "load train", "04_tabular": "load train",
+    "05_transformer": "load train", "06_finetune": "load train gpt2 lora bert"}.items()}
+for folder, modules in found.items():
+    assert all(f"/{folder}/" in module.__file__.replace("\\\\", "/") for module in modules), folder
+assert len({module for modules in found.values() for module in modules}) == 15
+assert not loud & sys.modules.keys()
+pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+assert cnn.ResNet(10, torch.zeros(3), torch.ones(3))(pictures).shape == (2, 10)
+lstm = forecast.LSTMForecaster(channels=3, horizon=20, hidden=16, dropout=0.0, norm="last")
+assert lstm(torch.zeros(2, 48, 3)).shape == (2, 20, 3)
+"""
+    first = "import torch, torchvision, sys\nloud = {'argparse', 'matplotlib', 'requests'}\n"
+    first += "for name in loud & sys.modules.keys(): del sys.modules[name]\n"  # torch may have brought them
+    subprocess.run([sys.executable, "-c", first + program], cwd=ROOT, check=True)
 
 
 def test_the_readme_and_the_workflow_name_the_same_commands():

@@ -22,33 +22,33 @@ SCRIPTS = {
     "01_basics": {
         "load.py": "--out {out}", "from_scratch.py": "--data typeset --epochs 1 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --out {out}",
-        "experiment.py": "--data typeset --parts choices --seeds 1 --epochs 1 --out {out}"},
+        "experiment.py": "--data typeset --only choices --seeds 1 --epochs 1 --out {out}"},
     "02_cnn": {
         "load.py": "--out {out}", "from_scratch.py": "--data {data}/pictures --epochs 1 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --out {out}",
-        "experiment.py": "--data {data}/pictures --parts depth --seeds 1 --pictures 500 --out {out}"},
+        "experiment.py": "--data {data}/pictures --only depth --seeds 1 --pictures 500 --out {out}"},
     "03_lstm": {
         "load.py": "--out {out}",
         "from_scratch.py": "--data {data}/series.csv --lookback 12 --horizon 4 --hidden 8 --epochs 1 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --out {out}",
-        "experiment.py": "--data {data}/series.csv --horizon 4 --hidden 8 --epochs 1 --seeds 1 --rows lookback "
+        "experiment.py": "--data {data}/series.csv --horizon 4 --hidden 8 --epochs 1 --seeds 1 --only lookback "
                          "--out {out}"},
     "04_tabular": {
         "load.py": "--out {out}", "from_scratch.py": "--data census --epochs 1 --hidden 16 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --repeats 1 --out {out}",
-        "experiment.py": "--data census --rows dropout --seeds 1 --epochs 1 --out {out}"},
+        "experiment.py": "--data census --only dropout --seeds 1 --epochs 1 --out {out}"},
     "05_transformer": {
         "load.py": "--out {out}",
         "from_scratch.py": "--data {data}/text.txt --steps 5 --n-embd 32 --batch-size 4 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --length 20 --out {out}",
-        "experiment.py": "--data {data}/text.txt --seeds 1 --seconds 0.1 --characters 2048 --rows QK "
+        "experiment.py": "--data {data}/text.txt --seeds 1 --seconds 0.1 --characters 2048 --only QK "
                          "--out {out}"},
     "06_finetune": {
         "weights.py": "{data}/gpt2-stand-in", "bpe.py": "--data {data}/text.txt --vocab-size 300 --out {out}",
         "wordpiece.py": "--data {data}/text.txt --vocab-size 300 --out {out}", "gpt2.py": "",
         "bert.py": "--out {out}", "load.py": "--out {out}", "lora.py": "", "train.py": "TRAIN",
         "load_model.py": "--length 10 --out {out}", "bert_classify.py": "TRAIN", "bert_qa.py": "TRAIN",
-        "experiment.py": "--model {data}/gpt2-stand-in --data {data}/text.txt --parts scratch --seeds 1 --steps 2 "
+        "experiment.py": "--model {data}/gpt2-stand-in --data {data}/text.txt --only scratch --seeds 1 --steps 2 "
                          "--block-size 32 --out {out}"},
 }
 

@@ -1,6 +1,6 @@
 """What can happen to a run from outside: kill -9, a full disk, a folder that can't be written, no network, a twin.
 
-Processes and small runs are those of kills.py, whose own command makes fifty kills; here are six.
+Processes and small runs are those of kills.py, whose own command makes fifty kills; here are three.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from conftest import ROOT
 
 CHAPTERS = [name for name in kills.TRAINING if name.endswith("/train.py")]
 everywhere = pytest.mark.parametrize("name", CHAPTERS)
+resumable = pytest.mark.parametrize("name", [name for name in CHAPTERS if name in kills.RESUMABLE])
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 
 
@@ -49,13 +50,13 @@ def digests(folder):
 
 
 # ---------------------------------------------------------------------------------------------- kill -9
-@everywhere
+@resumable
 def test_killed_at_a_random_moment_and_resumed_it_ends_bit_identically(name, data, whole, tmp_path):
     kills.kill_and_resume(name, data, *whole(name), tmp_path / "killed", 1, random.Random())
 
 
 # ---------------------------------------------------------------------------------------------- what can't be written
-@everywhere
+@resumable
 def test_a_disk_that_fills_up_in_a_save_costs_nothing(name, data, whole, tmp_path):
     """No file can grow to the checkpoint's size: a limit that needs no privileges, and fails in the midst of a write as
     a full disk does."""
@@ -70,7 +71,8 @@ def test_a_disk_that_fills_up_in_a_save_costs_nothing(name, data, whole, tmp_pat
         left.unlink()
     before = digests(out)
     limit = int(0.9 * (out / "checkpoint.pt").stat().st_size)
-    said = kills.script(log, name, "--resume", "--out", out, max_bytes=limit).end(1)
+    again = [*kills.options_of(name, data), "--out", out, "--resume"]
+    said = kills.script(log, name, *again, max_bytes=limit).end(1)
     assert "cannot write" in said and "checkpoint.pt" in said and "free some space" in said
     after = digests(out)
     written = {str(path) for path in after if after[path] != before.get(path)}  # smaller, and before the checkpoint:
@@ -78,7 +80,7 @@ def test_a_disk_that_fills_up_in_a_save_costs_nothing(name, data, whole, tmp_pat
     assert written <= {"model.pt", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
     for path in out.glob("*.pt"):
         torch.load(path, weights_only=True)
-    kills.script(log, name, "--resume", "--out", out).end()
+    kills.script(log, name, *again).end()
     assert kills.result(out) == kills.result(whole(name)[0])
 
 
@@ -125,7 +127,7 @@ def test_offline_the_stand_in_takes_over_and_says_so_unless_the_real_thing_was_n
     for real in NAMED[name]:
         rest = ["--model", "stand-in"] if name.startswith("06") and "--data" in real else []
         said = kills.script(tmp_path / "log", name, *options, *real.split(), *rest, environment=place).end(1)
-        assert "could not be downloaded" in said and "offline" in said
+        assert "could not be downloaded" in said and "if you fetch it elsewhere" in said
         assert not list((tmp_path / "out").iterdir())
     kills.script(tmp_path / "log", name, *options, environment=place).end()
     lines = (tmp_path / "log.out").read_text(encoding="utf-8").splitlines()
@@ -149,8 +151,8 @@ def test_two_runs_at_once_into_one_folder_leave_whole_files_of_one_or_the_other(
         kills.script(tmp_path / "log", name, *options, "--seed", 1, "--out", tmp_path / "one").end()
         other = kills.result(tmp_path / "one")
         assert alone[0] != other[0] and weights in (alone[0], other[0]) and history in (alone[1], other[1])
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert len(saved["history"]) == len(alone[1]) and saved["options"]["seed"] in (0, 1)
+    for path in out.glob("*.pt"):
+        torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize("first", [0, 100_000], ids=["from the start", "the second in mid-download"])
