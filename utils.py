@@ -27,6 +27,7 @@ class InputError(ValueError):
 def run(main: Callable[[], None], go_on: str = "") -> None:
     """Call main(). What a user can cause ends in one sentence and a non-zero exit status; a bug keeps its traceback."""
     with contextlib.suppress(OSError, AttributeError):  # glibc (no other C library) is told to keep freed memory
+        sys.stdout.reconfigure(errors="backslashreplace")  # what this terminal can't show is no reason to stop
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; the most that a glibc before 2.35 takes
@@ -128,8 +129,7 @@ def progress(done: int, total: int, begun: float, text: str, unit: str, per: flo
 def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, float] = (10, 30)) -> Path:
     """Fetch a file from the mirrors in turn; go on with a partial one; verify; only then give it its name.
 
-    sha256: or an md5; timeout: seconds to connect, and of silence. Raises ConnectionError where no mirror sends it all,
-    InputError for a file with another hash, which is never used, nor replaced."""
+    timeout: seconds to connect, of silence. ConnectionError: no mirror sends all of it; InputError: another hash."""
     import requests
 
     def matches(path: Path) -> bool:

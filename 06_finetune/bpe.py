@@ -10,13 +10,7 @@ every text there is; how the merges are found by counting; and why a text from a
 You should see (one core of an AMD EPYC, Python 3.11): " tokenization" takes 11 merges to become " token", "ization";
 Tiny Shakespeare 301,966 + 36,059 tokens in 0.4 to 0.7 s; --data pydocs 1,743 merges from 465,126 characters in 0.6 s.
 Writes: with --data pydocs or a text, vocab.json and merges.txt in outputs/, which transformers' GPT2Tokenizer opens.
-
-The same tokens as transformers' GPT-2 tokenizer (tokenizers 0.23, Unicode 16) for every code point that Python 3.11
-(Unicode 14) has assigned, and the letters and numbers added since, tested. A Python whose Unicode is newer than 16
-knows letters and digits that are not in those tables; there, and only there, a text may be split elsewhere. A lone
-surrogate (half a UTF-16 pair, no character) has no UTF-8 bytes: encode raises utils.InputError, transformers a
-TypeError. Left out on purpose: normalisation and dropout of merges, which GPT-2 does without; padding; offsets into the
-text.
+Left out on purpose: normalisation and dropout of merges; padding; offsets into the text.
 """
 
 import functools
@@ -31,7 +25,7 @@ from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
+import utils
 
 # No tensors here: ids are lists of int. A piece is what the pattern cuts out, a token what has an id.
 
@@ -43,7 +37,8 @@ SHA256 = {
 END = "<|endoftext|>"  # stood between two documents in GPT-2's training; id 50256
 SAMPLE = "Hello world! We're testing tokenization in 2024: na\u00efve \u4f60\u597d \U0001f642"
 
-# Letters and numbers that Unicode 15.0 to 16.0 added, in hexadecimal: Python 3.11 to 3.13 do not know all of them.
+# Letters and numbers that Unicode 15.0 to 16.0 added, in hexadecimal: Python 3.11 to 3.13 do not know all of them. With
+# these every text is cut as by tokenizers 0.23 (Unicode 16). A Python that knows newer ones may cut there elsewhere.
 NEW_LETTERS = (
     "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e "
     "11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d "
@@ -160,9 +155,9 @@ class Tokenizer:
 
     def save(self, folder: Path | str) -> None:
         """Write vocab.json and merges.txt in GPT-2's format, byte for byte the originals if those were read."""
-        lines = ["#version: 0.2", *map(" ".join, self.merges)]
-        utils.write_atomically(Path(folder) / "vocab.json", json.dumps(self.vocab).encode())
-        utils.write_atomically(Path(folder) / "merges.txt", "".join(line + "\n" for line in lines).encode())
+        merges = "".join(line + "\n" for line in ["#version: 0.2", *map(" ".join, self.merges)])
+        for name, text in ("vocab.json", json.dumps(self.vocab)), ("merges.txt", merges):
+            utils.write_atomically(Path(folder) / name, lambda file: file.write(text.encode()))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Text to ids. Raises utils.InputError for a lone surrogate.
@@ -248,7 +243,7 @@ def train_bpe(text: str, vocab_size: int) -> tuple[dict[str, int], list[tuple[st
     ## 1,000; and a merge changes the counts only in words that hold the pair, which `where` finds.
     """
     if vocab_size < 257:
-        raise utils.InputError(f"--vocab-size {vocab_size} must be at least 257: 256 bytes and {END}.")
+        raise utils.InputError(f"vocab_size {vocab_size} must be at least 257: 256 bytes and {END}.")
     vocab = {symbol: i for i, symbol in enumerate(BYTE)}
     symbols, merges = list(vocab), []
     pieces = Counter(pattern().findall(text))
@@ -330,12 +325,10 @@ def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[Tokeniz
             return load_gpt2(), "gpt2"
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data pydocs to work offline.") from error
+                raise
             print(error)
         data = "pydocs"
-        utils.notice("STAND-IN: a vocabulary learned from `pydocs`, the language manual that ships inside Python.",
-                     "Its tokens are not GPT-2's.")
-    utils.check_writable(out)
+        utils.stand_in_notice("a vocabulary learned from Python's manual", "GPT-2")
     text, start = read_text(data), time.perf_counter()
     tokenizer = Tokenizer(*train_bpe(text, vocab_size))
     seconds = time.perf_counter() - start
@@ -371,16 +364,15 @@ def show(tokenizer: Tokenizer, text: str) -> None:
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("text", nargs="?", default=SAMPLE, help="what to encode")
-    parser.add_argument("--file", help="count the tokens of this text file (or pydocs), first 90 %% and last 10 %%")
-    parser.add_argument("--data", help="gpt2, a folder with vocab.json and merges.txt, or what to learn a vocabulary "
-                                       "from: pydocs or a text file; without it gpt2, or pydocs if that is out "
-                                       "of reach")
-    parser.add_argument("--vocab-size", type=int, default=2000,
-                        help="tokens to learn; more make a text shorter, and a model's embedding larger")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")
-    args = parser.parse_args()
+    parser = utils.parser(__doc__, __file__)
+    add = parser.add_argument
+    add("text", nargs="?", default=SAMPLE, help="what to encode")
+    add("--file", help="count the tokens of this text file (or pydocs), first 90 %% and last 10 %%")
+    add("--data", help="gpt2, a folder with vocab.json and merges.txt, or what to learn a vocabulary from: pydocs or a "
+        "text file; without it gpt2, or pydocs if that is out of reach")
+    add("--vocab-size", type=utils.count, default=2000, help="tokens to learn; more make a text shorter, and a model's "
+        "embedding larger")
+    args = utils.parse_args(parser)
 
     tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)
     print(f"{name}: {len(tokenizer.vocab):,} tokens, {len(tokenizer.merges):,} merges\n")
@@ -394,7 +386,7 @@ def main() -> None:
         print(f"{args.file}: {len(text):,} characters, {counts[0]:,} tokens in the first 90 % and {counts[1]:,} in the "
               f"last 10 %, {each:.2f} characters per token; {seconds:.2f} s")
     if args.data is None and name != "gpt2":
-        utils.notice("STAND-IN: these tokens come from a vocabulary learned from Python's manual, not from GPT-2's.")
+        utils.stand_in_notice("a vocabulary learned from Python's manual", "GPT-2")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ milliseconds; how to read a file from a stranger, every number of which may be a
     python 06_finetune/weights.py pytorch_model.bin --out DIR      and write DIR/model.safetensors
 
 You should see (MiniLM): one line per tensor, then "104 tensors, 22,713,728 parameters, 90,856,960 bytes". No weight
-is read for that.
-Writes: nothing, or with --out model.safetensors. Left out on purpose: numbers of four and six bits; shards of
-pytorch_model.bin; big-endian machines, as the format is little-endian; a guard against a program that shortens a file
-while it is mapped, which kills this one, as with every memory map.
+is read for that. Writes: nothing, or with --out model.safetensors.
+Left out on purpose: numbers of four and six bits; shards of pytorch_model.bin; big-endian machines. A program that
+shortens a file while it is mapped kills this one, as with every memory map.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
+import utils
 
 ## A safetensors file (https://github.com/huggingface/safetensors, section Format) has three parts:
 ##     8 bytes    N, the length of the header, an unsigned little-endian integer
@@ -382,9 +381,9 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: 
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
+    parser = utils.parser(__doc__, __file__)
     parser.add_argument("path", type=Path, help="a .safetensors file, an index.json, a .bin, or a folder that has one")
-    parser.add_argument("--out", type=Path, help="a folder: write all tensors to model.safetensors in it")
+    parser.set_defaults(out=None)  # without --out nothing is written
     args = parser.parse_args()
     weights, parameters, size = open_weights(args.path), 0, 0
     for name, tensor in weights.items():

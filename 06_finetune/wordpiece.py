@@ -9,14 +9,8 @@ pieces that are; what two texts in one sequence, padding, and a text that is too
     python 06_finetune/wordpiece.py --data novel.txt               learn a vocabulary from a text (pydocs: the manual)
 
 You should see: "Tokenization" as "token", "##ization", and a word in Ethiopic script as [UNK].
-Writes: with --data pydocs or a text, vocab.txt and tokenizer_config.json in outputs/, which transformers' BertTokenizer
-opens.
-
-The same tokens and offsets as transformers' BertTokenizer (tokenizers 0.23) on SST-2, on every assigned code point and
-on 100,000 random strings, tested on Python 3.11 (Unicode 14); the tables below were made with Unicode 18, and a Python
-that knows more marks or punctuation may cut a text elsewhere, there and only there. A lone surrogate (half a UTF-16
-pair, no character) raises utils.InputError, in transformers a TypeError. Left out on purpose: finding out that a
-vocabulary has capitals (tokenizer_config.json says it, or lowercase=False); cutting a long text from the left.
+Writes: with --data pydocs or a text, vocab.txt and tokenizer_config.json to outputs/, for transformers' BertTokenizer.
+Left out on purpose: finding out that a vocabulary has capitals, which tokenizer_config.json or lowercase=False says.
 """
 
 import functools
@@ -34,8 +28,8 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import utils  # noqa: E402
-from bpe import read_text, replace_pair  # noqa: E402
+import utils
+from bpe import read_text, replace_pair
 
 # Shapes: B batch, T time (tokens in the longest sequence). A chunk is what stands between white space, a word what BERT
 # cuts chunks into, a piece what has an id.
@@ -61,7 +55,8 @@ def any_of(table: str) -> re.Pattern:
     return re.compile("[" + "".join(f"{run[0]}-{run[-1]}" for run in runs) + "]")
 
 
-# No hole in BERT's own code at 2B820, but in the library of today.
+# The tables below were made with Unicode 18, for the tokens of tokenizers 0.23. A Python that knows more marks or
+# punctuation may cut a text elsewhere. No hole in BERT's own code at 2B820, but in the library of today.
 CHINESE = any_of("3400-4dbf 4e00-9fff f900-faff 20000-2a6df 2a700-2b81f 2b920-2ceaf 2f800-2fa1f")
 ## Unicode says what is a mark and what is punctuation, and says it of more characters each year. The tokenizers library
 ## has kept to the tables of Unicode 8 (2015), in which these ranges hold nothing but letters and holes. Python goes
@@ -217,8 +212,9 @@ class WordPiece:
     def save(self, folder: Path | str) -> None:
         """Write vocab.txt, and in tokenizer_config.json whether capitals go."""
         config = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase}
-        utils.write_atomically(Path(folder) / "vocab.txt", "".join(name + "\n" for name in self.names).encode())
-        utils.write_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config).encode())
+        lines = "".join(name + "\n" for name in self.names)
+        for name, text in ("vocab.txt", lines), ("tokenizer_config.json", json.dumps(config)):
+            utils.write_atomically(Path(folder) / name, lambda file: file.write(text.encode()))
 
     def pieces(self, word: str) -> list[tuple[int, int]]:
         """(id, length in characters) for each piece of a word.
@@ -381,7 +377,7 @@ def train_wordpiece(text: str, vocab_size: int, lowercase: bool = True) -> list[
     alone, joined = (sorted(set("".join(word for word in weights if len(word) >= n))) for n in (1, 2))
     names = [*SPECIAL, *alone, *("##" + letter for letter in joined)]
     if vocab_size < len(names):
-        raise utils.InputError(f"--vocab-size {vocab_size} must be at least {len(names)}: this text has {len(alone)} "
+        raise utils.InputError(f"vocab_size {vocab_size} must be at least {len(names)}: this text has {len(alone)} "
                                f"different characters, {len(joined)} of them inside words.")
     ids = {name: i for i, name in enumerate(names)}
     words = [[ids["##" * (i > 0) + letter] for i, letter in enumerate(word)] for word in weights]
@@ -421,12 +417,10 @@ def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[WordPie
             return WordPiece.load(utils.download([URL], utils.DATA_DIR / "minilm" / "vocab.txt", SHA256)), "minilm"
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
-                raise utils.InputError(f"{error} Use --data pydocs to work offline.") from error
+                raise
             print(error)
         data = "pydocs"
-        utils.notice("STAND-IN: a vocabulary learned from `pydocs`, the language manual that ships inside Python.",
-                     "Its tokens are not BERT's.")
-    utils.check_writable(out)
+        utils.stand_in_notice("a vocabulary learned from Python's manual", "BERT")
     text, start = read_text(data), time.perf_counter()
     tokenizer = WordPiece(train_wordpiece(text, vocab_size))
     seconds = time.perf_counter() - start
@@ -459,22 +453,18 @@ def show(tokenizer: WordPiece, text: str, pair: str | None) -> None:
 
 
 def main() -> None:
-    parser = utils.parser(__doc__)
-    parser.add_argument("text", nargs="?", default=SAMPLE, help="what to encode")
-    parser.add_argument("--pair", help="a second text for the same sequence")
-    parser.add_argument("--file", help="count the tokens of this text file (or pydocs), line by line")
-    parser.add_argument("--data", help="minilm, a folder with vocab.txt or that file, or what to learn a vocabulary "
-                                       "from: pydocs or a text file; without it minilm, or pydocs if that is out "
-                                       "of reach")
-    parser.add_argument("--vocab-size", type=int, default=2000,
-                        help="tokens to learn; more make a text shorter, and a model's embedding larger")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "outputs", help="for what is learned")
-    args, given = utils.parse(parser)
+    parser = utils.parser(__doc__, __file__)
+    add = parser.add_argument
+    add("text", nargs="?", default=SAMPLE, help="what to encode")
+    add("--pair", help="a second text for the same sequence")
+    add("--file", help="count the tokens of this text file (or pydocs), line by line")
+    add("--data", help="minilm, a folder with vocab.txt or that file, or what to learn a vocabulary from: pydocs or a "
+        "text file; without it minilm, or pydocs if that is out of reach")
+    add("--vocab-size", type=utils.count, default=2000, help="tokens to learn, with --data pydocs or a text; more make "
+        "a text shorter, and a model's embedding larger")
+    args = utils.parse_args(parser)
     if args.file and (args.pair or args.text != SAMPLE):
         raise utils.InputError("--file counts a file's tokens; leave out the text and --pair.")
-    if "vocab_size" in given and args.data == "minilm":
-        raise utils.InputError("--vocab-size is for learning a vocabulary; name with --data what to learn it from.")
-
     tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)
     print(f"{name}: {len(tokenizer.names):,} tokens, {'without' if tokenizer.lowercase else 'with'} capitals\n")
     if not args.file:
@@ -487,7 +477,7 @@ def main() -> None:
         print(f"{args.file}: {len(lines):,} lines, {n:,} tokens, {unknown:,} of them {UNK}, the longest line "
               f"{max(map(len, rows))}; {len(tokenizer.cache):,} different chunks; {seconds:.2f} s")
     if args.data is None and name != "minilm":
-        utils.notice("STAND-IN: these tokens come from a vocabulary learned from Python's manual, not from BERT's.")
+        utils.stand_in_notice("a vocabulary learned from Python's manual", "BERT")
 
 
 if __name__ == "__main__":

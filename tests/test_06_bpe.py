@@ -10,7 +10,7 @@ import sys
 import unicodedata
 
 import pytest
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, call_main, chapter
 
 import utils
 
@@ -300,7 +300,7 @@ def test_training_to_the_end_on_small_texts_and_with_many_ties():
         assert merges == their_merges(text, 600)
         assert bpe.Tokenizer(vocab, merges).decode(bpe.Tokenizer(vocab, merges).encode(text)) == text
     assert bpe.train_bpe("", 300)[1] == [] and bpe.train_bpe("abc", 300)[1] == []  # no pair twice
-    with pytest.raises(utils.InputError, match="--vocab-size 256"):
+    with pytest.raises(utils.InputError, match="vocab_size 256"):
         bpe.train_bpe("abc", 256)
 
 
@@ -410,13 +410,7 @@ def test_files_with_windows_line_ends_and_a_merge_that_begins_like_a_comment(tmp
 
 
 # ---------------------------------------------------------------------------------------------- as users run it
-def main(monkeypatch, *options):
-    """What `python bpe.py OPTIONS` does, without the seconds that a new process needs to import torch."""
-    monkeypatch.setattr(sys, "argv", ["bpe.py", *map(str, options)])
-    bpe.main()
-
-
-def test_the_script_learns_shows_and_counts(tmp_path, monkeypatch, capsys):
+def test_the_script_learns_shows_and_counts(tmp_path):
     options = ["na\u00efve tests", "--data", "pydocs", "--vocab-size", 500, "--out", tmp_path]
     out = subprocess.run([sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout  # a terminal without the symbols
@@ -427,50 +421,47 @@ def test_the_script_learns_shows_and_counts(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_bytes(b"one two\r\n" * 100)
     n = [len(theirs(part)["input_ids"]) for part in ("one two\r\n" * 90, "one two\r\n" * 10)]
-    main(monkeypatch, "--file", text, "--data", tmp_path)
+    out = call_main(bpe, "--file", text, "--data", tmp_path)
     expected = f"900 characters, {n[0]} tokens in the first 90 % and {n[1]} in the last 10 %"
-    assert expected in capsys.readouterr().out
+    assert expected in out
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(utils.InputError, match="take both files from the same place"):
-        main(monkeypatch, "--data", tmp_path)
+        call_main(bpe, "--data", tmp_path)
 
 
 @pytest.mark.parametrize("options, words", [
     (["--data", "/no/such/file"], "/no/such/file cannot be read"),
     (["--data", "LATIN"], "is not UTF-8"),
     (["--data", "EMPTY_FOLDER"], "vocab.json cannot be read"),
-    (["--data", "pydocs", "--vocab-size", 12], "--vocab-size 12 must be at least 257"),
+    (["--data", "pydocs", "--vocab-size", 12], "vocab_size 12 must be at least 257"),
     (["--data", "pydocs", "--out", "/dev/null/x"], "cannot write"),
     (["\udcff", "--data", "pydocs", "--vocab-size", 300], "U\\+DCFF"),
     (["--file", "LATIN", "--data", "pydocs", "--vocab-size", 300], "is not UTF-8"),
 ])
-def test_bad_options_get_one_sentence(tmp_path, monkeypatch, options, words):
+def test_bad_options_get_one_sentence(tmp_path, options, words):
     (tmp_path / "LATIN").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "EMPTY_FOLDER").mkdir()
     options = [tmp_path / o if o in ("LATIN", "EMPTY_FOLDER") else o for o in options]
     with pytest.raises(utils.InputError, match=words):
-        main(monkeypatch, *options, *([] if "--out" in options else ["--out", tmp_path / "o"]))
+        call_main(bpe, *options, *([] if "--out" in options else ["--out", tmp_path / "o"]))
 
 
-def test_stand_in_only_where_gpt2s_files_are_out_of_reach(tmp_path, monkeypatch, capsys):
+def test_stand_in_only_where_gpt2s_files_are_out_of_reach(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
     monkeypatch.setattr(bpe, "URL", "http://127.0.0.1:9/")
-    main(monkeypatch, "--out", tmp_path / "o", "--vocab-size", 300)
-    assert capsys.readouterr().out.count("STAND-IN") == 2
-    with pytest.raises(utils.InputError, match="could not be downloaded.*--data pydocs"):
-        main(monkeypatch, "--data", "gpt2")
+    assert call_main(bpe, "--out", tmp_path / "o", "--vocab-size", 300).count("STAND-IN") == 2
+    with pytest.raises(ConnectionError, match="could not be downloaded"):
+        call_main(bpe, "--data", "gpt2")
     (tmp_path / "gpt2").mkdir(exist_ok=True)
     (tmp_path / "gpt2" / "vocab.json").write_text("corrupt")
     with pytest.raises(utils.InputError, match="not the expected file"):
-        main(monkeypatch)
+        call_main(bpe)
 
 
 @pytest.mark.real("gpt2/vocab.json")
-def test_the_header_says_what_the_script_prints(monkeypatch, capsys):
+def test_the_header_says_what_the_script_prints(monkeypatch):
     monkeypatch.setattr(utils, "DATA_DIR", REAL)
-    main(monkeypatch)
-    out = capsys.readouterr().out
+    out = call_main(bpe)
     assert len(re.findall(r"^   merge ", out, re.M)) == 11 and "[11241, 1634]" in out
     assert "as a token: [50256], as plain text: [27, 91, 437, 1659, 5239, 91, 29]" in out
-    main(monkeypatch, "--file", "pydocs")
-    assert "tokens in the first 90 %" in capsys.readouterr().out
+    assert "tokens in the first 90 %" in call_main(bpe, "--file", "pydocs")

@@ -10,7 +10,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import REAL, ROOT, chapter
+from conftest import REAL, ROOT, call_main, chapter, refusal
 
 import utils
 
@@ -327,7 +327,7 @@ def test_what_was_learned_can_write_every_word_of_its_text(small):
     assert len(names) == len(set(names)) == 300
     assert ours.unk not in ours.encode_text(PYDOCS[:20_000] + " \u4f60\u597d na\u00efve")[0]
     assert wordpiece.train_wordpiece("", 10) == list(wordpiece.SPECIAL)
-    with pytest.raises(utils.InputError, match="--vocab-size 10 must be at least 11: .* 4 .*, 2"):
+    with pytest.raises(utils.InputError, match="vocab_size 10 must be at least 11: .* 4 .*, 2"):
         wordpiece.train_wordpiece("ab c !", 10)
 
 
@@ -377,13 +377,7 @@ def test_a_cased_vocabulary_is_known_by_its_config(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- as users run it
-def main(monkeypatch, *options):
-    """What `python wordpiece.py OPTIONS` does, without the seconds that a new process needs to import torch."""
-    monkeypatch.setattr(sys, "argv", ["wordpiece.py", *map(str, options)])
-    wordpiece.main()
-
-
-def test_the_script_learns_shows_and_counts(tmp_path, monkeypatch, capsys):
+def test_the_script_learns_shows_and_counts(tmp_path):
     options = ["na\u00efve tests", "--pair", "of two", "--data", "pydocs", "--vocab-size", 400, "--out", tmp_path]
     out = subprocess.run([sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}).stdout
@@ -392,51 +386,46 @@ def test_the_script_learns_shows_and_counts(tmp_path, monkeypatch, capsys):
     assert [int(row.split()[1]) for row in re.findall(r"^   \S+ +\d+ +[01] .*$", out, re.M)] == ids
     text = tmp_path / "text.txt"
     text.write_text("one two\n" * 100)
-    main(monkeypatch, "--file", text, "--data", tmp_path)
+    out = call_main(wordpiece, "--file", text, "--data", tmp_path)
     n = 100 * len(oracle(tmp_path / "vocab.txt")("one two", add_special_tokens=False)["input_ids"])
-    assert f"101 lines, {n} tokens, 0 of them [UNK]" in capsys.readouterr().out
+    assert f"101 lines, {n} tokens, 0 of them [UNK]" in out
 
 
 @pytest.mark.parametrize("options, words", [
     (["--data", "/no/such/file"], "/no/such/file cannot be read"),
     (["--data", "EMPTY_FOLDER"], "vocab.txt cannot be read"),
-    (["--data", "pydocs", "--vocab-size", 12], "--vocab-size 12 must be at least"),
+    (["--data", "pydocs", "--vocab-size", 12], "vocab_size 12 must be at least"),
     (["--data", "pydocs", "--out", "/dev/null/x"], "cannot write"),
     (["\udcff", "--data", "VOCAB"], "U\\+DCFF"),
     (["--file", "LATIN", "--data", "VOCAB"], "is not UTF-8"),
 ])
-def test_bad_options_get_one_sentence(small, tmp_path, monkeypatch, options, words):
+def test_bad_options_get_one_sentence(small, tmp_path, options, words):
     (tmp_path / "LATIN").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "EMPTY_FOLDER").mkdir()
     options = [{"VOCAB": small[2], "LATIN": tmp_path / "LATIN", "EMPTY_FOLDER": tmp_path / "EMPTY_FOLDER"}.get(o, o)
                for o in options]
     with pytest.raises(utils.InputError, match=words):
-        main(monkeypatch, *options, *([] if "--out" in options else ["--out", tmp_path / "o"]))
+        call_main(wordpiece, *options, *([] if "--out" in options else ["--out", tmp_path / "o"]))
 
 
-def test_stand_in_only_where_the_real_vocabulary_is_out_of_reach(tmp_path, monkeypatch, capsys):
+def test_stand_in_only_where_the_real_vocabulary_is_out_of_reach(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
     monkeypatch.setattr(wordpiece, "URL", "http://127.0.0.1:9/")
-    main(monkeypatch, "--out", tmp_path / "o", "--vocab-size", 300)
-    assert capsys.readouterr().out.count("STAND-IN") == 2
-    with pytest.raises(utils.InputError, match="could not be downloaded.*--data pydocs"):
-        main(monkeypatch, "--data", "minilm")
-    for ignored, words in ((("--vocab-size", 300, "--data", "minilm"), "--vocab-size is for learning"),
-                           (("--file", "x.txt", "--pair", "y"), "leave out the text and --pair"),
-                           (("some text", "--file", "x.txt"), "leave out the text and --pair")):
-        with pytest.raises(utils.InputError, match=words):
-            main(monkeypatch, *ignored)
+    assert call_main(wordpiece, "--out", tmp_path / "o", "--vocab-size", 300).count("STAND-IN") == 2
+    with pytest.raises(ConnectionError, match="could not be downloaded"):
+        call_main(wordpiece, "--data", "minilm")
+    for ignored in ("--file", "x.txt", "--pair", "y"), ("some text", "--file", "x.txt"):
+        assert "leave out the text and --pair" in refusal(wordpiece, *ignored)
     (tmp_path / "minilm").mkdir(exist_ok=True)
     (tmp_path / "minilm" / "vocab.txt").write_text("corrupt")
     with pytest.raises(utils.InputError, match="not the expected file"):
-        main(monkeypatch)
+        call_main(wordpiece)
 
 
 @pytest.mark.real("minilm/vocab.txt")
-def test_the_header_says_what_the_script_prints(monkeypatch, capsys):
+def test_the_header_says_what_the_script_prints(monkeypatch):
     monkeypatch.setattr(utils, "DATA_DIR", REAL)
-    main(monkeypatch)
-    out = capsys.readouterr().out
+    out = call_main(wordpiece)
     assert "minilm: 30,522 tokens" in out and "'tokenization'     token ##ization" in out
     assert re.search(r"'\u1230\u120b\u121d' +\[UNK\]", out)
     assert len(re.findall(r"^   \[UNK\]", out, re.M)) == 3
