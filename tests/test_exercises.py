@@ -4,14 +4,12 @@ import http.client
 import importlib.util
 import json
 import struct
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, chapter, run_script
+from conftest import ROOT, call_main, chapter, refusal
 
 import utils
 
@@ -28,10 +26,7 @@ def exercise(name, *chapter_scripts):
     return module
 
 
-def run(script, *options, **more):
-    return run_script(FOLDER / script, *options, **more)
-
-
+digits = chapter("01_basics", "train")
 serve = exercise("serve", "01_basics", "load", "train", "load_model")
 quantise = exercise("quantise", "05_transformer", "load", "train", "load_model")
 tensorboard_log, vit, captions = exercise("tensorboard_log"), exercise("vit"), exercise("captions")
@@ -39,14 +34,19 @@ tensorboard_log, vit, captions = exercise("tensorboard_log"), exercise("vit"), e
 
 # ---------------------------------------------------------------------------------------------- serve.py
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory):
+def saved_digits(tmp_path_factory):
     """A network of random weights, saved as 01's train.py saves: the endpoint must agree with it, right or wrong."""
     path = tmp_path_factory.mktemp("digits") / "model.pt"
     torch.manual_seed(0)
-    config = {"inputs": 784, "hidden": 32, "classes": 10}
-    utils.save_checkpoint(path, {"script": serve.SCRIPT, "config": config, "data": "typeset", "mean": 0.2, "std": 0.3,
-                                 "model": serve.SimpleNN(**config).state_dict()})
-    return serve.Reader(path)
+    state = {"script": digits.SCRIPT, "config": {"hidden": 32}, "data": "typeset", "stand_in": "MNIST", "mean": 0.2,
+             "std": 0.3, "model": digits.SimpleNN(hidden=32).state_dict()}
+    utils.write_atomically(path, torch.save, state)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reader(saved_digits):
+    return serve.Reader(saved_digits)
 
 
 @pytest.fixture
@@ -111,14 +111,11 @@ def test_a_blank_picture_is_refused_in_the_words_of_chapter_01(port, tmp_path):
     assert status == 400 and answer["error"].startswith("the picture looks blank")
 
 
-def test_serve_runs(reader, tmp_path):
-    utils.save_checkpoint(tmp_path / "model.pt", {
-        "script": serve.SCRIPT, "config": {"inputs": 784, "hidden": 32, "classes": 10}, "data": "typeset",
-        "mean": reader.mean, "std": reader.std, "model": reader.model.state_dict()})
-    out = run("serve.py", "--model", tmp_path / "model.pt", "--check", 40, "--clients", 2)
+def test_serve_runs(saved_digits, tmp_path):
+    out = call_main(serve, "--model", saved_digits, "--check", 40, "--clients", 2)
     assert "0 answers differ" in out and "99th percentile" in out
-    assert "does not exist" in run("serve.py", "--model", tmp_path / "none.pt", code=1)
-    assert "choose another port" in run("serve.py", "--model", tmp_path / "model.pt", "--port", 70000, code=1)
+    assert "does not exist" in refusal(serve, "--model", tmp_path / "none.pt")
+    assert "choose another port" in refusal(serve, "--model", saved_digits, "--port", 70000)
 
 
 # ---------------------------------------------------------------------------------------------- quantise.py
@@ -160,15 +157,13 @@ def small_gpt(tmp_path_factory):
     (out / "text.txt").write_text("the cat sat on the mat. a dog ran to the cat! " * 120)
     options = ["--n-layer", 1, "--n-embd", 32, "--n-head", 2, "--block-size", 32, "--batch-size", 4, "--steps", 60,
                "--eval-every", 60, "--dtype", "float32", "--device", "cpu", "--data", out / "text.txt", "--out", out]
-    done = subprocess.run([sys.executable, str(ROOT / "05_transformer" / "train.py"), *map(str, options)],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    call_main(captions.gpt, *options)
     return out
 
 
 def test_quantise_runs_and_fewer_bits_cost_more(small_gpt, tmp_path):
     options = ["--model", small_gpt / "model.pt", "--data", small_gpt / "text.txt"]
-    out = run("quantise.py", *options, "--rounds", 1, "--out", tmp_path)
+    out = call_main(quantise, *options, "--rounds", 1, "--out", tmp_path)
     rows = {line[:24].strip(): line[24:].split() for line in out.splitlines()}
     loss = {name: float(rows[name][2]) for name in ("float32", "8 bits, a scale per row", "4 bits, a scale per row",
                                                     "3 bits, a scale per row")}
@@ -230,11 +225,11 @@ def test_tensorboard_reads_back_every_number(run_file, tmp_path):
 
 
 def test_tensorboard_log_runs(run_file, tmp_path):
-    assert "7 scalars" in run("tensorboard_log.py", run_file, "--out", tmp_path / "runs")
+    assert "7 scalars" in call_main(tensorboard_log, run_file, "--out", tmp_path / "runs")
     assert (tmp_path / "runs" / "a run" / "events.out.tfevents.0.metrics").exists()
-    assert "does not exist" in run("tensorboard_log.py", tmp_path / "none", "--out", tmp_path, code=1)
+    assert "does not exist" in refusal(tensorboard_log, tmp_path / "none", "--out", tmp_path)
     (tmp_path / "bad.json").write_text("[]")
-    assert "no metrics.json" in run("tensorboard_log.py", tmp_path / "bad.json", "--out", tmp_path, code=1)
+    assert "no metrics.json" in refusal(tensorboard_log, tmp_path / "bad.json", "--out", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- vit.py
@@ -302,12 +297,12 @@ def test_a_few_pictures_can_be_learned_by_heart():
 
 
 def test_vit_runs_on_the_stand_in(tmp_path):
-    out = run("vit.py", "--data", "shapes", "--seconds", 1, "--n-layer", 2, "--n-embd", 48, "--dtype", "float32",
+    out = call_main(vit, "--data", "shapes", "--seconds", 1, "--n-layer", 2, "--n-embd", 48, "--dtype", "float32",
               "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert 0 < metrics["vit_val_accuracy"] < 1 and 0 < metrics["simple_val_accuracy"] < 1, out
     assert "vit_test_accuracy" not in metrics and out.count("STAND-IN") == 2
-    assert "--n-embd 50" in run("vit.py", "--data", "shapes", "--n-embd", 50, "--out", tmp_path, code=1)
+    assert "n_embd 50" in refusal(vit, "--data", "shapes", "--n-embd", 50, "--out", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- captions.py
@@ -409,8 +404,8 @@ def test_a_few_scenes_can_be_learned_by_heart(tiles):
 
 def test_captions_runs(tmp_path):
     small = ["--steps", 30, "--epochs", 1, "--batch-size", 8, "--tiles", 250, "--scenes", 20]
-    out = run("captions.py", *small, "--out", tmp_path)
+    out = call_main(captions, *small, "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert metrics["with the picture, nats per character"] < 2.5 and "most frequent caption" in out
     assert (tmp_path / "captions.png").stat().st_size > 1000
-    assert "--steps 0" in run("captions.py", "--steps", 0, "--out", tmp_path, code=1)
+    assert "--steps: 0" in refusal(captions, "--steps", 0, "--out", tmp_path)

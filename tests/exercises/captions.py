@@ -17,21 +17,20 @@ at once, for 250 steps, it had number, places and colour of all of 200 validatio
 Writes: captions.png, metrics.json to --out. Left out on purpose: photographs; beam search; a pre-trained half.
 """
 
-import argparse
+import json
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
-import utils  # noqa: E402
-from chapters import chapter  # noqa: E402
+import utils
+from chapters import chapter
 
 cnn, pictures, gpt = chapter("02_cnn", "train"), chapter("02_cnn", "load"), chapter("05_transformer", "train")
 
@@ -111,11 +110,11 @@ def learn_to_look(tiles: Tensor, labels: Tensor, epochs: int, seed: int, batch_s
     optimizers = cnn.make_optimizers(model, recipe["lr"], recipe["muon_lr"], batch_size)
     convs = [layer for layer in model if isinstance(layer, cnn.Conv)]
     batches = [rows for _ in range(epochs) for rows in torch.randperm(len(labels), generator=g).split(batch_size)]
-    bar = utils.Progress(len(batches), "tiles")
+    start = time.perf_counter()
     for step, rows in enumerate(batches):
         grey = torch.rand(len(rows), generator=g) < 0.5
         x = pictures.augment(to_grey(tiles[rows], grey))
-        cnn.set_rates(optimizers, cnn.one_cycle(step, len(batches)))
+        cnn.set_rates(optimizers, cnn.schedule(step, len(batches)))
         loss = F.cross_entropy(model(x), labels[rows] + len(pictures.SHAPES) * grey, label_smoothing=0.2)
         (loss * len(rows)).backward()
         for optimizer in optimizers:
@@ -123,8 +122,7 @@ def learn_to_look(tiles: Tensor, labels: Tensor, epochs: int, seed: int, batch_s
             optimizer.zero_grad()
         for conv in convs:
             conv.rescale()
-        bar.update(step + 1, f"loss {loss.item():.4f}", batch_size)
-    bar.clear()
+        utils.progress(step + 1, len(batches), start, f"loss {loss.item():.4f}", "tiles", batch_size)
     return model.eval().requires_grad_(False)
 
 
@@ -201,7 +199,7 @@ def train(model: Captioner, tiles: Tensor, labels: Tensor, steps: int, batch_siz
     g, begun = torch.Generator().manual_seed(seed), time.process_time()
     optimizers = gpt.make_optimizers(model.gpt, 2e-3, 0.02, 0.1)  # 05's: Muon inside the blocks, AdamW outside
     optimizers.append(torch.optim.AdamW([model.prefix.weight], lr=2e-3, weight_decay=0.0))
-    peaks, bar = [optimizer.param_groups[0]["lr"] for optimizer in optimizers], utils.Progress(steps, "scenes")
+    peaks, start = [optimizer.param_groups[0]["lr"] for optimizer in optimizers], time.perf_counter()
     for step in range(steps):
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * gpt.schedule(step, steps, 20)
@@ -210,27 +208,21 @@ def train(model: Captioner, tiles: Tensor, labels: Tensor, steps: int, batch_siz
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        bar.update(step + 1, f"loss {loss.item():.4f}", batch_size)
-    bar.clear()
+        utils.progress(step + 1, steps, start, f"loss {loss.item():.4f}", "scenes", batch_size)
     return time.process_time() - begun
 
 
 def main() -> None:
-    utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__, __file__, "seed")
     add = parser.add_argument
-    add("--steps", type=int, default=400, help="updates of the GPT")
-    add("--epochs", type=int, default=5, help="passes over single shapes, to learn to look")
-    add("--batch-size", type=int, default=32, help="scenes per step")
-    add("--tiles", type=int, default=10_000, help="drawn shapes that the training scenes are put together from")
-    add("--scenes", type=int, default=1000, help="unseen scenes, of other tiles, to write captions for")
+    add("--steps", type=utils.count, default=400, help="updates of the GPT")
+    add("--epochs", type=utils.count, default=5, help="passes over single shapes, to learn to look")
+    add("--batch-size", type=utils.count, default=32, help="scenes per step")
+    add("--tiles", type=utils.count, default=10_000, help="drawn shapes that the training scenes are put together from")
+    add("--scenes", type=utils.count, default=1000, help="unseen scenes, of other tiles, to write captions for")
     add("--test", action="store_true", help="grade on the test tiles: once, when all is decided; else on validation's")
-    add("--seed", type=int, default=0, help="decides weights and scenes")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for what is written")
-    args = parser.parse_args()
-    utils.check(args, above_zero="steps epochs batch_size tiles scenes")
-    utils.check_writable(args.out)
-    utils.set_seed(args.seed)
+    args = utils.parse_args(parser)
+    torch.manual_seed(args.seed)
     ## Three parts, as everywhere: tiles that one part shows are in no other.
     tiles, labels = pictures.draw_shapes(args.tiles, 1)
     part, seed = ("test", 2) if args.test else ("validation", 3)
@@ -248,7 +240,7 @@ def main() -> None:
           f"parameters, {looking:.0f} s of a core", flush=True)
     rows, metrics = {"most frequent caption": [commonest] * len(true)}, {"seconds of a core, looking": looking}
     for name, blind in (("the GPT, blind", True), ("with the picture", False)):
-        utils.set_seed(args.seed)
+        torch.manual_seed(args.seed)
         model = Captioner(simple, blind=blind)
         seconds = train(model, tiles, labels, args.steps, args.batch_size, args.seed)
         with torch.no_grad():
@@ -267,17 +259,16 @@ def main() -> None:
         metrics |= {f"{name}, {fact}": share for fact, share in grades.items()}
         print(f"{name:28}" + "".join(f"{share:9.1%}" for share in grades.values()))
 
-    figure, axes = plt.subplots(2, 4, figsize=(15, 7))
+    figure, axes = utils.pyplot().subplots(2, 4, figsize=(15, 7))
     for a, picture, text, right in zip(axes.flat, x, rows["with the picture"], true):
         a.imshow(picture.permute(1, 2, 0))
         a.set_title(text.replace(", ", ",\n") + ("" if text == right else f"\n(is: {right})"), fontsize=8)
         a.axis("off")
     figure.suptitle("what the network wrote (shapes, stand-in)")
     figure.tight_layout()
-    utils.save_figure(figure, args.out / "captions.png")
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data="shapes", stand_in=True, device="cpu",
-                       seed=args.seed, seconds=looking + metrics["with the picture, seconds of a core"],
-                       parameters=utils.count_parameters(model), metrics=metrics, history=[])
+    utils.write_atomically(args.out / "captions.png", figure.savefig)
+    found = {"script": SCRIPT, "data": "shapes", "stand_in": True, "seed": args.seed, "metrics": metrics}
+    utils.write_atomically(args.out / "metrics.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
     print(f"\nwrote captions.png and metrics.json to {args.out}")
 
 

@@ -19,7 +19,6 @@ Writes: quantised.pt, the 8-bit model, to --out. Left out on purpose: calibratio
 rounding by what it does to activations, and training with quantised weights.
 """
 
-import argparse
 import io
 import sys
 import timeit
@@ -33,10 +32,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "05_transformer")]
-import utils  # noqa: E402
-from load import load_data  # noqa: E402
-from load_model import load_gpt  # noqa: E402
-from train import GPT, evaluate  # noqa: E402
+import utils
+from load import load_data
+from load_model import load_gpt
+from train import GPT, evaluate
 
 # Shapes: M outputs (rows of a weight), C inputs, N rows of activations
 
@@ -139,14 +138,12 @@ def milliseconds(layers: dict[str, nn.Module], x: Tensor, rounds: int = 30) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__, __file__)
     add = parser.add_argument
     add("--model", type=Path, default=ROOT / "05_transformer" / "outputs" / "model.pt", help="what 05's train.py wrote")
     add("--data", help="tinyshakespeare, pydocs or a text file; without it, what the model was trained on")
     add("--rounds", type=int, default=30, help="how often each layer is timed; 0 leaves the timing out")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for the 8-bit model")
-    args = parser.parse_args()
-    utils.check_writable(args.out)
+    args = utils.parse_args(parser)
     model, saved = load_gpt(args.model, "cpu")
     data = load_data(args.data or saved["data"], model.block_size)
     if data.vocab != saved["vocab"]:
@@ -156,7 +153,7 @@ def main() -> None:
 
     before, size = loss(), file_size(state)
     matrices = sum(w.numel() for w in state.values() if w.ndim == 2)
-    print(f"{data.name}{', stand-in' * data.stand_in}: {matrices:,} of {sum(w.numel() for w in state.values()):,} "
+    print(f"{data.label}: {matrices:,} of {sum(w.numel() for w in state.values()):,} "
           f"weights are in matrices\n\n{'weights':24}{'bytes':>12}{'share':>8}{'validation loss':>18}{'change':>10}\n"
           f"{'float32':24}{size:12,}{1:8.1%}{before:18.4f}")
     for bits, per_row in ((8, True), (8, False), (6, True), (6, False), (4, True), (4, False), (3, True)):
@@ -167,7 +164,7 @@ def main() -> None:
         print(f"{name:24}{file_size(packed):12,}{file_size(packed) / size:8.1%}{after:18.4f}{after - before:+10.4f}",
               flush=True)
     packed = pack_state(state, 8)
-    utils.save_checkpoint(args.out / "quantised.pt", {
+    utils.write_atomically(args.out / "quantised.pt", torch.save, {
         "script": SCRIPT, "config": saved["config"], "vocab": saved["vocab"], "data": saved["data"], "model": packed})
 
     integers = hasattr(torch, "_int_mm")

@@ -32,10 +32,9 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "01_basics")]
-import utils  # noqa: E402
-from load import load_data, normalise  # noqa: E402
-from load_model import read_image  # noqa: E402
-from train import SCRIPT, SimpleNN  # noqa: E402
+import utils
+from load import load_data, normalise
+from load_model import load_network, read_image
 
 # Shapes: N pictures, K classes (10 digits)
 
@@ -62,17 +61,14 @@ def to_picture(body: bytes) -> Tensor:
         try:
             return read_image(path)
         except utils.InputError as error:
-            raise utils.InputError(str(error).replace(f"--image {path}", "the picture")) from error
+            raise utils.InputError(str(error).replace(str(path), "the picture")) from error
 
 
 class Reader:
     """A trained network with the two numbers that its inputs are normalised by."""
 
     def __init__(self, path: Path):
-        saved = utils.load_checkpoint(path, SCRIPT)
-        self.model = SimpleNN(**saved["config"])
-        self.model.load_state_dict(saved["model"])
-        self.model.eval()  # once, before the first request
+        self.model, saved = load_network(path)  # in eval mode once, before the first request
         self.mean, self.std, self.data = saved["mean"], saved["std"], saved["data"]
 
     ## Whether gradients are recorded is a setting of each thread. Turned off in the main thread, it is still on in
@@ -194,7 +190,7 @@ def main() -> None:
     data = load_data(args.data or reader.data)
     x, y = data.test_x[: args.check], data.test_y[: args.check]
     found = check(reader, x, y, args.clients)
-    print(f"{data.name}{', stand-in' * data.stand_in}: {len(x):,} test digits, {args.clients} client(s)\n"
+    print(f"{data.label}: {len(x):,} test digits, {args.clients} client(s)\n"
           f"accuracy over HTTP {found['online']:.2%}, offline {found['offline']:.2%}; {found['differ']} answers "
           f"differ, probabilities by at most {found['largest']:.1e}\nlatency: median {found['median'] * 1e3:.2f} ms, "
           f"99th percentile {found['p99'] * 1e3:.2f} ms; {found['rate']:,.0f} digits per second")

@@ -10,7 +10,6 @@ Learned: a binary format is a few rules about lengths. One checksum and four kin
 Writes: OUT/NAME/events.out.tfevents.0.metrics, one for each metrics.json. Left out on purpose: pictures, histograms.
 """
 
-import argparse
 import json
 import struct
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
-import utils  # noqa: E402
+import utils
 
 # ---------------------------------------------------------------------------------------------- the checksum
 ## CRC-32C: the bytes as one long binary polynomial, its remainder after division by the Castagnoli polynomial. The
@@ -110,16 +109,15 @@ def convert(path: Path, out: Path) -> int:
     data = b"".join(record(message) for message in (head, *(event(begun + s, n, tags) for s, n, tags in rows)))
     ## TensorBoard takes every file with `tfevents` in its name. Always the same name: a second run of this script then
     ## replaces the curve instead of drawing it twice.
-    utils.write_atomically(out / "events.out.tfevents.0.metrics", data)
+    utils.write_atomically(out / "events.out.tfevents.0.metrics", lambda file: file.write(data))
     return sum(len(tags) for _, _, tags in rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__, __file__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="metrics.json files; several are drawn in one plot, for comparison")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="TensorBoard's --logdir")
-    args = parser.parse_args()
+    args = utils.parse_args(parser)
     names = {}
     for path in args.runs:
         folder = path.resolve().parent

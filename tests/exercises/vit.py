@@ -13,7 +13,6 @@ many pictures in the same time.
 Writes: metrics.json to --out. Left out on purpose: pre-training on more pictures, which is where a ViT catches up.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -25,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
-import utils  # noqa: E402
-from chapters import chapter  # noqa: E402
+import utils
+from chapters import chapter
 
 cnn, pictures, gpt = chapter("02_cnn", "train"), chapter("02_cnn", "load"), chapter("05_transformer", "train")
 
@@ -73,7 +72,7 @@ class ViT(nn.Module):
                  positions: str = "rotary"):
         super().__init__()
         if n_embd % (4 * n_head):
-            raise utils.InputError(f"--n-embd {n_embd} must be divisible by four times --n-head {n_head}.")
+            raise utils.InputError(f"n_embd {n_embd} must be divisible by four times n_head {n_head}.")
         side, D = pictures.SIZE // P, n_embd // n_head
         self.normalise = cnn.Normalise(mean, std)
         self.patch = nn.Linear(3 * P * P, n_embd, bias=False)
@@ -116,13 +115,10 @@ def fit(name: str, model: nn.Module, optimizers: list, data, seconds: float, bat
     The schedule goes by time, and not by steps: it ends at zero when the time is used up, however fast this machine is.
     """
     torch.manual_seed(seed)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("peak", group["lr"])
     convs = [layer for layer in model.modules() if isinstance(layer, cnn.Conv)]
     n, seen, spent, history = len(data.train_y), 0, 0.0, []
     mirrored_first = torch.rand(n) < 0.5
-    order, bar = torch.randperm(n), utils.Progress(1000, "pictures")
+    order, start, done = torch.randperm(n), time.perf_counter(), 0
     model.train()
     while spent < seconds:
         begun = used()
@@ -133,7 +129,7 @@ def fit(name: str, model: nn.Module, optimizers: list, data, seconds: float, bat
         x = pictures.augment(data.train_x[rows], 2, 0, mirrored_first[rows] ^ (epoch % 2 == 1))  # (B, 3, H, W) uint8
         if spent < small * seconds:
             x = F.interpolate(x.float(), scale_factor=0.75, mode="bilinear", antialias=True)
-        cnn.set_rates(optimizers, cnn.one_cycle(int(1000 * spent / seconds), 1000))
+        cnn.set_rates(optimizers, cnn.schedule(int(1000 * spent / seconds), 1000))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model(x).float()  # (B, K)
         loss = F.cross_entropy(logits, data.train_y[rows], label_smoothing=0.2)
@@ -146,46 +142,38 @@ def fit(name: str, model: nn.Module, optimizers: list, data, seconds: float, bat
             conv.rescale()
         seen += len(rows)
         spent += used() - begun
-        done = min(1000, int(1000 * spent / seconds))
-        bar.update(done, f"{name}: loss {loss.item():.3f}", seen / max(1, done))
+        if (share := min(100, int(100 * spent / seconds))) > done:
+            done = share
+            utils.progress(done, 100, start, f"{name}: loss {loss.item():.3f}", "pictures", seen / done)
         if seen % n == 0 or spent >= seconds:
-            val_loss, val_accuracy = cnn.score(cnn.predict(model, data.val_x, dtype), data.val_y)
+            val_loss, val_accuracy = cnn.evaluate(model, data.val_x, data.val_y, dtype)
             model.train()
             history.append({"step": seen, "seconds": spent, f"{name}_val_loss": val_loss,
                             f"{name}_val_accuracy": val_accuracy})
-    bar.clear()
     return seen, history
 
 
 def main() -> None:
-    utils.keep_memory()
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed")
     add = parser.add_argument
     add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it CIFAR-10, or "
         "shapes if it is out of reach")
     add("--models", nargs="+", choices=["vit", "simple"], default=["vit", "simple"], help="what to train")
-    add("--seconds", type=float, default=360, help="seconds of a core to train each of them for")
+    add("--seconds", type=utils.positive, default=360, help="seconds of a core to train each of them for")
     add("--positions", choices=["rotary", "learned", "none"], default="rotary", help="how a patch knows its place")
-    add("--n-layer", type=int, default=4, help="blocks")
-    add("--n-head", type=int, default=3, help="attention heads per block")
-    add("--n-embd", type=int, default=96, help="width C")
-    add("--batch-size", type=int, default=100, help="the ViT's pictures per step; the CNN has chapter 02's recipe")
-    add("--lr", type=float, default=2e-3, help="AdamW's, for patches, positions and head")
-    add("--muon-lr", type=float, default=0.02, help="Muon's, for the matrices in the blocks")
+    add("--n-layer", type=utils.count, default=4, help="blocks")
+    add("--n-head", type=utils.count, default=3, help="attention heads per block")
+    add("--n-embd", type=utils.count, default=96, help="width C")
+    add("--batch-size", type=utils.count, default=100, help="the ViT's pictures per step; the CNN has chapter 02's")
+    add("--lr", type=utils.positive, default=2e-3, help="AdamW's, for patches, positions and head")
+    add("--muon-lr", type=utils.positive, default=0.02, help="Muon's, for the matrices in the blocks")
     add("--weight-decay", type=float, default=0.1, help="Muon's")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster here")
-    add("--seed", type=int, default=0, help="decides weights, batches and augmentation")
     add("--test", action="store_true", help="also name the test accuracy: once, when all is decided")
-    add("--out", type=Path, default=Path(__file__).parent / "outputs", help="folder for metrics.json")
-    args = parser.parse_args()
-    if not args.seconds > 0:
-        raise utils.InputError(f"--seconds {args.seconds} must be greater than zero.")
-    utils.check_writable(args.out)
-    dtype = utils.pick_dtype(torch.device("cpu")) if args.dtype == "auto" else getattr(torch, args.dtype)
+    args = utils.parse_args(parser)
     data = pictures.load_data(args.data)
-    label, metrics, history, counts = data.name + ", stand-in" * data.stand_in, {}, [], {}
+    metrics, history, counts = {}, [], {}
     for name in args.models:
-        utils.set_seed(args.seed)
+        torch.manual_seed(args.seed)
         if name == "vit":
             model = ViT(len(data.classes), data.mean, data.std, args.n_layer, args.n_head, args.n_embd, args.positions)
             optimizers = gpt.make_optimizers(model, args.lr, args.muon_lr, args.weight_decay)
@@ -196,22 +184,20 @@ def main() -> None:
             batch_size, small = recipe["batch_size"], recipe["small"]
             optimizers = cnn.make_optimizers(model, recipe["lr"], recipe["muon_lr"], batch_size)
         counts[name] = utils.count_parameters(model)
-        seen, rows = fit(name, model, optimizers, data, args.seconds, batch_size, dtype, args.seed, small)
+        seen, rows = fit(name, model, optimizers, data, args.seconds, batch_size, args.dtype, args.seed, small)
         history += rows
         metrics[f"{name}_val_accuracy"] = rows[-1][f"{name}_val_accuracy"]
         line = (f"{name:8}{counts[name]:10,} parameters  {seen / len(data.train_y):6.1f} epochs in "
-                f"{rows[-1]['seconds']:.0f} s of a core  {label}: validation {metrics[f'{name}_val_accuracy']:.2%}")
+                f"{rows[-1]['seconds']:.0f} s of a core  {data.label}: validation "
+                f"{metrics[f'{name}_val_accuracy']:.2%}")
         if args.test:
             ## The last weights, whatever validation said on the way: nothing is picked, and the test part used once.
-            metrics[f"{name}_test_accuracy"] = cnn.score(cnn.predict(model, data.test_x, dtype), data.test_y)[1]
+            metrics[f"{name}_test_accuracy"] = cnn.evaluate(model, data.test_x, data.test_y, args.dtype)[1]
             line += f", test {metrics[f'{name}_test_accuracy']:.2%}"
-        print(line, flush=True)
-    utils.save_metrics(args.out / "metrics.json", script=SCRIPT, data=data.name, stand_in=data.stand_in, device="cpu",
-                       seed=args.seed, seconds=args.seconds, parameters=counts, metrics=metrics,
-                       history=history)
+        print(line.ljust(79), flush=True)
+    utils.save_metrics(args, SCRIPT, data, model, metrics, history, parameters=counts)
     print(f"wrote {args.out / 'metrics.json'}")
-    if data.stand_in:
-        utils.notice(f"STAND-IN: these figures are for {data.name}, not for CIFAR-10.")
+    utils.stand_in_notice(data.name, data.stand_in)
 
 
 if __name__ == "__main__":
