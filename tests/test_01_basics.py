@@ -151,7 +151,6 @@ def test_a_file_can_be_taken_away(tmp_path):
     code = """if True:
         import random, sys, torch, torchvision, torchvision.datasets, torchvision.transforms.functional
         sys.path[:0] = sys.argv[1:]
-        import utils  # which test_utils.py looks at
         heavy = ("argparse", "requests", "matplotlib", "matplotlib.pyplot")
         before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()
         for name in ("load", "train", "from_scratch", "load_model", "experiment"):

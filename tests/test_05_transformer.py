@@ -470,13 +470,11 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(trained, tmp_pa
     assert {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()} == before
 
 
-def test_the_model_comes_alone_and_speaks_of_arguments(tmp_path):
+def test_the_model_comes_alone_and_speaks_of_arguments():
     """Another program takes GPT: nothing that parses options, fetches or draws comes along, and nothing is changed."""
-    lasting = (ROOT / "utils.py").read_text().split("# " + "-" * 46 + " old names")[0]  # what utils.py will be
-    (tmp_path / "utils.py").write_text(lasting)
     program = f"""if True:
         import random, sys, torch, torchvision
-        sys.path[:0] = [{str(tmp_path)!r}, {str(FOLDER)!r}]
+        sys.path[:0] = [{str(ROOT)!r}, {str(FOLDER)!r}]
         loud = "argparse", "requests", "matplotlib"
         for name in list(sys.modules):
             if name.split(".")[0] in loud:
