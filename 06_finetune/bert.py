@@ -372,7 +372,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     if path.exists() and path.read_bytes() != data:
         path.unlink()  # so that a kill between the two writes leaves no new weights with an old config
     save_safetensors(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    utils.write_atomically(path, data)
+    utils.write_atomically(path, lambda file: file.write(data))
 
 
 # ---------------------------------------------------------------------------------------------- which model
