@@ -32,8 +32,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe
 import utils
 from gpt2 import GPT2, read_model, save_model
-from load import Base, Data, find_base, load_data
-from train import LR, load_result, sample
+from load import MODELS, TEXTS, Base, Data, find_base, load_data, load_result
+from train import LR, sample
 
 SCRIPT = "06_finetune/experiment.py"
 TRAIN = Path(__file__).parent / "train.py"
@@ -215,8 +215,8 @@ def main() -> None:
     parser = utils.parser(__doc__, __file__, "device", "dtype")
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="which tables to make")
-    add("--model", help="as in train.py; without it gpt2, or the stand-in if that is out of reach")
-    add("--data", help="as in train.py; without it Tiny Shakespeare, or python if that is out of reach")
+    add("--model", help=MODELS)
+    add("--data", help=TEXTS)
     add("--seeds", type=utils.count, default=3, help="runs per row, with seeds 0, 1, 2, ...")
     add("--steps", type=utils.count, default=300, help="updates in each run")
     add("--batch-size", type=utils.count, default=4, help="windows per step")

@@ -163,7 +163,7 @@ class GPT2(nn.Module):
         t, T = cache.length if cache else 0, ids.shape[1]
         if t + T > self.config["n_positions"]:
             raise utils.InputError(f"{t + T} tokens are more than the {self.config['n_positions']} positions of this "
-                                   "model; shorten the text.")
+                                   "model; shorten the text (or make block_size smaller).")
         positions = torch.arange(t, t + T, device=ids.device)
         ## The sum that runs through the network stays in float32, whatever the matrices are in: it collects 2 n_layer
         ## small terms, and bfloat16 has two to three digits.

@@ -32,6 +32,7 @@ import bpe
 import utils
 from bpe import Tokenizer
 from gpt2 import COMMON, GPT2, SIZES, evaluate, read_config, read_model, save_model
+from peft_files import load_adapter, save_adapter
 from weights import open_weights
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
@@ -44,8 +45,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 # The stand-in: GPT-2 in all but size
 STAND_IN = {"vocab_size": 2000, "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
-STAND_IN_STEPS = 600
-SENTENCE = "To be, or not to be: that is the question."
+STEPS = 600
 
 
 class Base(NamedTuple):
@@ -53,7 +53,7 @@ class Base(NamedTuple):
     config: dict  # of the network
     tokenizer: Tokenizer
     name: str  # by which find_base finds it again
-    stand_in: str  # "GPT-2" where it is one pre-trained here, or was fine-tuned from that; else ""
+    stand_in: str = ""  # "GPT-2" where it is one pre-trained here, or was fine-tuned from that
 
     @property
     def label(self) -> str:
@@ -65,53 +65,49 @@ class Data(NamedTuple):
     val: Tensor  # (N,): the last 10 %
     val_characters: int  # that val stands for
     name: str
-    stand_in: str  # the text in whose place it stands, "Tiny Shakespeare", or ""
+    stand_in: str = ""  # the text in whose place it stands, "Tiny Shakespeare"
 
     @property
     def label(self) -> str:
         return self.name + ", stand-in" * bool(self.stand_in)
 
 
-# ---------------------------------------------------------------------------------------------- the base model
+# ---------------------------------------------------------------------------------------------- models
+MODELS = (f"{', '.join(SIZES)}, stand-in, or a folder with config.json, model.safetensors, vocab.json, merges.txt; "
+          "without it gpt2, or the stand-in if that is out of reach")
+
+
 def find_base(name: str | None = None) -> Base:
     """A pre-trained GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, stand-in, or a folder; None is gpt2, or the stand-in
-    where that can't be reached. Raises utils.InputError for what can't be had or doesn't fit together."""
-    if name and name not in (*SIZES, "stand-in"):
-        folder = Path(name)
-        if not folder.is_dir():
-            raise utils.InputError(f"{name} is no folder; give one with config.json, model.safetensors, vocab.json "
-                                   f"and merges.txt, or {', '.join(SIZES)} or stand-in.")
-        return _base(folder, read_config(folder / "config.json"), _tokenizer(folder), name)
-    if name != "stand-in":
-        weights_here = (utils.DATA_DIR / (name or "gpt2") / "model.safetensors").exists()
+    where that can't be reached. Raises ConnectionError, and utils.InputError for what doesn't fit together."""
+    if name is None or name in SIZES:
+        size = name or "gpt2"
+        weights_here = (utils.DATA_DIR / size / "model.safetensors").exists()
         try:
-            path, tokenizer = _download(name or "gpt2"), bpe.load_gpt2()
-            return _base(path, COMMON | SIZES[name or "gpt2"], tokenizer, name or "gpt2")
+            path, config, tokenizer = download_weights(size), COMMON | SIZES[size], bpe.load_gpt2()
         except ConnectionError as error:
             if name or weights_here:  # asked for by name, or half there: never replaced by something else
-                raise
-            print(f"{error} Working offline with --model stand-in.")
-    folder = utils.DATA_DIR / "gpt2-stand-in"
-    if not (folder / "config.json").exists():
-        pretrain(folder)
-    config = read_config(folder / "config.json")
-    utils.stand_in_notice("a small model, pre-trained on Python's manual,", "GPT-2")
-    return _base(folder, config, _tokenizer(folder), "stand-in")
+                raise ConnectionError(f"{error} Offline: --model stand-in.") from error
+            print(error)
+            return find_base("stand-in")
+    else:
+        path = utils.DATA_DIR / "gpt2-stand-in" if name == "stand-in" else Path(name)
+        if name == "stand-in" and not (path / "config.json").exists():
+            pretrain(path)
+        if not path.is_dir():
+            raise utils.InputError(f"{name} is no folder; give {MODELS}.")
+        config = read_config(path / "config.json")
+        tokenizer = Tokenizer.from_files(path / "vocab.json", path / "merges.txt")
+    if len(tokenizer.vocab) != config["vocab_size"]:
+        raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.vocab):,} tokens, and the model "
+                               f"{config['vocab_size']:,}; take vocab.json and merges.txt from where the weights are "
+                               "from.")
+    base = Base(path, config, tokenizer, name or "gpt2", "GPT-2" if "stand_in" in config else "")
+    utils.stand_in_notice(base.name, base.stand_in)
+    return base
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
-
-
-def _base(path: Path, config: dict, tokenizer: Tokenizer, name: str) -> Base:
-    V = config["vocab_size"]
-    if len(tokenizer.vocab) != V:
-        raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.vocab):,} tokens, and the model {V:,}; take "
-                               "vocab.json and merges.txt from where the weights are from.")
-    return Base(path, config, tokenizer, name, "GPT-2" if "stand_in" in config else "")
-
-
-def _download(name: str) -> Path:
+def download_weights(name: str) -> Path:
     """The weights of one of the four sizes, from the hub. Raises ConnectionError where it can't be reached."""
     path = utils.DATA_DIR / name / "model.safetensors"
     if name == "gpt2":
@@ -131,10 +127,31 @@ def _download(name: str) -> Path:
     return utils.download([url], path, sha256)
 
 
+def save_result(model: GPT2, base: Base, out: Path, method: str) -> None:
+    """Write what train.py's method has trained: out/adapter, or a whole model to out/model."""
+    if method == "lora":
+        save_adapter(model, out / "adapter", base.name)
+    else:
+        base.tokenizer.save(out / "model")
+        save_model(model, out / "model", base.tokenizer.vocab[bpe.END])
+
+
+def load_result(base: Base, out: Path, method: str) -> GPT2:
+    """The model that save_result wrote, from its files: base and adapter, or the whole."""
+    model = read_model(base.path if method == "lora" else out / "model", base.config)
+    if method == "lora":
+        load_adapter(model, out / "adapter")
+    return model.eval()
+
+
 # ---------------------------------------------------------------------------------------------- the text
 def read_tinyshakespeare() -> str:
     """Raises ConnectionError where it can't be downloaded, utils.InputError where the file there is another."""
-    return utils.download([SHAKESPEARE], utils.DATA_DIR / "tinyshakespeare.txt", SHAKESPEARE_SHA256).read_text("utf-8")
+    try:
+        path = utils.download([SHAKESPEARE], utils.DATA_DIR / "tinyshakespeare.txt", SHAKESPEARE_SHA256)
+    except ConnectionError as error:
+        raise ConnectionError(f"{error} Offline: --data python.") from error
+    return path.read_text(encoding="utf-8")
 
 
 def read_python() -> str:
@@ -148,9 +165,10 @@ SETS = {  # name -> how to read it, and what it stands in for; a text more is on
     "python": (read_python, "Tiny Shakespeare"),
     "pydocs": (lambda: bpe.read_text("pydocs"), "Tiny Shakespeare"),
 }
+TEXTS = f"{', '.join(SETS)} or a text file; without it the first, or python if that is out of reach"
 
 
-def load_data(data: str | None, tokenizer: Tokenizer, block_size: int) -> Data:
+def load_data(data: str | None, tokenizer: Tokenizer, block_size: int = 1) -> Data:
     """Read, split and encode a text: one of SETS by name, or a path; None: Tiny Shakespeare or its stand-in.
 
     Raises ConnectionError where a text asked for by name can't be downloaded, and utils.InputError where it can't be
@@ -160,7 +178,7 @@ def load_data(data: str | None, tokenizer: Tokenizer, block_size: int) -> Data:
         try:
             return load_data("tinyshakespeare", tokenizer, block_size)
         except ConnectionError as error:
-            print(f"{error} Working offline with --data python.")
+            print(error)
             return load_data("python", tokenizer, block_size)
     read, stand_in = SETS.get(data, (lambda: bpe.read_text(data), ""))
     text, name = read(), Path(data).name
@@ -172,9 +190,8 @@ def load_data(data: str | None, tokenizer: Tokenizer, block_size: int) -> Data:
     n = int(0.9 * len(text))
     train, val = (torch.tensor(tokenizer.encode(part, special=False)) for part in (text[:n], text[n:]))
     if min(len(train), len(val)) < block_size + 1:
-        advice = "use a longer text" + " or a smaller block_size" * (block_size > 1)
         raise utils.InputError(f"{name} has {len(train):,} tokens to train on and {len(val):,} to validate on, too few "
-                               f"for windows of {block_size}; {advice}.")
+                               f"for windows of {block_size}; use a longer text (or a smaller block_size).")
     return Data(train, val, len(text) - n, name, stand_in)
 
 
@@ -196,7 +213,7 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
-def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None) -> None:
+def pretrain(folder: Path, steps: int = STEPS, plot: Path | None = None) -> None:
     """Make a small GPT-2 from nothing and write it to folder, in the files that GPT-2 comes in.
 
     ## Pre-training is chapter 05's task, predict the next token of any text at hand, with the same windows and falling
@@ -243,17 +260,16 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
 def main() -> None:
     parser = utils.parser(__doc__, __file__)
     add = parser.add_argument
-    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder; without it gpt2, or the stand-in if out of reach")
-    add("--data", help=f"{', '.join(SETS)} or a text file; without it the first, or python if that is out of reach")
-    add("--sentence", default=SENTENCE, help="what to encode step by step")
-    add("--steps", type=utils.count, help=f"pre-train the stand-in anew, with so many steps (as it comes: "
-        f"{STAND_IN_STEPS})")
+    add("--model", help=MODELS)
+    add("--data", help=TEXTS)
+    add("--sentence", default="To be, or not to be: that is the question.", help="what to encode step by step")
+    add("--steps", type=utils.count, help=f"pre-train the stand-in anew, in so many steps (as it comes: {STEPS})")
     args = utils.parse_args(parser)
-    if args.steps is not None and args.model != "stand-in":
-        raise utils.InputError("--steps goes with --model stand-in, which it makes anew.")
     if not args.sentence:
         raise utils.InputError("--sentence is empty; give one of a few words.")
-    if args.steps is not None:
+    if args.steps:
+        if args.model != "stand-in":
+            raise utils.InputError("--steps goes with --model stand-in, which it makes anew.")
         pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps, args.out / "pretraining.png")
     base = find_base(args.model)
 

@@ -29,7 +29,7 @@ from gpt2 import GPT2, SIZES, generate, read_model, save_model, shrink
 from load import Base, find_base
 from lora import merge, remove
 from peft_files import load_adapter, read_config
-from train import PREFIX, SCRIPT
+from train import SCRIPT
 
 # Shapes: T time (tokens), A attention heads; the batch is 1, and `layers` how many there are
 
@@ -63,7 +63,7 @@ def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str
                                "its base (--base).")
     base = find_base(base_name)
     model = read_model(base.path, base.config)
-    config = load_adapter(model, name, PREFIX)
+    config = load_adapter(model, name)
     ## Merged, the adapter costs nothing more: what is written is an ordinary GPT-2 from here on.
     merge(model)
     remove(model)

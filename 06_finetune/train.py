@@ -30,22 +30,27 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe
 import utils
-from gpt2 import GPT2, SIZES, evaluate, generate, read_model, save_model, shrink
-from load import Base, batches, find_base, load_data
+from gpt2 import GPT2, evaluate, generate, read_model, shrink
+from load import MODELS, TEXTS, Base, Data, batches, find_base, load_data, load_result, save_result
 from lora import add_lora
 from memory import load_trainable, peak_memory, trainable_state
-from peft_files import load_adapter, save_adapter
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
 
 SCRIPT = "06_finetune/train.py"
-PREFIX = "transformer."  # what stands before every name in transformers' GPT2LMHeadModel, and so in PEFT's files
 
 
 # ---------------------------------------------------------------------------------------------- model
-def freeze(model: GPT2, method: str, dropout: float, dtype: torch.dtype, rank: int, alpha: float,
-           targets: list[str]) -> None:
-    """Freeze what the method leaves alone, and add adapters of rank, alpha, targets where it is LoRA.
+# Method -> AdamW's peak learning rate for the stand-in and for GPT-2: the first was the best of a few tried by the loss
+# after 300 steps on Tiny Shakespeare (seed 0), the second is a usual one, not measured here.
+LR = {"lora": (1e-2, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 3e-4)}
+LORA = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ["c_attn"]}
+
+
+def freeze(model: GPT2, method: str, dropout: float, dtype: torch.dtype, lora_rank: int, lora_alpha: float,
+           lora_targets: list[str]) -> None:
+    """Freeze what the method leaves alone, and add adapters where it is LoRA. Raises utils.InputError as add_lora does.
+
 
     ## full: every weight. Per parameter AdamW takes four numbers (weight, gradient, two averages): 2 GB for GPT-2.
     ## head: the last block and the norm after it. What lies below is used as it is, and needs no gradients at all. The
@@ -53,7 +58,10 @@ def freeze(model: GPT2, method: str, dropout: float, dtype: torch.dtype, rank: i
     ## lora: the weights stay, and small matrices beside them learn the change (lora.py).
     """
     if method == "lora":
-        add_lora(model, rank, alpha, dropout, targets)
+        try:
+            add_lora(model, lora_rank, lora_alpha, dropout, lora_targets)
+        except ValueError as error:
+            raise utils.InputError(str(error)) from error
         if dtype == torch.bfloat16:
             ## What is frozen need not be more precise than what it is multiplied with. (Not with `head`, which writes
             ## the frozen weights out again: they stay as they were.)
@@ -87,6 +95,17 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def sample(model: GPT2, base: Base, prompt: str, length: int, dtype: torch.dtype, seed: int) -> str:
+    """`length` tokens drawn at temperature 0.8 from the 50 likeliest, after a prompt; the same seed, the same luck."""
+    device = model.wte.weight.device
+    ids = base.tokenizer.encode(prompt, special=False)
+    model.eval()
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        new = list(generate(model, ids, length, 0.8, 50, stop=base.tokenizer.vocab[bpe.END],
+                            generator=torch.Generator(device).manual_seed(seed)))
+    return base.tokenizer.decode(ids + new)
+
+
 def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val: Tensor, steps: int, batch_size: int,
         block_size: int, eval_every: int, seed: int, dtype: torch.dtype, warmup: int = 20, grad_clip: float = 1.0,
         micro_batch_size: int = 4, first_step: int = 0, seconds: float = 0.0, forward: nn.Module | None = None,
@@ -109,11 +128,10 @@ def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val
             ## Gradient accumulation: backward adds to the gradients that are there. So a batch can be taken in parts,
             ## each weighted by its share; the step then follows the mean over all of it, with the memory of one part.
             x, y = x[shard], y[shard]
-            loss = torch.zeros((), device=x.device)
-            for i, (a, b) in enumerate(zip(x.split(micro_batch_size), y.split(micro_batch_size)), 1):
+            loss, parts = torch.zeros((), device=x.device), [part.split(micro_batch_size) for part in (x, y)]
+            for i, (a, b) in enumerate(zip(*parts), 1):
                 ## Gradients go to other processes once a step, not once a part.
-                last = i * micro_batch_size >= len(x) or not dist.is_initialized()
-                with contextlib.nullcontext() if last else forward.no_sync():
+                with forward.no_sync() if dist.is_initialized() and i < len(parts[0]) else contextlib.nullcontext():
                     ## Mixed precision: what is trained, and its updates, stay in float32; autocast gives the matrix
                     ## products bfloat16 copies. (With LoRA the frozen ones are bfloat16 as it is: `shrink`.)
                     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
@@ -127,65 +145,28 @@ def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val
             losses.append(loss)
             if step % 10 == 9:  # looking at the loss makes a GPU wait, so not at every step
                 utils.progress(step + 1, steps, begun, f"loss {loss.item():.3f}", "tokens", B * T)
-        train_loss = torch.stack(losses).mean()
-        if dist.is_initialized():
-            dist.all_reduce(train_loss.div_(dist.get_world_size()))  # the mean over all processes
+        train_loss = torch.stack(losses).mean().item()  # waits for a GPU to finish
         seconds = time.perf_counter() - begun
-        row = {"step": end, "seconds": seconds, "tokens": end * B * T, "train_loss": train_loss.item(),
-               "val_loss": evaluate(model, val, T, dtype)}
-        if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            raise utils.InputError(f"the loss became {train_loss:g} by step {end}; start again with a smaller --lr.")
-        yield row
+        figures = torch.tensor([train_loss, evaluate(model, val, T, dtype)], device=train.device)
+        if dist.is_initialized():
+            dist.all_reduce(figures.div_(dist.get_world_size()))  # the mean over all processes: all see the same
+        train_loss, val_loss = figures.tolist()
+        if not figures.isfinite().all():
+            raise utils.InputError(f"the loss became {figures.sum():g} by step {end}; make lr smaller.")
+        yield {"step": end, "seconds": seconds, "tokens": end * B * T, "train_loss": train_loss, "val_loss": val_loss}
         begun = time.perf_counter() - seconds  # the clock stood still meanwhile
 
 
 # ---------------------------------------------------------------------------------------------- main
-# Method -> AdamW's peak learning rate for the stand-in and for GPT-2: the first was the best of a few tried by the loss
-# after 300 steps on Tiny Shakespeare (seed 0), the second is a usual one, not measured here.
-LR = {"lora": (1e-2, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 3e-4)}
-
-
-def save_result(model: GPT2, base: Base, out: Path, method: str) -> None:
-    """Write out/adapter, or a whole model to out/model."""
-    if method == "lora":
-        save_adapter(model, out / "adapter", base.name, PREFIX)
-    else:
-        base.tokenizer.save(out / "model")
-        save_model(model, out / "model", base.tokenizer.vocab[bpe.END])
-
-
-def load_result(base: Base, out: Path, method: str) -> GPT2:
-    """The model that save_result wrote, from its files: base and adapter, or the whole."""
-    if method != "lora":
-        return read_model(out / "model", base.config)
-    model = read_model(base.path, base.config)
-    load_adapter(model, out / "adapter", PREFIX)
-    return model.eval()
-
-
-def sample(model: GPT2, base: Base, prompt: str, length: int, dtype: torch.dtype, seed: int) -> str:
-    """`length` tokens drawn at temperature 0.8 from the 50 likeliest, after a prompt; the same seed, the same luck."""
-    device = model.wte.weight.device
-    ids = base.tokenizer.encode(prompt, special=False)
-    model.eval()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        new = list(generate(model, ids, length, 0.8, 50, stop=base.tokenizer.vocab[bpe.END],
-                            generator=torch.Generator(device).manual_seed(seed)))
-    return base.tokenizer.decode(ids + new)
-
-
-def parse_options():
-    """The options' values. Raises utils.InputError for an adapter's option beside another method."""
+def parse_options(world: int):
+    """The options' values. Raises utils.InputError for those that don't go together; world: how many processes."""
     parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # adds --device ... --out
     add = parser.add_argument
     add("--method", choices=LR, default="lora", help="what is trained: adapters, every weight, or the last block")
-    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder (config.json, model.safetensors, vocab.json, "
-        "merges.txt); without it gpt2, or the stand-in if that is out of reach")
-    add("--data", help="tinyshakespeare, python, pydocs or a text file; without it the first, or python if that is out "
-        "of reach")
+    add("--model", help=MODELS)
+    add("--data", help=TEXTS)
     add("--steps", type=utils.count, default=300, help="updates; the learning rate falls to a tenth at the last one")
-    add("--batch-size", type=utils.count, default=4, help="windows per step; larger is steadier, and learns less per "
-        "token")
+    add("--batch-size", type=utils.count, default=4, help="windows per step; larger: steadier, learns less per token")
     add("--micro-batch-size", type=utils.count, default=4, help="windows at once: gradients are summed up over the "
         "parts of a batch (gradient accumulation); memory shrinks with it, the result stays")
     add("--block-size", type=utils.count, default=256, help="tokens in a window, at most the model's n_positions")
@@ -193,12 +174,11 @@ def parse_options():
     add("--lora-alpha", type=utils.positive, help="the change counts alpha / r times (default: 16)")
     add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names: c_attn, attn.c_proj, "
         "mlp.c_fc, mlp.c_proj (default: c_attn)")
-    add("--dropout", type=utils.share, default=0.0, help="share zeroed while training: of the adapters' input, or of "
-        "the network's activations; helps where a small text is read many times")
+    add("--dropout", type=utils.share, default=0.0, help="share zeroed in training, of the adapters' input or of the "
+        "network's activations; helps where a small text is read many times")
     add("--lr", type=utils.positive, help="AdamW's peak learning rate; without it, for the stand-in and for GPT-2: "
         + ", ".join(f"{method} {a:g} and {b:g}" for method, (a, b) in LR.items()))
-    add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.01, help="share of every weight taken per "
-        "step, times the rate")
+    add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.01, help="times lr: the pull towards zero")
     add("--warmup", type=utils.count, default=20, help="steps over which the learning rate rises from zero")
     add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=utils.count, default=100, help="steps between evaluations on all of validation")
@@ -207,58 +187,92 @@ def parse_options():
         "less memory, one more forward pass per step")
     add("--prompt", default="\n", help="what the samples before and after go on from")
     args = utils.parse_args(parser)
-    for name, value in (("lora_rank", 8), ("lora_alpha", 16.0), ("lora_targets", ["c_attn"])):
+    for name, value in LORA.items():
         if vars(args)[name] and args.method != "lora":
-            raise utils.InputError(f"--{name.replace('_', '-')} is for --method lora, not for {args.method}; leave it "
-                                   "out.")
+            option = f"--{name.replace('_', '-')}"
+            raise utils.InputError(f"{option} is for --method lora, not for {args.method}; leave it out.")
         vars(args)[name] = vars(args)[name] or value
     if not args.prompt:
         raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
+    if args.batch_size % world:
+        raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
     return args
+
+
+def restore(saved: dict, model: GPT2, optimizers: list[torch.optim.Optimizer], rank: int) -> tuple[int, list, dict]:
+    """Put back what a checkpoint holds; return its step, history and best row. Raises utils.InputError for another's."""
+    try:
+        load_trainable(model, saved["trained"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise utils.InputError("--resume: checkpoint.pt is of another version of the model; start anew.") from error
+    torch.set_rng_state(saved["random_state"] if rank == 0 else torch.get_rng_state())
+    return saved["step"], saved["history"], saved["best"]
+
+
+def report(args, base: Base, text: Data, model: GPT2, total: int, before: float, history: list, best: dict) -> None:
+    """Print and write what the best weights reach, beside guessing and the start. total: parameters of the base."""
+    label, memory, V = f"{base.label}, on {text.label}", peak_memory(args.device), base.config["vocab_size"]
+    ## A token is a unit of the tokenizer's own choosing, so losses per token can't be compared between vocabularies.
+    ## Per character they can: nats per token * tokens / characters, and / ln 2 for bits.
+    per_character = (len(text.val) - 1) / text.val_characters / math.log(2)
+    metrics = {"val_loss": best["val_loss"], "perplexity": math.exp(min(best["val_loss"], 700)),
+               "best_step": best["step"], "bits_per_character": best["val_loss"] * per_character,
+               "last_val_loss": history[-1]["val_loss"], "before_val_loss": before,
+               "before_bits_per_character": before * per_character,
+               "trained_parameters": utils.count_parameters(model), "peak_memory_bytes": memory}
+    print(f"\n{'':24}nats per token   perplexity   bits per character   ({label}, validation)")
+    for name, nats in {"guessing uniformly": math.log(V), "before training": before,
+                       f"{args.method}, step {best['step']}": best["val_loss"]}.items():
+        print(f"{name:24}{nats:14.4f}{math.exp(min(nats, 700)):13.3f}{nats * per_character:21.4f}")
+    if best["val_loss"] > before:
+        print("training made it worse: try a smaller --lr")
+    held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
+    after = load_result(base, args.out, args.method).to(args.device)  # as anybody would load it
+    print(f"{history[-1]['seconds']:.0f} s of training, {held}\n\nit writes:\n"
+          f"{sample(after, base, args.prompt, 200, args.dtype, args.seed)}\n")
+    both = text._replace(stand_in=base.stand_in or text.stand_in)
+    utils.save_metrics(args, SCRIPT, both, after, metrics, history, model=base.name, parameters=total)
+    utils.plot_history(args.out / "history.png", [{"step": 0, "val_loss": before}, *history],
+                       ["train_loss", "val_loss"], f"{args.method}: {label}", y="nats per token")
+    result = "adapter/" if args.method == "lora" else "model/"
+    print(f"wrote {result}, checkpoint.pt, metrics.json and history.png to {args.out}")
+    utils.stand_in_notice(base.name, base.stand_in)
+    utils.stand_in_notice(text.name, text.stand_in)
 
 
 def main() -> None:
     ## Several processes, as in chapter 05: each holds the whole model, takes its share of every batch, and averages its
-    ## gradients with the others'. The rest each does as if it were alone; only rank 0 prints.
+    ## gradients with the others'. All else each does as if it were alone, but only rank 0 prints and writes.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)  # -1: none
         dist.init_process_group()
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-    args = parse_options()
-    if args.batch_size % world:
-        raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
+    args = parse_options(world)
     free = ("out", "device", "compile", "resume", "micro_batch_size", "activation_checkpointing", "prompt")
     options = {name: value for name, value in vars(args).items() if name not in free}
     saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT, options) if args.resume else None
-
-    # model and text
     base = find_base(args.model)
-    positions, V = base.config["n_positions"], base.config["vocab_size"]
-    if args.block_size > positions:
-        raise utils.InputError(f"--block-size {args.block_size} is more than the {positions} positions that "
-                               f"{base.name} knows; make it smaller.")
     text = load_data(args.data, base.tokenizer, args.block_size)
     train, val = text.train.to(args.device), text.val.to(args.device)
-    label = f"{base.label}, on {text.label}"
     if saved and (saved["base"], saved["text"]) != (base.name, [text.name, len(train)]):
-        raise utils.InputError(f"--resume: {label} is not what the run had then; start anew without --resume.")
+        raise utils.InputError(f"--resume: {base.name} or {text.name} is not what the run had then; start anew without "
+                               "--resume.")
+
     torch.manual_seed(args.seed)
     model = read_model(base.path, base.config)
     total = utils.count_parameters(model)
-    try:
-        freeze(model, args.method, args.dropout, args.dtype, args.lora_rank, args.lora_alpha, args.lora_targets)
-    except ValueError as error:
-        raise utils.InputError(str(error)) from error
+    freeze(model, args.method, args.dropout, args.dtype, *(vars(args)[name] for name in LORA))
     model.checkpointing = args.activation_checkpointing
     model.to(args.device)
-    lr = args.lr or LR[args.method][not base.stand_in]
-    optimizers, history, best = make_optimizers(model, lr, args.weight_decay), [], {"step": 0, "val_loss": math.inf}
+    optimizers = make_optimizers(model, args.lr or LR[args.method][not base.stand_in], args.weight_decay)
     torch.manual_seed(args.seed + rank)  # all ranks have the same adapters by now, and need different dropout
+    first_step, history, best = 0, [], {"step": 0, "val_loss": math.inf}
 
-    # sanity numbers before training
     n_trained, whole = utils.count_parameters(model), sum(p.numel() for p in model.parameters())
-    print(f"{label}: {len(train):,} tokens to train on, {len(val):,} to validate on\n"
+    print(f"{base.label}, on {text.label}: {len(train):,} tokens to train on, {len(val):,} to validate on\n"
           f"{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); "
           f"{str(args.dtype)[6:]} on {args.device.type}; "
           f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
@@ -267,70 +281,38 @@ def main() -> None:
           f"its targets:  {base.tokenizer.decode(y[0, :16].tolist())!r}")
     ## Unlike in all other chapters the model knows something already, and the loss before training is below ln V. If it
     ## is not, a wrong vocabulary is the likeliest reason.
-    before = evaluate(model, val, args.block_size, args.dtype)
+    V, before = base.config["vocab_size"], evaluate(model, val, args.block_size, args.dtype)
     print(f"before training: loss {before:.4f}; guessing uniformly, ln {V}: {math.log(V):.4f}; it writes:\n"
           f"{sample(model, base, args.prompt, 60, args.dtype, args.seed)}\n")
     if before > math.log(V):
         print("this is worse than guessing: are vocab.json and merges.txt those of these weights?\n")
     if saved:
-        load_trainable(model, saved["trained"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        history, best = saved["history"], saved["best"]
-        torch.set_rng_state(saved["random_state"])
-        saved = None  # it may be gigabytes
+        first_step, history, best = restore(saved, model, optimizers, rank)
     forward = torch.compile(model) if args.compile else model
     forward = nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
     for row in fit(model, optimizers, train, val, args.steps, args.batch_size, args.block_size, args.eval_every,
-                   args.seed, args.dtype, args.warmup, args.grad_clip, args.micro_batch_size,
-                   *(history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0), forward,
-                   slice(rank, None, world)):
+                   args.seed, args.dtype, args.warmup, args.grad_clip, args.micro_batch_size, first_step,
+                   history[-1]["seconds"] if saved else 0.0, forward, slice(rank, None, world)):
         history.append(row)
         best = row if row["val_loss"] < best["val_loss"] else best
+        ## Early stopping: the model has been learning the training text by heart for a while.
+        stop = row["step"] - best["step"] >= args.patience * args.eval_every
         print("step {:5}  {:4.0f} s  {:,} tokens  train {:.4f}  validation {:.4f}".format(*row.values()).ljust(79),
               flush=True)
-        if best is row:
-            save_result(model, base, args.out, args.method)
-        utils.write_atomically(args.out / "checkpoint.pt", torch.save, {
-            "script": SCRIPT, "base": base.name, "text": [text.name, len(train)], "torch": str(torch.__version__),
-            "options": options, "history": history, "best": best, "trained": trainable_state(model),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
-        if row["step"] - best["step"] >= args.patience * args.eval_every:
-            break  # early stopping: it has been learning the training text by heart for a while
-    report(args, base, text, label, total, n_trained, before, history, best)
-
-
-def report(args, base: Base, text, label: str, total: int, n_trained: int, before: float, history: list[dict],
-           best: dict) -> None:
-    """Print what was reached beside guessing and the start, and a text by the result, loaded anew; write the files."""
-    memory, V = peak_memory(args.device), base.config["vocab_size"]
-    ## A token is a unit of the tokenizer's own choosing, so losses per token can't be compared between vocabularies.
-    ## Per character they can: nats per token * tokens / characters, and / ln 2 for bits.
-    per_character = (len(text.val) - 1) / text.val_characters / math.log(2)
-    print(f"\n{'':24}nats per token   perplexity   bits per character   ({label}, validation)")
-    for name, nats in (("guessing uniformly", math.log(V)), ("before training", before),
-                       (f"{args.method}, step {best['step']}", best["val_loss"])):
-        print(f"{name:24}{nats:14.4f}{math.exp(min(nats, 700)):13.3f}{nats * per_character:21.4f}")
-    if best["val_loss"] > before:
-        print("training made it worse: try a smaller --lr")
-    held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
-    print(f"{history[-1]['seconds']:.0f} s of training, {held}\n\nit writes:")
-    after = load_result(base, args.out, args.method).to(args.device)
-    print(sample(after, base, args.prompt, 200, args.dtype, args.seed) + "\n")
-    metrics = {"val_loss": best["val_loss"], "perplexity": math.exp(min(best["val_loss"], 700)),
-               "best_step": best["step"], "bits_per_character": best["val_loss"] * per_character,
-               "last_val_loss": history[-1]["val_loss"], "before_val_loss": before,
-               "before_bits_per_character": before * per_character, "trained_parameters": n_trained,
-               "peak_memory_bytes": memory}
-    utils.save_metrics(args, SCRIPT, text._replace(stand_in=base.stand_in or text.stand_in), after, metrics, history,
-                       model=base.name, parameters=total)
-    utils.plot_history(args.out / "history.png", [{"step": 0, "val_loss": before}, *history],
-                       ["train_loss", "val_loss"], f"{args.method}: {label}", y="nats per token")
-    print(f"wrote {'adapter/' if args.method == 'lora' else 'model/'}, checkpoint.pt, metrics.json and history.png to "
-          f"{args.out}")
-    utils.stand_in_notice(base.name, base.stand_in)
-    utils.stand_in_notice(text.name, text.stand_in)
+        if rank == 0:
+            if best is row:
+                save_result(model, base, args.out, args.method)
+            utils.write_atomically(args.out / "checkpoint.pt", torch.save, {
+                "script": SCRIPT, "base": base.name, "text": [text.name, len(train)], "torch": str(torch.__version__),
+                "options": options, "step": args.steps if stop else row["step"], "history": history, "best": best,
+                "trained": trainable_state(model), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
+        if stop:
+            break
+    if world > 1:
+        dist.destroy_process_group()  # a process that ends without this may abort
+    if rank == 0:
+        report(args, base, text, model, total, before, history, best)
 
 
 ## Try this, with --model stand-in on Tiny Shakespeare (seed 0; experiment.py has the tables). As it is: 4.639 nats.

@@ -1,13 +1,14 @@
 """Chapter 06, load, train, load_model and experiment, against transformers, peft, and what fine-tuning promises."""
 
+import contextlib
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -108,14 +109,15 @@ def test_evaluate_counts_every_token_once(small):
 
 
 def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path, monkeypatch, capsys):
-    out = run("load.py", "--model", "stand-in", "--steps", 2, "--data", "python", "--out", tmp_path / "out",
-              env={"DATA_DIR": str(tmp_path)})
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(load, "STAND_IN", load.STAND_IN | {"vocab_size": 400, "n_embd": 32})
+    monkeypatch.setattr(bpe, "read_text", lambda name, read=bpe.read_text: read(name)[:60_000])
+    out = call_main(load, "--model", "stand-in", "--steps", 2, "--data", "pydocs", "--out", tmp_path / "out")
     folder = tmp_path / "gpt2-stand-in"
     assert {p.name for p in folder.iterdir()} == {"config.json", "merges.txt", "model.safetensors", "vocab.json"}
     assert "h.3.mlp.c_proj.weight" in out and "wpe.weight" in out and out.count("STAND-IN") == 4
     assert (tmp_path / "out" / "pretraining.png").exists()
     reference, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
     before = digest(folder / "model.safetensors")
     base = load.find_base("stand-in")
     assert base.stand_in and digest(folder / "model.safetensors") == before  # found, not made again
@@ -164,17 +166,17 @@ def test_larger_models_are_checked_against_the_hubs_hash(tmp_path, monkeypatch):
     try:
         monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
         monkeypatch.setattr(load, "HUB", f"http://127.0.0.1:{server.server_port}/")
-        path = load._download("gpt2-medium")
-        assert path.read_bytes() == Hub.body and load._download("gpt2-medium") == path
+        path = load.download_weights("gpt2-medium")
+        assert path.read_bytes() == Hub.body and load.download_weights("gpt2-medium") == path
         monkeypatch.setattr(Hub, "etag", "0" * 64)
         with pytest.raises(utils.InputError, match="wrong hash"):
-            load._download("gpt2-large")
+            load.download_weights("gpt2-large")
         assert not (tmp_path / "gpt2-large" / "model.safetensors").exists()
     finally:
         server.shutdown()
         server.server_close()
     with pytest.raises(ConnectionError, match="could not be asked"):
-        load._download("gpt2-xl")
+        load.download_weights("gpt2-xl")
 
 
 # ---------------------------------------------------------------------------------------------- train.py
@@ -206,7 +208,7 @@ def test_results_open_in_transformers_and_peft_with_equal_logits(small, runs):
         if method == "lora":
             reference = PeftModel.from_pretrained(base, out / "adapter").eval()
             ours = [load_model.load_model(str(out / "adapter"))[0],
-                    train.load_result(load.find_base(str(small[1])), out, "lora")]
+                    load.load_result(load.find_base(str(small[1])), out, "lora")]
         else:
             reference = AutoModelForCausalLM.from_pretrained(out / "model").eval()
             ours = [load_model.load_model(str(out / "model"))[0]]
@@ -220,7 +222,7 @@ def test_the_result_gives_the_reported_loss_and_bits(small, runs):
     text = load.load_data(str(small[2]), base.tokenizer, T)
     for method, (out, _) in runs.items():
         dtype = torch.load(out / "checkpoint.pt", weights_only=True)["options"]["dtype"]
-        model = train.load_result(base, out, method)
+        model = load.load_result(base, out, method)
         metrics = json.loads((out / "metrics.json").read_text())["metrics"]
         loss = gpt2.evaluate(model, text.val, T, dtype)
         assert loss == pytest.approx(metrics["val_loss"], abs=5e-3)  # then the base may have been in bfloat16
@@ -240,19 +242,34 @@ def test_parts_of_a_batch_and_checkpointing_change_nothing_but_memory(small, tmp
             assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_run_resumes_bit_identically(small, runs, tmp_path, number, code):
-    options = [*small[0], *STEPS, "--method", "lora", *LORA, "--out", tmp_path]
+def stop_by_sigkill(options):
+    """Kill a process of its own after step 20, at whatever it is doing then."""
     command = [sys.executable, "-u", str(FOLDER / "train.py"), *map(str, options)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in child.stdout:
-        if line.startswith("step    20"):
-            break
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == code and "Traceback" not in errors
-    assert number == signal.SIGKILL or errors.rstrip().endswith("--resume")
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=one_core) as child:
+        for line in child.stdout:
+            if line.startswith("step    20"):
+                child.kill()
+    assert child.returncode == -9
+
+
+def stop_by_ctrl_c(options):
+    """Interrupt step 25 in this process; what is printed says how to go on."""
+    def progress(step, *rest):
+        if step >= 25:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end, \
+            contextlib.redirect_stderr(io.StringIO()) as errors:
+        patch.setattr(utils, "progress", progress)
+        utils.run(lambda: call_main(train, *options), go_on="--resume")
+    assert end.value.code == 130 and errors.getvalue().rstrip().endswith("--resume")
+
+
+@pytest.mark.parametrize("stop", [stop_by_sigkill, stop_by_ctrl_c])
+def test_a_stopped_run_resumes_bit_identically(small, runs, tmp_path, stop):
+    options = [*small[0], *STEPS, "--method", "lora", *LORA, "--out", tmp_path]
+    stop(options)
     steps = [row["step"] for row in utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["history"]]
     assert steps in ([10], [10, 20], [10, 20, 30])
     text = call_main(train, *options, "--resume")
@@ -273,6 +290,10 @@ def test_resume_refuses_other_options_and_other_text(small, runs, tmp_path):
     finally:
         small[2].write_text(small[2].read_text()[:30_000])
     assert digest(out / "checkpoint.pt") == before
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state["trained"].popitem()
+    torch.save(state, out / "checkpoint.pt")
+    assert "another version of the model" in refusal(train, *again)
 
 
 def test_two_processes_learn_as_one_does(small, tmp_path):
@@ -288,12 +309,17 @@ def test_two_processes_learn_as_one_does(small, tmp_path):
 
 
 def test_early_stopping_keeps_the_best(small, tmp_path):
-    options = ["--method", "full", "--steps", 400, "--eval-every", 10, "--lr", 1e-2, "--patience", 2, "--device", "cpu"]
-    text = call_main(train, *small[0], *options, "--out", tmp_path)
+    options = [*small[0], "--method", "full", "--steps", 400, "--eval-every", 10, "--lr", 2e-2, "--patience", 2,
+               "--device", "cpu", "--out", tmp_path]
+    text = call_main(train, *options)
     found = json.loads((tmp_path / "metrics.json").read_text())
     last, best = found["history"][-1]["step"], found["metrics"]["best_step"]
     assert last == best + 20 < 400 and f"full, step {best}" in text  # a short text, learned by heart
     assert found["metrics"]["val_loss"] == min(row["val_loss"] for row in found["history"])
+    before = digest(tmp_path / "model" / "model.safetensors")
+    assert "\nstep " not in call_main(train, *options, "--resume")  # it has ended, and stays so
+    assert json.loads((tmp_path / "metrics.json").read_text())["history"] == found["history"]
+    assert digest(tmp_path / "model" / "model.safetensors") == before
 
 
 def test_one_batch_can_be_learned_by_heart(small):
@@ -340,8 +366,8 @@ def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
 def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(small, runs, tmp_path):
     shutil.copytree(runs["full"][0], tmp_path / "out")
     before = digest(tmp_path / "out" / "model" / "model.safetensors")
-    options = [*small[0], "--method", "full", "--lr", 1e30, "--device", "cpu", "--dtype", "float32"]
-    assert "smaller --lr" in refusal(train, *options, "--out", tmp_path / "out")
+    options = [*small[0], "--method", "full", "--lr", 1e30, "--steps", 10, "--device", "cpu", "--dtype", "float32"]
+    assert "make lr smaller" in refusal(train, *options, "--out", tmp_path / "out")
     assert digest(tmp_path / "out" / "model" / "model.safetensors") == before
 
 
@@ -401,7 +427,19 @@ def test_where_heads_look_on_weights_with_known_answers():
 
 
 # ---------------------------------------------------------------------------------------------- experiment.py
-def test_experiment_runs(small, tmp_path):
+def in_process(options, out):
+    """experiment.train without the seconds that a new process takes."""
+    call_main(train, *options, "--out", out)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_a_row_of_experiment_is_a_process_of_its_own_and_its_failure_is_told(small, tmp_path):
+    with pytest.raises(utils.InputError, match="train.py .*--lora-rank 64.* failed: LoRA's rank 64 is above"):
+        experiment.train([*small[0], "--lora-rank", 64, "--device", "cpu"], tmp_path)
+
+
+def test_experiment_runs(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "train", in_process)
     options = [*small[0], "--steps", 4, "--seeds", 1, "--device", "cpu", "--out", tmp_path]
     text = call_main(experiment, *options, "--only", "scratch")
     found = json.loads((tmp_path / "experiment_scratch.json").read_text())
