@@ -112,12 +112,12 @@ def read_csv(path: Path, target: str | None) -> Table:
         return utils.InputError(f"{path}, line {line}: {what}")
 
     if not path.is_file():
-        raise utils.InputError(f"--data {path} is a folder; give one CSV file." if path.is_dir() else
-                               f"--data {path}: no such file; give a CSV file, {' or '.join(SETS)}.")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise utils.InputError(f"--data {path}: {what}; give a CSV file, {' or '.join(SETS)}.")
     raw, rows, begins = path.read_bytes(), [], 1
     try:
         text = raw.decode("utf-8-sig")
-        delimiter = max(",;\t", key=next((line for line in text.splitlines() if line.strip()), "").count)
+        delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         for row in reader:
             row = [value.strip() for value in row]
@@ -133,10 +133,9 @@ def read_csv(path: Path, target: str | None) -> Table:
         raise utils.InputError(f"{path} has no rows; a header and some hundred rows are needed.")
     (first, names), *rows = rows
     for name in names:
-        if name in ("", "?") or NUMBER.fullmatch(name) or SEPARATED.fullmatch(name):
-            raise bad(first, f"{name!r} is no name of a column; the first line must be a header that names them all.")
-        if names.count(name) > 1:
-            raise bad(first, f"{names.count(name)} columns are named {name!r}; give each a name of its own.")
+        if name in ("", "?") or like_number(name) or names.count(name) > 1:
+            raise bad(first, f"{name!r} is no name, or two columns have it; the file must begin with a header that "
+                             "gives each column a name of its own.")
     for line, row in rows:
         if len(row) != len(names):
             raise bad(line, f"{len(row)} value{'s' * (len(row) > 1)}, but the header names {len(names)} columns; a "
@@ -253,6 +252,16 @@ def is_missing(value: str) -> bool:
     return value.lower() in MISSING
 
 
+def is_number(value: str) -> bool:
+    """Whether a value can be read as a number, one that float32 can hold."""
+    return bool(NUMBER.fullmatch(value)) and abs(float(value)) < 1e30
+
+
+def like_number(value: str) -> bool:
+    """Whether a value is meant as a number, be it too large or with separators that can't be read for sure."""
+    return bool(NUMBER.fullmatch(value) or SEPARATED.fullmatch(value))
+
+
 def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
     """{column: "numeric" or "category"}, without target and ignored ones. types: those to set, as "zip=category".
 
@@ -269,24 +278,19 @@ def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
     found = {}
     for name in others:
         column, kind = table.columns[name], asked.get(name)
-        if kind == "ignore":
-            continue
-
-        def bad(i: int, what: str) -> utils.InputError:
-            return utils.InputError(f"column {name}, {table.lines[i]}: {column[i]!r} {what}")
-
         there = [i for i, value in enumerate(column) if not is_missing(value)]
-        odd = [i for i in there if not NUMBER.fullmatch(column[i])]  # no plain numbers
-        if odd and (kind == "numeric" or kind is None and all(SEPARATED.fullmatch(column[i]) for i in odd)):
-            raise bad(odd[0], "is no plain number; write it with digits and one decimal point, without separators, or "
-                              f"have it read as a word: --types {name}=category.")
+        odd = [i for i in there if not is_number(column[i])]
+        found[name] = kind or ("numeric" if all(like_number(column[i]) for i in there) else "category")
+        if odd and found[name] == "numeric":
+            value = column[odd[0]]
+            what = "too large for a 32-bit number" if NUMBER.fullmatch(value) else "no plain number"
+            raise utils.InputError(f"column {name}, {table.lines[odd[0]]}: {value!r} is {what}; write it with digits "
+                                   "and one decimal point, without separators, or have the column read as words, "
+                                   f"--types {name}=category, or not at all, {name}=ignore.")
         if kind is None and 0 < len(odd) < 0.1 * len(there):
             print(f"column {name} holds numbers, but {column[odd[0]]!r} on {table.lines[odd[0]]}: so it counts as one "
                   "of categories; empty such places to have a column of numbers")
-        found[name] = kind or ("category" if odd else "numeric")
-        for i in there if found[name] == "numeric" else ():
-            if not abs(float(column[i])) < 1e30:
-                raise bad(i, f"is too large for a 32-bit number; correct it, or add --types {name}=ignore.")
+    found = {name: kind for name, kind in found.items() if kind != "ignore"}
     if not found:
         raise utils.InputError(f"no column is left to predict {table.target} from; ignore fewer with --types.")
     return found
@@ -295,27 +299,18 @@ def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
 def target_values(table: Table) -> tuple[str, str]:
     """(negative, positive): the target's two values, the later one in alphabetical order positive, as scikit-learn has
     it: 1, yes, true, >50K. Raises utils.InputError, naming the line, where there are not two, of ten rows each."""
-    def bad(what: str) -> utils.InputError:
-        return utils.InputError(f"the target {table.target} {what}")
-
     if table.target not in table.columns:
         why = "--target is missing" if table.target is None else f"--target {table.target}: no such column"
         raise utils.InputError(f"{why}; the first line of {table.name} names {', '.join(table.columns)}.")
     column = table.columns[table.target]
-    counts = Counter(column)
-    first = {value: table.lines[column.index(value)] for value in [*counts][:3]}  # where it comes first
-    for i, value in enumerate(column):
-        if is_missing(value):
-            raise bad(f"is missing on {table.lines[i]}; remove such rows: from them nothing can be learned.")
-    if len(counts) != 2:
-        listed = ", ".join(f"{value!r} on {line}" for value, line in first.items())
-        raise bad(f"has {'one value' if len(counts) == 1 else 'more than two values'}: {listed}; choose a column of "
-                  "two, or make two groups of its values.")
-    rarer, count = counts.most_common()[-1]
-    if count < 10:
-        raise bad(f"is {rarer!r} in {count} rows only, first on {first[rarer]}; all three parts need some, so at least "
-                  "10.")
-    return tuple(sorted(counts))
+    counts, missing = Counter(column), any(map(is_missing, column))
+    if len(counts) == 2 and min(counts.values()) >= 10 and not missing:
+        return tuple(sorted(counts))
+    first = dict(zip(column[::-1], table.lines[::-1]))  # value -> the line where it comes first
+    some = sorted(counts, key=lambda value: not is_missing(value))[:4]
+    listed = ", ".join(f"{value!r} in {counts[value]} (the first on {first[value]})" for value in some)
+    raise utils.InputError(f"the target {table.target} needs two values, each in 10 rows or more, and none missing; "
+                           f"it has {len(counts)}: {listed}; remove rows, or make two groups of the values.")
 
 
 def fit_schema(table: Table, kinds: dict[str, str], fit: Tensor) -> dict:
@@ -333,11 +328,10 @@ def fit_schema(table: Table, kinds: dict[str, str], fit: Tensor) -> dict:
                                    f"remove it, or add --types {name}=ignore.")
         if kind == "numeric":
             schema["numeric"].append(name)
-            schema["median"].append(float(np.median([float(value) for value in there])))
+            schema["median"].append(np.median(np.array(there, dtype=float)).item())
         else:
             schema["categorical"].append(name)
-            counts = Counter(there)
-            schema["values"].append(sorted(counts, key=lambda value: (-counts[value], value)))
+            schema["values"].append([value for value, _ in Counter(sorted(there)).most_common()])  # equals by alphabet
     return schema
 
 
@@ -367,14 +361,13 @@ def encode_row(values: dict[str, str], schema: dict) -> Part:
     never showed becomes UNSEEN.
     """
     names = schema["numeric"] + schema["categorical"]
+    row = dict.fromkeys([*names, schema["target"]], [""])
     for name, value in values.items():
+        row[name] = [value.strip()]
         if name not in names:
             raise utils.InputError(f"there is no column {name!r}; there are {', '.join(names)}.")
-        if name in schema["numeric"] and not is_missing(value.strip()):
-            if not NUMBER.fullmatch(value.strip()) or not abs(float(value)) < 1e30:
-                raise utils.InputError(f"{name}={value}: {name} needs a number, written with digits and at most one "
-                                       "decimal point.")
-    row = {name: [values.get(name, "").strip()] for name in (*names, schema["target"])}
+        if name in schema["numeric"] and not is_missing(value.strip()) and not is_number(value.strip()):
+            raise utils.InputError(f"{name}={value}: {name} needs a number, digits and at most one decimal point.")
     return encode(row, schema)._replace(target=torch.full((1,), math.nan))
 
 
@@ -391,14 +384,11 @@ def stratified(target: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     ## would move for no better reason. So each class is shuffled and divided by itself.
     """
     generator = torch.Generator().manual_seed(seed)
-    ones = target == 1
-    n_ones = round(n * ones.sum().item() / len(target))
-    taken = []
-    for members, count in ((ones, n_ones), (~ones, n - n_ones)):
-        rows = members.nonzero()[:, 0]
-        taken.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    n_ones = round(n * target.sum().item() / len(target))
     second = torch.zeros(len(target), dtype=torch.bool)
-    second[torch.cat(taken)] = True
+    for value, count in ((1, n_ones), (0, n - n_ones)):
+        rows = (target == value).nonzero()[:, 0]
+        second[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
     return (~second).nonzero()[:, 0], second.nonzero()[:, 0]
 
 
@@ -561,34 +551,33 @@ def logistic_baseline(data: Data, penalty: float = 1.0) -> Tensor:
 
 def draw_columns(data: Data, limit: int = 16):
     """A figure: for each column, how the training rows of either class are spread over its values."""
-    schema = data.schema
+    schema, train = data.schema, data.train
     names = (schema["numeric"] + schema["categorical"])[:limit]
     height = math.ceil(len(names) / 4)
-    figure, axes = utils.pyplot().subplots(height, 4, figsize=(15, 3.2 * height), squeeze=False)
-    ones = data.train.target == 1
-    classes = ((schema["negative"], ~ones), (schema["positive"], ones))
-    for a in axes.flat[len(names) :]:
-        a.axis("off")
-    for a, name in zip(axes.flat, names):
+    figure = utils.pyplot().figure(figsize=(15, 3.2 * height))
+    ones = (train.target == 1).numpy()
+    for place, name in enumerate(names, 1):
+        a = figure.add_subplot(height, 4, place)
         a.set_title(name, fontsize=10)
         if name in schema["numeric"]:
-            x = data.train.numeric[:, schema["numeric"].index(name)].numpy()
+            x = train.numeric[:, schema["numeric"].index(name)].numpy()
             few = x.max() - x.min() <= 100 and (x == x.round()).all()  # integers: a bar for each, or some would get two
-            edges = np.arange(x.min() - 0.5, x.max() + 1) if few else np.histogram_bin_edges(x, 30)
-            for value, rows in classes:
-                a.stairs(np.histogram(x[rows], edges)[0] / int(rows.sum()), edges, fill=True, alpha=0.6, label=value)
-            a.set(ylabel="share of its class", yscale="log" if (x == 0).mean() > 0.5 else "linear")
+            edges = np.arange(x.min() - 0.5, x.max() + 1) if few else 30
+            style = dict(histtype="stepfilled", alpha=0.6, log=bool((x == 0).mean() > 0.5))
         else:
             k = schema["categorical"].index(name)
-            column, words = data.train.categories[:, k], words_of(schema, k)
-            shown = [i for i, _ in Counter(column.tolist()).most_common(10)][::-1]
-            for shift, (value, rows) in zip((0.2, -0.2), classes):
-                shares = [(column[rows] == i).float().mean().item() for i in shown]
-                a.barh(np.arange(len(shown)) + shift, shares, 0.4, label=value)
-            a.set_yticks(range(len(shown)), [words[i][:22] for i in shown], fontsize=7)
-            a.set_xlabel("share of its class")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), title=schema["target"], loc="lower right", fontsize=12)
-    figure.suptitle(f"Each column by itself: the training rows ({data.label})")
+            words = words_of(schema, k)
+            often = [i for i, _ in Counter(train.categories[:, k].tolist()).most_common(10)]
+            x = np.array([often.index(i) if i in often else 10 for i in train.categories[:, k].tolist()])
+            edges = np.arange(len(often) + 1) - 0.5
+            style = dict(orientation="horizontal")
+            a.set_yticks(range(len(often)), [words[i][:22] for i in often], fontsize=7)
+            a.invert_yaxis()
+        classes = [x[~ones], x[ones]]
+        a.hist(classes, edges, weights=[np.full(len(c), 1 / len(c)) for c in classes],
+               label=[schema["negative"], schema["positive"]], **style)
+    figure.legend(*a.get_legend_handles_labels(), title=schema["target"], loc="lower right", fontsize=12)
+    figure.suptitle(f"Each column by itself: the share of its class in the training rows ({data.label})")
     figure.tight_layout()
     return figure
 
