@@ -14,6 +14,7 @@ Writes to outputs/: experiment.json, experiment.png. Left out on purpose: tuning
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,17 +95,15 @@ class AnyNet(TabularNet):
 
     def embed(self, bins: Tensor, index: Tensor) -> Tensor:
         """(B, F, J) and (B, L) -> inputs of the first layer, (E, B, I)."""
-        periodic = self.recipe["numbers"] == "periodic"
-        if periodic:
+        offsets = self.offsets.permute(2, 1, 0, 3)  # (E, 1, F, C)
+        if self.recipe["numbers"] == "periodic":
             ## Gorishniy et al. 2022, equation 2: cos and sin of x at several frequencies, which are trained like any
             ## weight, then a linear layer and a ReLU for each column. High frequencies tell close numbers apart.
             angle = 2 * math.pi * bins[..., None] * self.frequencies  # (B, F, 16, E)
             waves = torch.cat([angle.cos(), angle.sin()], 2)  # (B, F, 32, E)
-            curves = torch.einsum("bfwe,fwec->ebfc", waves, self.slopes)
+            curves = F.relu(torch.einsum("bfwe,fwec->ebfc", waves, self.slopes) + offsets)
         else:
-            curves = torch.einsum("bfj,fjec->ebfc", bins, self.slopes)
-        curves = curves + self.offsets.permute(2, 1, 0, 3)  # (E, B, F, C)
-        curves = F.relu(curves) if periodic else curves
+            curves = torch.einsum("bfj,fjec->ebfc", bins, self.slopes) + offsets
         if self.recipe["categories"] == "one-hot":
             one_hot = torch.zeros(len(index), self.V, device=index.device).scatter_(1, index, 1.0)  # (B, V)
             looked_up = one_hot.expand(len(curves), -1, -1)
@@ -123,15 +122,18 @@ def train_once(recipe: dict, data: Data, device: torch.device, seed: int) -> Ten
     return member_logits(model, model.encode(data.val)).cpu()
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Their standard deviation; 0 of one value alone."""
+    return np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
 def draw(rows: list[dict], label: str):
     """A figure of 100 % less the AUC of each row, for all members and for one."""
     figure, axes = utils.pyplot().subplots(figsize=(8, 0.35 * len(rows) + 1.4))
     together, alone = (100 - 100 * np.array([row[key] for row in rows]) for key in ("auc", "one_member_auc"))
-    places, several = np.arange(len(rows)), together.shape[1] > 1  # of shape (rows, seeds)
-    axes.errorbar(together.mean(1), places, xerr=together.std(1, ddof=1) if several else None, fmt="o",
-                  label="all members")
-    axes.plot(alone.mean(1), places, "x", label="one member")
-    axes.set_yticks(places, [row["name"] for row in rows])
+    names, spread = [row["name"] for row in rows], [deviation(values) for values in together]
+    axes.errorbar(together.mean(1), names, xerr=spread, fmt="o", label="all members")  # together: (rows, seeds)
+    axes.plot(alone.mean(1), names, "x", label="one member")
     axes.invert_yaxis()
     axes.set(title=f"One change at a time ({label})", xlabel="100 % less validation AUC (log scale): left is better",
              xscale="log")  # or one bad row would press all others together
@@ -169,7 +171,7 @@ def main() -> None:
             if recipe["members"] == 16:
                 by_members.append([evaluate(probabilities(logits[:e]), y)["auc"] for e in range(1, 17)])
         rows.append({"name": name, "recipe": recipe, **results})
-        texts = [f"{scale * np.mean(v):9.{digits}f} ± {scale * np.std(v, ddof=1) if len(v) > 1 else 0:.{digits}f}"
+        texts = [f"{scale * np.mean(v):9.{digits}f} ± {scale * deviation(v):.{digits}f}"
                  for scale, digits, v in zip((100, 1, 100, 100), (2, 4, 2, 2), results.values())]
         print(f"{name:36}" + "".join(f"{text:21}" for text in texts), flush=True)
         table = {"script": SCRIPT, "data": data.name, "stand_in": bool(data.stand_in), "device": args.device.type,
@@ -177,9 +179,8 @@ def main() -> None:
         text = json.dumps(table, indent=1).encode()
         utils.write_atomically(args.out / "experiment.json", lambda file: file.write(text))
     if by_members:
-        means = 100 * np.mean(by_members, axis=0)
-        print("AUC, %, of the first 1, 2, 4, 8, 16 of 16 members: "
-              + ", ".join(f"{means[e - 1]:.2f}" for e in (1, 2, 4, 8, 16)))
+        means = 100 * np.mean(by_members, axis=0)[[0, 1, 3, 7, 15]]
+        print("AUC, %, of the first 1, 2, 4, 8, 16 of 16 members: " + ", ".join(f"{mean:.2f}" for mean in means))
     utils.write_atomically(args.out / "experiment.png", draw(rows, data.label).savefig)
     print(f"\nwrote experiment.json and experiment.png to {args.out}")
     utils.stand_in_notice(data.name, data.stand_in)

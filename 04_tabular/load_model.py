@@ -84,16 +84,12 @@ def tied_columns(matrix: Tensor) -> list[list[int]]:
     """
     codes = [column.unique(return_inverse=True)[1] for column in matrix.T]
     sizes = [int(code.max()) + 1 for code in codes]
-    groups = []
+    groups = {}  # first column -> all that are with it
     for c, (code, size) in enumerate(zip(codes, sizes)):
-        for group in groups:
-            other = group[0]
-            if 1 < size == sizes[other] < len(matrix) / 2 and len((codes[other] * size + code).unique()) == size:
-                group.append(c)
-                break
-        else:
-            groups.append([c])
-    return groups
+        same = (first for first in groups if 1 < size == sizes[first] < len(matrix) / 2
+                and len((codes[first] * size + code).unique()) == size)
+        groups.setdefault(next(same, c), []).append(c)
+    return list(groups.values())
 
 
 # ---------------------------------------------------------------------------------------------- curves
@@ -234,11 +230,10 @@ def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
     schema, values, words = data.schema, {}, {}
     names, n = schema["numeric"] + schema["categorical"], len(schema["numeric"])
     for item in text.split(","):
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not name:
-            raise utils.InputError(f"--person: {item.strip()!r} is no COLUMN=VALUE; separate them by commas.")
-        if name in values:
-            raise utils.InputError(f"--person: {name} is given twice; leave one out.")
+        name, _, value = (part.strip() for part in item.partition("="))
+        if "=" not in item or name in values:
+            what = f"{name} is given twice" if name in values else f"{item.strip()!r} is no COLUMN=VALUE"
+            raise utils.InputError(f"--person: {what}; name each column once and separate them by commas.")
         values[name] = value
     row, train = to_matrix(encode_row(values, schema))[0], to_matrix(data.train)  # encode_row refuses unknown columns
     for name, value in values.items():
@@ -254,8 +249,8 @@ def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
     for group in groups:  # what follows from what was said
         known = [c for c in group if c in words]
         same = train[(train[:, known] == row[known]).all(1)]
-        for c in group if known and len(same) else ():
-            if c not in words:
+        for c in group:
+            if known and c not in words and len(same):
                 row[c] = same[0, c]
                 words[c] = f"{row[c]:g}" if c < n else words_of(schema, c - n)[int(row[c])]
                 print(f"{names[c]}={words[c]} follows from {names[known[0]]}")
@@ -336,17 +331,12 @@ def show_person(model: TabularNet, data: Data, text: str, out: Path, seed: int) 
     for g in order:
         print(f"{words[g]:52}{shares[g]:+9.1%}{alone[g]:+17.1%}")
     print(f"{'all together':52}{shares.sum():+9.1%}")
-    figure, axes = utils.pyplot().subplots(figsize=(8, 1.2 + 0.35 * len(order)))
-    steps = shares[order]
+    steps = shares[order].numpy()
     begins = mean + steps.cumsum(0) - steps  # each bar begins where the one above it ended
-    axes.use_sticky_edges = False  # bars keep away from the frame
-    axes.barh([words[g] for g in order], steps.tolist(), left=begins.tolist(),
-              color=["C0" if step > 0 else "C1" for step in steps])
+    figure, axes = draw_bars([words[g] for g in order], steps, f"What moved the probability ({data.label})",
+                             f"probability of {schema['target']} {schema['positive']}", begins)
     axes.axvline(mean, color="black", lw=1, ls=":", label=f"average row {mean:.1%}")
     axes.axvline(p, color="black", lw=1, label=f"this one {p:.1%}")
-    axes.invert_yaxis()
-    axes.set(title=f"What moved the probability ({data.label})",
-             xlabel=f"probability of {schema['target']} {schema['positive']}")
     axes.legend(fontsize=8)
     utils.write_atomically(out / "person.png", figure.savefig)
     print(f"\nwrote {out / 'person.png'}")
@@ -357,21 +347,19 @@ def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: s
     """ROC, precision-recall and calibration of several models: probabilities (N,) each."""
     figure, (roc, pr, said) = utils.pyplot().subplots(1, 3, figsize=(15, 4.5))
     for (name, p), style in zip(curves.items(), ("-", "--")):
-        fpr, tpr = roc_curve(p, y)
-        precision, recall, thresholds = precision_recall(p, y)
-        mean, share, _ = calibration(p, y)
-        roc.plot(fpr, tpr, style, label=f"{name}, AUC {roc_auc(p, y):.4f}")
+        precision, recall, _ = precision_recall(p, y)
+        roc.plot(*roc_curve(p, y), style, label=f"{name}, AUC {roc_auc(p, y):.4f}")
         pr.plot(recall, precision, style, label=f"{name}, mean {average_precision(p, y):.4f}")
-        said.plot(mean, share, style, marker="o", label=f"{name}, error {calibration_error(p, y):.4f}")
-        if style == "-":
-            spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")
-            here = int((thresholds > threshold).sum())  # so many thresholds are higher
-            roc.plot(fpr[here], tpr[here], **spot)
-            pr.plot(recall[:here][-1:], precision[:here][-1:], **spot)  # no dot where no row is named
-    guessing = dict(ls=":", color="grey", label="guessing")
-    roc.axline((0, 0), (1, 1), **guessing)
-    pr.axhline(y.mean().item(), **guessing)
-    said.axline((0, 0), (1, 1), **guessing | {"label": "as said"})
+        said.plot(*calibration(p, y)[:2], style, marker="o", label=f"{name}, error {calibration_error(p, y):.4f}")
+    named, true = next(iter(curves.values())) > threshold, y == 1
+    spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")
+    recall = named[true].double().mean()
+    roc.plot(named[~true].double().mean(), recall, **spot)
+    pr.plot(recall, y[named].mean(), **spot)  # no dot where no row is named: the mean of nothing is nan
+    guessing = dict(slope=0, ls=":", color="grey", label="guessing")
+    roc.axline((0, 0), **guessing | {"slope": 1})
+    pr.axline((0, y.mean().item()), **guessing)
+    said.axline((0, 0), **guessing | {"slope": 1, "label": "as said"})
     roc.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
     pr.set(title="Precision and recall", xlabel="recall", ylabel="precision")
     said.set(title="Calibration", xlabel="probability, mean in the bin", ylabel="share of positives")
@@ -384,12 +372,10 @@ def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: s
 def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 50):
     """The values of the six largest category columns in two dimensions, those of at least so many training rows."""
     schema = data.schema
-    shown = sorted((k for k, values in enumerate(schema["values"]) if len(values) > 2),
-                   key=lambda k: -len(schema["values"][k]))[:6]
-    figure, axes = utils.pyplot().subplots(2, 3, figsize=(15, 9.2))
-    for a in axes.flat[len(shown) :]:
-        a.axis("off")
-    for a, k in zip(axes.flat, shown):
+    shown = sorted(range(len(schema["values"])), key=lambda k: -len(schema["values"][k]))[:6]
+    figure = utils.pyplot().figure(figsize=(15, 9.2))
+    for place, k in enumerate((k for k in shown if len(schema["values"][k]) > 2), 1):
+        a = figure.add_subplot(2, 3, place)
         values, column = schema["values"][k], data.train.categories[:, k]
         counts = column.bincount(minlength=len(values) + KNOWN)[KNOWN:]
         often = (counts >= min(at_least, counts.sort(descending=True).values[2])).nonzero()[:, 0]
@@ -407,14 +393,14 @@ def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 5
     return figure
 
 
-def draw_importance(lost: Tensor, words: list[str], title: str):
-    """A bar for the mean of each group of columns, a dot for each of its shuffles. lost: (groups, repeats)."""
-    figure, axes = utils.pyplot().subplots(figsize=(7, 1 + 0.35 * len(words)))
-    axes.barh(words, lost.mean(1).tolist())
-    axes.plot(lost.flatten(), np.repeat(np.arange(len(words)), lost.shape[1]), ".", color="black", ms=4)
+def draw_bars(words: list[str], values: np.ndarray, title: str, x: str, begins: np.ndarray | float = 0.0):
+    """A figure and its axes: a bar for each word, from top to bottom, that goes from begins to begins + value."""
+    figure, axes = utils.pyplot().subplots(figsize=(8, 1.2 + 0.35 * len(words)))
+    axes.use_sticky_edges = False  # bars keep away from the frame
+    axes.barh(words, values, left=begins, color=["C0" if value > 0 else "C1" for value in values])
     axes.invert_yaxis()
-    axes.set(title=title, xlabel="AUC")
-    return figure
+    axes.set(title=title, xlabel=x)
+    return figure, axes
 
 
 def main() -> None:
@@ -430,10 +416,9 @@ def main() -> None:
     data = data_of(saved, args.data)
     schema = data.schema
     columns = args.by or [name for name in ("sex", "race") if name in schema["categorical"]]
-    for name in columns:
-        if name not in schema["categorical"]:
-            raise utils.InputError(f"--by {name}: no such category column; there are "
-                                   f"{', '.join(schema['categorical'])}.")
+    if wrong := [name for name in columns if name not in schema["categorical"]]:
+        raise utils.InputError(f"--by {wrong[0]}: no such category column; there are "
+                               f"{', '.join(schema['categorical'])}.")
     if args.person is not None:
         show_person(model, data, args.person, args.out, args.seed)
         return utils.stand_in_notice(data.name, data.stand_in)
@@ -473,7 +458,9 @@ def main() -> None:
     for word, each in zip(words, lost):
         print(f"{word:40}{each.mean():8.4f}{each.std() if args.repeats > 1 else 0.0:9.4f}")
     title = f"AUC lost when a column is shuffled ({data.label}, validation)"
-    utils.write_atomically(args.out / "importance.png", draw_importance(lost, words, title).savefig)
+    figure, axes = draw_bars(words, lost.mean(1).numpy(), title, "AUC; a dot is one shuffle")
+    axes.plot(lost, range(len(words)), ".", color="black", ms=4)
+    utils.write_atomically(args.out / "importance.png", figure.savefig)
     if any(len(values) > 2 for values in schema["values"]):
         title = f"Embeddings in two dimensions; values close together are alike to the model ({data.label})"
         utils.write_atomically(args.out / "embeddings.png", draw_embeddings(model, data, title).savefig)

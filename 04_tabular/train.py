@@ -132,14 +132,13 @@ def fit_columns(data: Data, bins: int, exact: int) -> dict:
     ## Edges that share out the rows evenly would be of no use to a column like capital gain: 92 % of the rows are 0,
     ## and so are nearly all of the edges. There the edges share out the distinct values instead.
     """
-    columns = []
+    config = {"bins": [], "exact": [], "sizes": [len(values) + KNOWN for values in data.schema["values"]]}
     for column in data.train.numeric.T:
         values, counts = column.unique(return_counts=True)
         few = len(values) <= exact
-        edges = fit_bins((values if few else column)[:, None], bins)[0]
-        columns.append((edges.tolist(), values[counts > 1].tolist() if few else []))
-    return {"bins": [edges for edges, _ in columns], "exact": [values for _, values in columns],
-            "sizes": [len(values) + KNOWN for values in data.schema["values"]]}
+        config["bins"].append(fit_bins((values if few else column)[:, None], bins)[0].tolist())
+        config["exact"].append(values[counts > 1].tolist() if few else [])
+    return config
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -147,8 +146,7 @@ def fit_columns(data: Data, bins: int, exact: int) -> dict:
 def member_logits(model: TabularNet, inputs: tuple[Tensor, Tensor]) -> Tensor:
     """Logits (E, N) of encoded rows: all of them, in pieces that fit into the memory."""
     model.eval()
-    pieces = [model(bins, index) for bins, index in zip(*(tensor.split(4096) for tensor in inputs))]
-    return torch.cat(pieces, 1)
+    return torch.cat([model(*piece) for piece in zip(*(tensor.split(4096) for tensor in inputs))], 1)
 
 
 def probabilities(logits: Tensor) -> Tensor:
