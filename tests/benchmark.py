@@ -249,7 +249,7 @@ def epoch() -> None:
     for workers in (0, 2):
         loader = DataLoader(usual_set, 64, shuffle=True, num_workers=workers)
         ours, theirs = alternate(
-            lambda: once(mlp_train.epoch_batches(normal, y, 64, 0), model, optimizer),
+            lambda: once(mlp_train.batches(normal, y, 64, 0), model, optimizer),
             lambda loader=loader: once(loader, peer, peer_optimizer),
             3,
         )
@@ -378,7 +378,7 @@ def forecasting(horizon: int = 96, steps: int = 40) -> None:
     C, shape = inputs.shape[2], {name: recipe[name] for name in ("segment", "hidden", "dropout")}
     config = dict(channels=C, horizon=horizon, lookback=T, norms=recipe["norm"], linear=False)
     model = lstm_train.build("segment", config | shape)
-    lstm_train.set_dtype(model, str(utils.pick_dtype(torch.device("cpu"))).removeprefix("torch."))
+    lstm_train.set_dtype(model, utils.pick_dtype(torch.device("cpu")))
     peer = UsualSegRNN(C, horizon, **shape)
 
     def once(batches, module, optimizer):
@@ -389,10 +389,11 @@ def forecasting(horizon: int = 96, steps: int = 40) -> None:
             optimizer.step()
         return steps * batch / (time.perf_counter() - start)
 
-    rows = lstm_train.batches(len(inputs), batch, 0)
+    generator = torch.Generator().manual_seed(0)
     loader = DataLoader(Windows(data.train, T, horizon), batch, shuffle=True)
     optimizers = [torch.optim.AdamW(model.parameters(), fused=True), torch.optim.AdamW(peer.parameters())]
-    ours, theirs = alternate(lambda: once(((inputs[some], targets[some]) for some in rows), model, optimizers[0]),
+    ours, theirs = alternate(lambda: once(((inputs[rows], targets[rows]) for rows in lstm_train.batches(
+        len(inputs), batch, generator)), model, optimizers[0]),
                              lambda: once(loader, peer, optimizers[1]), 7)
     row("03 windows per second in training", ours, theirs, f"the same net and batch {batch}; nn.GRU twice, DataLoader, "
         "float32")
@@ -400,7 +401,7 @@ def forecasting(horizon: int = 96, steps: int = 40) -> None:
 
 def gpt2_folder(folder: Path) -> None:
     """Random weights of GPT-2's 124 M shape, and an adapter of rank 8 for c_attn, in the files of hub and PEFT."""
-    gpt2, lora = chapter("06_finetune", "gpt2", "lora")
+    gpt2, lora, peft_files = chapter("06_finetune", "gpt2", "lora", "peft_files")
     torch.manual_seed(0)
     model = gpt2.GPT2(gpt2.SIZES["gpt2"])
     gpt2.save_model(model, folder, end=50256)
@@ -410,9 +411,9 @@ def gpt2_folder(folder: Path) -> None:
 
 def lora_side(side: str, folder: Path, steps: int = 6) -> None:
     """One side of the row `lora`, in a process of its own, for memory is counted by the process. Prints JSON."""
-    utils.keep_memory() if side == "ours" else None
+    utils.run(lambda: None) if side == "ours" else None  # it keeps freed memory
     B, T = 4, 256
-    gpt2, lora, ft = chapter("06_finetune", "gpt2", "lora", "train")
+    gpt2, peft_files, memory = chapter("06_finetune", "gpt2", "peft_files", "memory")
     dtype = utils.pick_dtype(torch.device("cpu")) if side == "ours" else torch.float32
     if side == "ours":
         model = gpt2.read_model(folder, gpt2.read_config(folder / "config.json"))
@@ -445,7 +446,7 @@ def lora_side(side: str, folder: Path, steps: int = 6) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": statistics.median(seconds[1:]), "memory": ft.peak_memory(torch.device("cpu")),
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "memory": memory.peak_memory(torch.device("cpu")),
                       "losses": losses, "trained": sum(p.numel() for p in trained), "dtype": str(dtype)}))
 
 
@@ -528,7 +529,7 @@ def boosting(seeds: int = 3) -> None:
             start = time.perf_counter()
             peer.fit(x, y)
             seconds = time.perf_counter() - start
-            figures = tab_train.measures(torch.from_numpy(peer.predict_proba(test_x)[:, 1]), data.test.target)
+            figures = tab_train.evaluate(torch.from_numpy(peer.predict_proba(test_x)[:, 1]), data.test.target)
             theirs[name].append((100 * figures["accuracy"], 100 * figures["auc"], seconds))
     for peer, runs in theirs.items():
         note = f"HistGradientBoostingClassifier, defaults, {peer}; mean of {seeds} seeds"
@@ -542,7 +543,8 @@ def bert_folder(folder: Path, method: str) -> str:
     """MiniLM with a new head and an adapter, in the files of hub and PEFT; or, where MiniLM's weights are not at hand,
     random ones of its shape. Returns which of the two. The adapter is the usual one, rank 8 for query and value, or
     with method "lora-all" bert_classify.py's default, rank 16 for all matrices of a block."""
-    bert, lora, classify = chapter("06_finetune", "bert", "lora", "bert_classify")
+    bert, lora, classify, bert_train, peft_files = chapter("06_finetune", "bert", "lora", "bert_classify", "bert_train",
+                                                           "peft_files")
     torch.manual_seed(0)
     here = utils.DATA_DIR / "minilm"
     options = {"labels": ["negative", "positive"], "pooling": "cls"}
@@ -553,21 +555,21 @@ def bert_folder(folder: Path, method: str) -> str:
     bert.save_model(model, folder)
     rank, targets = (16, classify.ALL_MATRICES["bert"]) if method == "lora-all" else (8, ["query", "value"])
     lora.add_lora(model, rank, 16, 0.0, targets)
-    peft_files.save_adapter(model, folder / "adapter", str(folder), "", "SEQ_CLS", classify.heads(model))
+    peft_files.save_adapter(model, folder / "adapter", str(folder), "", "SEQ_CLS", bert_train.heads(model))
     return "MiniLM" if here.exists() else "random weights of MiniLM's shape"
 
 
 def bert_side(side: str, folder: Path, method: str, steps: int = 8) -> None:
     """One side of the row `bert`, in a process of its own, for memory is counted by the process. Prints JSON."""
-    utils.keep_memory() if side == "ours" else None
-    bert, lora, classify, ft = chapter("06_finetune", "bert", "lora", "bert_classify", "train")
+    utils.run(lambda: None) if side == "ours" else None  # it keeps freed memory
+    bert, bert_train, peft_files, memory = chapter("06_finetune", "bert", "bert_train", "peft_files", "memory")
     dtype = utils.pick_dtype(torch.device("cpu")) if side == "ours" else torch.float32
     if side == "ours":
         config = bert.read_config(folder / "config.json") | {"dropout": 0.0}
         model = bert.read_model(folder, config, bert.Classifier).train()
         if method != "full":
-            peft_files.load_adapter(model, folder / "adapter", "", classify.heads(model))
-            classify.shrink(model, dtype)
+            peft_files.load_adapter(model, folder / "adapter", "", bert_train.heads(model))
+            bert_train.shrink(model, dtype)
         options = {"fused": True}
     else:
         import peft
@@ -599,7 +601,7 @@ def bert_side(side: str, folder: Path, method: str, steps: int = 8) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": statistics.median(seconds[2:]), "memory": ft.peak_memory(torch.device("cpu")),
+    print(json.dumps({"seconds": statistics.median(seconds[2:]), "memory": memory.peak_memory(torch.device("cpu")),
                       "losses": losses, "trained": sum(p.numel() for p in trained), "dtype": str(dtype)}))
 
 
@@ -684,6 +686,6 @@ if __name__ == "__main__":
         else:
             bert_side(args.side, args.folder, args.job.removeprefix("bert-"))
         sys.exit()
-    utils.keep_memory()
+    utils.run(lambda: None)  # it keeps freed memory
     for name in args.rows:
         ROWS[name]()
