@@ -275,18 +275,17 @@ def fit(model: tuple, train: tuple, val: tuple, epochs: int, batch_size: int, lr
     train, val: numbers (N, F), indices (N, L), targets (N,). p: dropout. Raises utils.InputError for a loss of NaN."""
     (w, forward, backward), (x, index, target), state, step = model, train, {}, 0
     steps = epochs * math.ceil(len(target) / batch_size)
-    for epoch in range(epochs + 1):
-        figures = evaluate(forward(w, *val[:2])[0], val[2])
-        if not math.isfinite(figures[0]):
-            raise utils.InputError(f"the loss became {figures[0]} in epoch {epoch}; start again with a smaller lr.")
-        yield figures
-        if epoch == epochs:
-            break
+    yield evaluate(forward(w, *val[:2])[0], val[2])
+    for epoch in range(1, epochs + 1):
         for rows in torch.randperm(len(target), generator=generator).split(batch_size):  # (B,)
             z, saved = forward(w, x[rows], index[rows], p, generator)
             _, dz = bce_with_logits(z, target[rows])
             adam_step(w, backward(w, dz, saved), state, lr * (1 - step / steps), weight_decay=weight_decay)
             step += 1
+        figures = evaluate(forward(w, *val[:2])[0], val[2])
+        if not math.isfinite(figures[0]):
+            raise utils.InputError(f"the loss became {figures[0]} in epoch {epoch}; start again with a smaller lr.")
+        yield figures
 
 
 def draw(curves: dict[str, list[float]], label: str):
@@ -345,8 +344,7 @@ def main() -> None:
         rows = list(fit(model, train, val, args.epochs, args.batch_size, args.lr, args.weight_decay, args.dropout,
                         generator))
         spent, curves[name] = time.perf_counter() - begun, [auc for _, _, auc in rows]
-        for epoch in (0, args.epochs):
-            loss, accuracy, auc = rows[epoch]
+        for epoch, (loss, accuracy, auc) in ((0, rows[0]), (args.epochs, rows[-1])):
             print(f"{name}, epoch {epoch:2}: validation loss {loss:.4f}, accuracy {accuracy:.2%}, AUC {auc:.4f}")
         ## The test rows are used here, once: they chose nothing, neither the epoch nor an option.
         loss, accuracy, auc = evaluate(model[1](model[0], *test[:2])[0], test[2])

@@ -603,24 +603,23 @@ def main() -> None:
     print(f"{schema['target']} is {schema['positive']} in {', '.join(shares)}")
     print(f"\n{'numeric column':24}{'min':>12}{'median':>12}{'mean':>12}{'max':>12}{'zeros':>8}   (training rows)")
     for name, x in zip(schema["numeric"], train.numeric.T):
-        four = "".join(f"{value:12.7g}" for value in (x.min(), x.median(), x.mean(), x.max()))
-        print(f"{name:24}{four}{(x == 0).float().mean():8.1%}")
+        zeros = (x == 0).float().mean()
+        print(f"{name:24}{x.min():12.7g}{x.median():12.7g}{x.mean():12.7g}{x.max():12.7g}{zeros:8.1%}")
     print(f"\n{'category column':24}{'values':>10}{'missing':>10}{'unseen, val + test':>20}   most frequent")
-    for k, (name, values) in enumerate(zip(schema["categorical"], schema["values"])):
-        column = train.categories[:, k]
-        unseen = sum((part.categories[:, k] == UNSEEN).sum().item() for part in (data.val, data.test))
+    others = torch.cat([data.val.categories, data.test.categories])
+    for name, values, column, other in zip(schema["categorical"], schema["values"], train.categories.T, others.T):
+        unseen = (other == UNSEEN).sum().item()
         frequent = ", ".join(f"{v} {(column == i).float().mean():.0%}" for i, v in enumerate(values[:3], KNOWN))
         print(f"{name:24}{len(values):10}{(column == NO_VALUE).float().mean():10.1%}{unseen:20}   {frequent}")
 
     print(f"\nthe first training row as numbers:\n  numeric     {train.numeric[0].tolist()}\n"
           f"  categories  {train.categories[0].tolist()}, a {int(train.target[0])}")
     if schema["numeric"]:
-        shown = {"standardised": standardise(data.test.numeric, fit_standard(train.numeric)),
-                 "quantiles": to_normal(data.test.numeric, fit_quantiles(train.numeric))}
-        print(f"\n{'the test rows':24}" + "".join(f"{name + ', range':>26}{'std':>8}" for name in shown))
-        for f, name in enumerate(schema["numeric"]):
-            print(f"{name:24}" + "".join(f"{f'{x[:, f].min():.2f} to {x[:, f].max():.2f}':>26}{x[:, f].std():8.2f}"
-                                         for x in shown.values()))
+        print(f"\n{'the test rows':24}{'standardised, range':>26}{'std':>8}{'quantiles, range':>26}{'std':>8}")
+        scaled = (standardise(data.test.numeric, fit_standard(train.numeric)),
+                  to_normal(data.test.numeric, fit_quantiles(train.numeric)))
+        for name, *columns in zip(schema["numeric"], *(x.T for x in scaled)):
+            print(f"{name:24}" + "".join(f"{f'{x.min():.2f} to {x.max():.2f}':>26}{x.std():8.2f}" for x in columns))
 
     logits = logistic_baseline(data)
     accuracy = ((logits > 0) == (data.test.target == 1)).float().mean().item()

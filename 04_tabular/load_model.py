@@ -211,10 +211,10 @@ def by_group(p: Tensor, part: Part, schema: dict, column: str, threshold: float)
     k, out = schema["categorical"].index(column), {}
     for i, word in enumerate(words_of(schema, k)):
         rows = part.categories[:, k] == i
-        if rows.any():
-            y, here = part.target[rows], p[rows]
-            named = (here > threshold).double().mean().item()
-            out[word] = {"rows": len(y), "positive": y.mean().item(), "named": named, **evaluate(here, y, threshold)}
+        y, here = part.target[rows], p[rows]
+        if len(y):
+            out[word] = {"rows": len(y), "positive": y.mean().item(),
+                         "named": (here > threshold).double().mean().item(), **evaluate(here, y, threshold)}
     return out
 
 
@@ -351,7 +351,7 @@ def draw_curves(curves: dict[str, Tensor], y: Tensor, threshold: float, title: s
         roc.plot(*roc_curve(p, y), style, label=f"{name}, AUC {roc_auc(p, y):.4f}")
         pr.plot(recall, precision, style, label=f"{name}, mean {average_precision(p, y):.4f}")
         said.plot(*calibration(p, y)[:2], style, marker="o", label=f"{name}, error {calibration_error(p, y):.4f}")
-    named, true = next(iter(curves.values())) > threshold, y == 1
+    named, true = curves["network"] > threshold, y == 1
     spot = dict(marker="o", color="black", ls="", label=f"threshold {threshold:.2f}")
     recall = named[true].double().mean()
     roc.plot(named[~true].double().mean(), recall, **spot)
@@ -429,10 +429,9 @@ def main() -> None:
     print(f"\n{f'test ({data.label})':32}" + "".join(f"{name:>10}" for name in evaluate(p, y)))
     for name, t in (("threshold 0.50", 0.5), (f"threshold {threshold:.2f}, best F1 on val", threshold)):
         print(f"{name:32}" + "".join(f"{value:10.4f}" for value in evaluate(p, y, t).values()))
-    mean, share, count = calibration(p, y)
-    print(f"\nprobabilities and how often they came true; off by {calibration_error(p, y):.4f} on average\n"
-          "  said     " + "".join(f"{value:8.1%}" for value in mean) + "\n  came true" +
-          "".join(f"{value:8.1%}" for value in share) + "\n  rows     " + "".join(f"{value:8,}" for value in count))
+    print(f"\nprobabilities and how often they came true; off by {calibration_error(p, y):.4f} on average")
+    for name, values, form in zip(("said", "came true", "rows"), calibration(p, y), ("8.1%", "8.1%", "8,")):
+        print(f"  {name:9}" + "".join(f"{value:{form}}" for value in values))
     curves = {"network": p, "logistic regression": logistic_baseline(data).sigmoid()}
     figure = draw_curves(curves, y, threshold, f"Test rows ({data.label})")
     utils.write_atomically(args.out / "curves.png", figure.savefig)
