@@ -160,8 +160,7 @@ def best_threshold(p: Tensor, y: Tensor) -> float:
     """
     thresholds, tp, fp = counts_by_threshold(p, y)
     best = int((2 * tp / (tp + fp + tp[-1])).argmax())  # TP + FN is all positives
-    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
-    return ((thresholds[best] + lower) / 2).item()
+    return (thresholds[best : best + 2].sum() / 2).item()  # below the lowest threshold lies 0
 
 
 # ---------------------------------------------------------------------------------------------- what the model needs
@@ -321,9 +320,9 @@ def show_person(model: TabularNet, data: Data, text: str, out: Path, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     rows = fill_in(person, data, 1000, generator)
     p, mean, shares, alone = contributions(model, rows, person.given + [unknown] * bool(unknown), data, generator)
-    print(f"\nprobability of {schema['target']} {schema['positive']}: {p:.1%}; of a row of training on average "
-          f"{mean:.1%}\nabove {threshold:.2f} (best F1 on validation) counts as {schema['positive']}: here "
-          f"{schema['positive'] if p > threshold else schema['negative']}")
+    what = f"probability of {schema['target']} {schema['positive']}"
+    print(f"\n{what}: {p:.1%}; of a row of training on average {mean:.1%}\nabove {threshold:.2f} (best F1 on "
+          f"validation) counts as {schema['positive']}: here {schema['positive' if p > threshold else 'negative']}")
     if unknown:
         print(f"not said, and averaged over rows like this: {', '.join(names[c] for c in unknown)}")
     print(f"\n{'what moved it':52}{'share':>9}{'replaced alone':>17}")
@@ -333,8 +332,8 @@ def show_person(model: TabularNet, data: Data, text: str, out: Path, seed: int) 
     print(f"{'all together':52}{shares.sum():+9.1%}")
     steps = shares[order].numpy()
     begins = mean + steps.cumsum(0) - steps  # each bar begins where the one above it ended
-    figure, axes = draw_bars([words[g] for g in order], steps, f"What moved the probability ({data.label})",
-                             f"probability of {schema['target']} {schema['positive']}", begins)
+    title = f"What moved the probability ({data.label})"
+    figure, axes = draw_bars([words[g] for g in order], steps, title, what, begins)
     axes.axvline(mean, color="black", lw=1, ls=":", label=f"average row {mean:.1%}")
     axes.axvline(p, color="black", lw=1, label=f"this one {p:.1%}")
     axes.legend(fontsize=8)
