@@ -9,16 +9,13 @@ numbers matter; what pre-training was worth; and what BLEU, a score for text aga
 You should see (the stand-in on Tiny Shakespeare, two seeds, nats per token): full 3.74 ± 0.03, last block 4.18, LoRA
 4.81 at rank 1 and 4.58 at rank 64, from scratch 3.81. All tables stand in this chapter's README.md.
 Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json
-and experiment.png, with --only experiment_PART.json and, but for bleu, .png; scratch.png. Left out on purpose: a search
-for each row's best learning rate; what BLEU lacks, synonyms above all, and later scores have.
-"""
-
+and .png, with --only experiment_PART.json and, but for bleu, .png; scratch.png. Left out: a search for each row's best
+learning rate; what BLEU lacks, synonyms above all, and later scores have."""
 import json
 import math
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,21 +39,21 @@ TARGETS = (["c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"], ["c_attn",
            ["c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
 
 
-def rows_of(part: str, n_embd: int) -> list[tuple[str, list[str]]]:
-    """(name, train.py's options) for each row of a table; ranks that the base is too small for are left out.
+def rows_of(part: str, n_embd: int) -> dict[str, list[str]]:
+    """Name -> train.py's options, for each row of a table; ranks that the base is too small for are left out.
 
     No options are train.py's defaults, LoRA of rank 8 with alpha 16 for c_attn, which stand in every table.
     """
+    full = ["--method", "full"]
     if part == "methods":
-        ranks = [r for r in RANKS if r <= n_embd]
-        return [("full", ["--method", "full"]), ("last block alone", ["--method", "head"]),
-                *((f"LoRA, rank {r}", [] if r == 8 else ["--lora-rank", str(r)]) for r in ranks)]
+        ranks = {f"LoRA, rank {r}": [] if r == 8 else ["--lora-rank", str(r)] for r in RANKS if r <= n_embd}
+        return {"full": full, "last block alone": ["--method", "head"]} | ranks
     if part == "alpha":
-        return [(f"rank 8, alpha {a}", [] if a == 16 else ["--lora-alpha", str(a)]) for a in ALPHAS]
+        return {f"rank 8, alpha {a}": [] if a == 16 else ["--lora-alpha", str(a)] for a in ALPHAS}
     if part == "targets":
-        return [(" + ".join(names), [] if names == ["c_attn"] else ["--lora-targets", *names]) for names in TARGETS]
-    return [("fine-tuned, full", ["--method", "full"]), ("fine-tuned, LoRA", []),
-            ("from scratch", ["--method", "full", "--lr", "2e-3", "--model", "SCRATCH"])]
+        return {" + ".join(names): [] if names == ["c_attn"] else ["--lora-targets", *names] for names in TARGETS}
+    return {"fine-tuned, full": full, "fine-tuned, LoRA": [],
+            "from scratch": [*full, "--lr", "2e-3", "--model", "SCRATCH"]}
 
 
 def from_scratch(base: Base, folder: Path, seed: int) -> None:
@@ -159,30 +156,47 @@ def compare_texts(base: Base, text: Data, device: torch.device, dtype: torch.dty
     for seed in range(seeds):
         found.setdefault("before fine-tuning", []).append(write(read_model(base.path, base.config), seed))
         for name, method in (("LoRA, rank 8", "lora"), ("last block alone", "head"), ("full", "full")):
-            train([*common, "--model", base.name, "--method", method, "--seed", seed], out)
+            train([*common, "--method", method, "--seed", seed], out)
             found.setdefault(name, []).append(write(load_result(base, out, method), seed))
-    rows = []
     print(f"bleu: {len(passages)} held-out passages, {prompt} tokens to read and {length} to write; one reference each")
     print(f"{'':34}{'BLEU':>6}{'':10}{'p_1':>6}{'p_2':>7}{'p_3':>7}{'p_4':>7}   brevity penalty")
+    rows = []
     for name, runs in found.items():
         scores = [bleu(texts, [[truth] for truth in truths]) for texts in runs]
-        mean = [statistics.mean(values) for values in zip(*(score["precisions"] for score in scores))]
-        values = [100 * score["bleu"] for score in scores]
-        row = {"name": name, "bleu": values, **mean_and_std(values), "precisions": mean,
-               "brevity_penalty": statistics.mean(score["brevity_penalty"] for score in scores)}
+        row = {"name": name, "bleu": [100 * score["bleu"] for score in scores],
+               **mean_and_std([100 * score["bleu"] for score in scores]),
+               "precisions": np.mean([score["precisions"] for score in scores], 0).tolist(),
+               "brevity_penalty": float(np.mean([score["brevity_penalty"] for score in scores]))}
         rows.append(row)
-        spread = f" ± {row['std']:.2f}" if len(values) > 1 else ""
-        print(f"  {name:32}{row['mean']:6.2f}{spread:8}" + "".join(f"{p:7.1%}" for p in mean)
+        spread = f" ± {row['std']:.2f}" if len(scores) > 1 else ""
+        print(f"  {name:32}{row['mean']:6.2f}{spread:8}" + "".join(f"{p:7.1%}" for p in row["precisions"])
               + f"{row['brevity_penalty']:11.3f}")
     return rows
 
 
+# ---------------------------------------------------------------------------------------------- tables
 def mean_and_std(values: list[float]) -> dict[str, float]:
     """Mean and standard deviation of a sample; 0 for one value."""
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
 
-# ---------------------------------------------------------------------------------------------- plots
+def summary(name: str, options: list[str], runs: list[dict]) -> dict:
+    """Print and return a table's row, from train.py's metrics.json for each seed. The curve is that of the first."""
+    first = runs[0]["metrics"]
+    losses, bits, memory = ([run["metrics"][key] for run in runs]
+                            for key in ("val_loss", "bits_per_character", "peak_memory_bytes"))
+    per_nat = first["before_bits_per_character"] / first["before_val_loss"]
+    row = {"name": name, "options": options, "losses": losses, **mean_and_std(losses),
+           "bits_per_character": float(np.mean(bits)), "trained_parameters": first["trained_parameters"],
+           "peak_memory_bytes": max(memory), "seconds": float(np.median([run["seconds"] for run in runs])),
+           "curve": [[0, first["before_bits_per_character"]],
+                     *([h["step"], h["val_loss"] * per_nat] for h in runs[0]["history"])]}
+    spread = f" ± {row['std']:.4f}" if len(losses) > 1 else ""
+    print(f"  {name:46}{row['trained_parameters']:12,}  {row['mean']:.4f}{spread:10}  {row['bits_per_character']:9.4f}"
+          f"  {row['peak_memory_bytes'] / 1e9:5.2f} GB{row['seconds']:9.1f}", flush=True)
+    return row
+
+
 def draw_tables(tables: dict, label: str, path: Path) -> None:
     """One panel per table: validation loss of each row, mean and spread."""
     heights = [len(rows) for rows in tables.values()]
@@ -195,16 +209,6 @@ def draw_tables(tables: dict, label: str, path: Path) -> None:
         a.set_title(f"{part} ({label})", fontsize=10)
     axes[-1, 0].set_xlabel("validation loss, nats per token")
     figure.tight_layout()
-    utils.write_atomically(path, figure.savefig)
-
-
-def draw_scratch(rows: list[dict], label: str, path: Path) -> None:
-    """Bits per character over steps, seed 0: fine-tuned from the base, and from nothing."""
-    figure, a = utils.pyplot().subplots(figsize=(7, 4))
-    for row in rows:
-        a.plot(*zip(*row["curve"]), marker="o", markersize=3, label=row["name"])
-    a.set(title=label, xlabel="step", ylabel="bits per character, validation")
-    a.legend()
     utils.write_atomically(path, figure.savefig)
 
 
@@ -227,65 +231,48 @@ def main() -> None:
     text = load_data(args.data, base.tokenizer, 1)
     label = f"{base.label}, on {text.label}"
     print(f"{label}; {args.steps} steps; mean ± std of {args.seeds} seeds\n")
-    common = ["--steps", args.steps, "--eval-every", max(1, args.steps // 3), "--patience", 100, "--batch-size",
-              args.batch_size, "--micro-batch-size", args.batch_size, "--block-size", args.block_size, "--device",
-              args.device, "--dtype", str(args.dtype)[6:], *(["--data", args.data] if args.data else [])]
+    common = ["--model", base.name, *(["--data", args.data] if args.data else []), *(
+        f"--steps {args.steps} --eval-every {max(1, args.steps // 3)} --patience 100 --batch-size {args.batch_size} "
+        f"--micro-batch-size {args.batch_size} --block-size {args.block_size} --device {args.device} "
+        f"--dtype {str(args.dtype)[6:]}").split()]
     tables, done = {}, {}  # part -> rows; options -> what came of them: some rows stand in two tables
     stem = "experiment" if args.only == PARTS else "experiment_" + "_".join(args.only)
 
-    def write_json() -> None:
+    def record(part: str, *rows: dict) -> None:
+        """Put rows into a table, and all tables so far into the file: the next row may take an hour."""
+        tables.setdefault(part, []).extend(rows)
         words = json.dumps({"script": SCRIPT, "model": base.name, "data": text.name, "tables": tables, "lr": LR,
                             "stand_in": bool(base.stand_in or text.stand_in), "steps": args.steps,
                             "torch": str(torch.__version__)}, indent=1)
         utils.write_atomically(args.out / f"{stem}.json", lambda file: file.write(words.encode()))
 
     if args.only != ["bleu"]:
-        print(f"{'':48}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}")
-        print(f"{'':48}{'parameters':>12}  {'nats per token':^17}  {'character':>9}  {'at most':>8}{'per run':>9}")
+        print(f"{'':48}{'trained':>12}  {'loss':^17}  {'bits per':>9}  {'memory':>8}{'seconds':>9}\n"
+              f"{'':48}{'parameters':>12}  {'nats per token':^17}  {'character':>9}  {'at most':>8}{'per run':>9}")
     with tempfile.TemporaryDirectory() as folder:
         scratch, out = Path(folder) / "scratch", Path(folder) / "out"
         for part in args.only:
             if part == "bleu":
-                tables[part] = compare_texts(base, text, args.device, args.dtype, args.seeds, args.passages, common,
-                                             out)
-                write_json()
+                record(part, *compare_texts(base, text, args.device, args.dtype, args.seeds, args.passages, common,
+                                            out))
                 continue
             print(part)
-            for name, options in rows_of(part, base.config["n_embd"]):
-                if tuple(options) not in done:
-                    done[tuple(options)] = found = []
-                    for seed in range(args.seeds):
-                        if "SCRATCH" in options:
-                            from_scratch(base, scratch, seed)
-                        own = [str(scratch) if word == "SCRATCH" else word for word in options]
-                        own = own if "--model" in own else ["--model", base.name, *own]
-                        found.append(train([*common, *own, "--seed", seed], out))
-                runs = [run["metrics"] for run in done[tuple(options)]]
-                first = done[tuple(options)][0]
-                per_nat = first["metrics"]["before_bits_per_character"] / first["metrics"]["before_val_loss"]
-                losses = [run["val_loss"] for run in runs]
-                row = {"name": name, "options": options, "losses": losses, **mean_and_std(losses),
-                       "bits_per_character": statistics.mean(run["bits_per_character"] for run in runs),
-                       "trained_parameters": runs[0]["trained_parameters"],
-                       "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
-                       "seconds": statistics.median(run["seconds"] for run in done[tuple(options)]),
-                       "curve": [[0, first["metrics"]["before_bits_per_character"]],
-                                 *([h["step"], h["val_loss"] * per_nat] for h in first["history"])]}
-                tables.setdefault(part, []).append(row)
-                spread = f" ± {row['std']:.4f}" if len(losses) > 1 else ""
-                print(f"  {name:46}{row['trained_parameters']:12,}  {row['mean']:.4f}{spread:10}  "
-                      f"{row['bits_per_character']:9.4f}  {row['peak_memory_bytes'] / 1e9:5.2f} GB"
-                      f"{row['seconds']:9.1f}", flush=True)
-                write_json()
-    written, losses = [f"{stem}.json"], {part: rows for part, rows in tables.items() if part != "bleu"}
-    if losses:
+            for name, options in rows_of(part, base.config["n_embd"]).items():
+                runs = done.setdefault(tuple(options), [])
+                for seed in range(len(runs), args.seeds):
+                    if "SCRATCH" in options:
+                        from_scratch(base, scratch, seed)
+                    own = [str(scratch) if word == "SCRATCH" else word for word in options]
+                    runs.append(train([*common, *own, "--seed", seed], out))
+                record(part, summary(name, options, runs))
+    if losses := {part: rows for part, rows in tables.items() if part != "bleu"}:
         draw_tables(losses, label, args.out / f"{stem}.png")
-        written.append(f"{stem}.png")
-    if "scratch" in tables:
-        draw_scratch(tables["scratch"], label, args.out / "scratch.png")
-        written.append("scratch.png")
-    print(f"\nwrote {', '.join(written)} to {args.out}")
-    utils.stand_in_notice(base.name, base.stand_in)
+    if "scratch" in tables:  # bits per character over steps, seed 0: fine-tuned from the base, and from nothing
+        curves = [{"step": step, row["name"]: bits} for row in tables["scratch"] for step, bits in row["curve"]]
+        names = [row["name"] for row in tables["scratch"]]
+        utils.plot_history(args.out / "scratch.png", curves, names, label, y="bits per character, validation")
+    print(f"\nwrote {stem}.json and pictures of what is in it to {args.out}")
+    base.notice()
     utils.stand_in_notice(text.name, text.stand_in)
 
 

@@ -221,22 +221,23 @@ def read_config(path: Path) -> dict:
         raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
                                "config.json, model.safetensors, vocab.json and merges.txt.") from error
     found = found if isinstance(found, dict) else {}
-    expected = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
-    for name, value in expected.items():
-        if found.get(name, None if name == "model_type" else value) != value:
-            raise utils.InputError(f"{path}: {name} is {found.get(name)!r:.60}, and this GPT-2 has {value!r}; take "
+
+    def check(name: str, right: bool, expected: str) -> None:
+        if not right:
+            raise utils.InputError(f"{path}: {name} is {found.get(name)!r:.60}, and this GPT-2 needs {expected}; take "
                                    "another model.")
+
+    fixed = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
+             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
+    for name, value in fixed.items():
+        check(name, found.get(name, None if name == "model_type" else value) == value, repr(value))
     config = COMMON | {name: found.get(name) for name in ("n_layer", "n_head", "n_embd")}
     config |= {name: found[name] for name in COMMON if name in found}
     for name, value in config.items():
-        whole = name != "layer_norm_epsilon"
-        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 2**24:  # products fit 64 bits
-            raise utils.InputError(f"{path}: {name} is {value!r:.60}, and must be a positive {'whole ' * whole}number "
-                                   "below 2^24; take the model's own config.json.")
-    if found.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise utils.InputError(f"{path}: n_inner is {found['n_inner']!r:.60}, and this GPT-2 has 4 n_embd; take "
-                               "another model.")
+        kinds, what = ((int, float), "") if name == "layer_norm_epsilon" else ((int,), "whole ")
+        # Products of three of them have to fit into 64 bits.
+        check(name, type(value) in kinds and 0 < value < 2**24, f"a positive {what}number below 2^24")
+    check("n_inner", found.get("n_inner") in (None, 4 * config["n_embd"]), "4 n_embd")
     ## load.py's stand-in tells in its config how long it was trained, and what is fine-tuned from it keeps that.
     return config | {name: found[name] for name in ("stand_in",) if name in found}
 
@@ -302,8 +303,7 @@ def evaluate(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batc
     training, total = model.training, 0.0
     model.eval()  # no dropout
     n = (len(ids) - 1) // block_size * block_size
-    x, y = (part.view(-1, block_size).split(batch_size) for part in (ids[:n], ids[1 : n + 1]))
-    parts = list(zip(x, y))
+    parts = [*zip(*(part.view(-1, block_size).split(batch_size) for part in (ids[:n], ids[1 : n + 1])))]
     if n < len(ids) - 1:
         parts.append((ids[None, n:-1], ids[None, n + 1 :]))  # the last window is shorter
     for x, y in parts:  # (B, T) each
@@ -380,8 +380,7 @@ def main() -> None:
     torch.manual_seed(0)
     small = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 1000, "n_positions": 64}
     model = read_model(args.model, read_config(args.model / "config.json")) if args.model else GPT2(small).eval()
-    B, T, n = 2, 10, model.config["n_positions"]
-    T = min(T, n)
+    B, T = 2, min(10, model.config["n_positions"])
     ids = torch.randint(model.config["vocab_size"], (B, T))
     print(f"\n{args.model or 'a small network with random weights'}: {B} texts of {T} tokens, {tuple(ids.shape)}")
     show = lambda name: lambda _, x, y: print(f"  {name:16}{tuple(x[0].shape)!s:14} -> {tuple(y.shape)}")  # noqa: E731

@@ -9,12 +9,9 @@ GPT-2 can't be downloaded, how such files come to be: a small GPT-2 is pre-train
     python 06_finetune/load.py --model stand-in --steps 900  pre-train the stand-in anew
 
 You should see: 52 tensors with 3,737,088 numbers in the stand-in; 498,553 and 57,389 tokens of Tiny Shakespeare in its
-vocabulary of 2,000, and 301,966 and 36,059 in GPT-2's of 50,257. Pre-training the stand-in takes 150 s (two cores of an
-AMD EPYC, torch 2.15, bfloat16) and ends at 4.36 nats per token of the manual's last tenth.
-Writes: under DATA_DIR, what was downloaded or pre-trained; with --steps, outputs/pretraining.png. Left out
-on purpose: several texts or documents; removing duplicates from them.
-"""
-
+vocabulary of 2,000, and 301,966 and 36,059 in GPT-2's of 50,257. Pre-training takes 150 s on two CPU cores and ends at
+4.36 nats per token of the manual's last tenth. Writes: under DATA_DIR, what was downloaded or pre-trained. Left out:
+several texts or documents; removing duplicates from them."""
 import math
 import sys
 import sysconfig
@@ -59,6 +56,10 @@ class Base(NamedTuple):
     def label(self) -> str:
         return self.name + ", stand-in" * bool(self.stand_in and self.name != "stand-in")
 
+    def notice(self) -> None:
+        """Say in a box that this is no GPT-2, where it is none."""
+        utils.stand_in_notice(f"{self.name}, pre-trained on Python's manual,", self.stand_in)
+
 
 class Data(NamedTuple):
     train: Tensor  # (N,) int64 token ids: the first 90 % of the characters
@@ -100,10 +101,9 @@ def find_base(name: str | None = None) -> Base:
         tokenizer = Tokenizer.from_files(path / "vocab.json", path / "merges.txt")
     if len(tokenizer.vocab) != config["vocab_size"]:
         raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.vocab):,} tokens, and the model "
-                               f"{config['vocab_size']:,}; take vocab.json and merges.txt from where the weights are "
-                               "from.")
+                               f"{config['vocab_size']:,}; take vocab.json and merges.txt of these weights.")
     base = Base(path, config, tokenizer, name or "gpt2", "GPT-2" if "stand_in" in config else "")
-    utils.stand_in_notice(base.name, base.stand_in)
+    base.notice()
     return base
 
 
@@ -213,27 +213,26 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
-def pretrain(folder: Path, steps: int = STEPS, plot: Path | None = None) -> None:
+def pretrain(folder: Path, steps: int = STEPS) -> None:
     """Make a small GPT-2 from nothing and write it to folder, in the files that GPT-2 comes in.
 
     ## Pre-training is chapter 05's task, predict the next token of any text at hand, with the same windows and falling
     ## rate; but with GPT-2's network, with AdamW alone, and with dropout, for the manual is short and is read many
     ## times.
     """
-    text = bpe.read_text("pydocs")
-    n = int(0.9 * len(text))
+    text, T, B, lr = bpe.read_text("pydocs"), STAND_IN["n_positions"], 8, 2e-3
+    n, dtype = int(0.9 * len(text)), utils.pick_dtype(torch.device("cpu"))
     tokenizer = Tokenizer(*bpe.train_bpe(text[:n], STAND_IN["vocab_size"]))
     train, val = (torch.tensor(tokenizer.encode(part)) for part in (text[:n], text[n:]))
-    dtype, T, B = utils.pick_dtype(torch.device("cpu")), STAND_IN["n_positions"], 8
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2(STAND_IN | {"vocab_size": len(tokenizer.vocab), "dropout": 0.1, "stand_in": steps})
         print(f"pre-training a GPT-2 with {utils.count_parameters(model):,} parameters on {len(train):,} tokens of "
               f"Python's manual ({dtype})")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        history, losses, begun = [], [], time.perf_counter()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        begun = time.perf_counter()
         for step, (x, y) in zip(range(steps), batches(train, T, B, seed=0)):
-            optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 50, (steps - step) / steps)
+            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, (steps - step) / steps)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits = model(x)  # (B, T, V)
             loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
@@ -241,20 +240,12 @@ def pretrain(folder: Path, steps: int = STEPS, plot: Path | None = None) -> None
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-            utils.progress(step + 1, steps, begun, f"loss {losses[-1]:.3f}", "tokens", B * T)
-            if (step + 1) % 100 == 0 or step + 1 == steps:
-                history.append({"step": step + 1, "train_loss": sum(losses) / len(losses),
-                                "val_loss": evaluate(model, val, T, dtype)})
-                losses = []
-    print(f"{time.perf_counter() - begun:.0f} s; validation loss {history[-1]['val_loss']:.3f} nats per token "
+            utils.progress(step + 1, steps, begun, f"loss {loss.item():.3f}", "tokens", B * T)
+    print(f"{time.perf_counter() - begun:.0f} s; validation loss {evaluate(model, val, T, dtype):.3f} nats per token "
           f"(uniform {math.log(len(tokenizer.vocab)):.3f})")
     tokenizer.save(folder)
     save_model(model, folder, tokenizer.vocab[bpe.END])  # config.json comes last
     print(f"wrote model.safetensors, config.json, vocab.json and merges.txt to {folder}")
-    if plot:
-        utils.plot_history(plot, history, ["train_loss", "val_loss"], "Pre-training the stand-in (pydocs, stand-in)",
-                           y="nats per token")
 
 
 def main() -> None:
@@ -270,17 +261,16 @@ def main() -> None:
     if args.steps:
         if args.model != "stand-in":
             raise utils.InputError("--steps goes with --model stand-in, which it makes anew.")
-        pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps, args.out / "pretraining.png")
+        pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps)
     base = find_base(args.model)
 
     # the model: what is in its files
-    weights, total = open_weights(base.path), 0
+    weights, model = open_weights(base.path), read_model(base.path, base.config)
     print(f"\n{base.name}: {base.config}\n")
     for name, tensor in weights.items():
         print(f"  {name:28} {str(tensor.dtype).removeprefix('torch.'):8} {tuple(tensor.shape)}")
-        total += tensor.numel()
-    model = read_model(base.path, base.config)
-    print(f"{len(weights)} tensors, {total:,} numbers; parameters of the network: {utils.count_parameters(model):,}\n")
+    print(f"{len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} numbers; parameters of the "
+          f"network: {utils.count_parameters(model):,}\n")
 
     # a sentence: from characters to what the network reads
     bpe.show(base.tokenizer, args.sentence)
@@ -298,7 +288,7 @@ def main() -> None:
     print(f"\n{text.name}: {len(text.train):,} tokens to train on, {len(text.val):,} to validate on, "
           f"{text.val_characters / len(text.val):.2f} characters per token\n")
     print(base.tokenizer.decode(text.train[:60].tolist()))
-    utils.stand_in_notice(base.name, base.stand_in)
+    base.notice()
     utils.stand_in_notice(text.name, text.stand_in)
 
 

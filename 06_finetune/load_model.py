@@ -8,12 +8,9 @@ how tokens become characters while they arrive; how to read attention.
     python 06_finetune/load_model.py --model my_adapter/          an adapter in PEFT's format
     python 06_finetune/load_model.py --save merged/               write base and adapter as one model
 
-You should see: text as it is written, about 200 tokens per second with the stand-in (two cores of an AMD EPYC that ran
-another program besides), and a table of what each head looks at.
-Writes: outputs/attention.png; with --save a folder that transformers opens. Left out on purpose: beam search, several
-prompts at once, several adapters at once.
-"""
-
+You should see: text as it is written, about 200 tokens per second with the stand-in, and a table of what each head
+looks at. Writes: outputs/attention.png; with --save a folder that transformers opens. Left out: beam search, several
+prompts at once, several adapters at once."""
 import codecs
 import sys
 import time
@@ -90,24 +87,24 @@ def where_heads_look(weights: Tensor) -> dict[str, Tensor]:
     """
     T = weights.shape[-1]
     rows = torch.arange(T)
-    return {"itself": weights[..., rows, rows].mean(-1), "first": weights[..., 0].mean(-1),
-            "previous": weights[..., rows[1:], rows[:-1]].sum(-1) / max(1, T - 1)}
+    previous = weights[..., rows[1:], rows[:-1]].sum(-1) / max(1, T - 1)
+    return {"itself": weights[..., rows, rows].mean(-1), "previous": previous, "first": weights[..., 0].mean(-1)}
 
 
 def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
     """Heatmaps of one layer's heads: weights (layers, A, T, T), one row per token, one column per token looked at."""
     A, T = weights.shape[1], min(len(tokens), 40)
     columns = min(A, 4)
-    figure, axes = utils.pyplot().subplots(-(-A // columns), columns, squeeze=False,
-                                           figsize=(4 * columns, 4 * -(-A // columns)))
-    for head, a in enumerate(axes.flat):
-        a.set_visible(head < A)
-        if head < A:
-            a.imshow(weights[layer, head, :T, :T].numpy(), cmap="viridis", vmin=0, vmax=1)
-            a.set_xticks(range(T), tokens[:T], fontsize=5, rotation=90, parse_math=False)  # "$" is a token here
-            a.set_yticks(range(T), tokens[:T], fontsize=5, parse_math=False)
-            a.set_title(f"layer {layer}, head {head}", fontsize=9)
-            a.grid(False)
+    rows = -(-A // columns)
+    figure, axes = utils.pyplot().subplots(rows, columns, squeeze=False, figsize=(4 * columns, 4 * rows))
+    for a in axes.flat[A:]:
+        a.remove()
+    for head, a in enumerate(axes.flat[:A]):
+        a.imshow(weights[layer, head, :T, :T].numpy(), cmap="viridis", vmin=0, vmax=1)
+        a.set_xticks(range(T), tokens[:T], fontsize=5, rotation=90, parse_math=False)  # "$" is a token here
+        a.set_yticks(range(T), tokens[:T], fontsize=5, parse_math=False)
+        a.set_title(f"layer {layer}, head {head}", fontsize=9)
+        a.grid(False)
     figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1\n{title}", y=0.995, fontsize=10,
                     parse_math=False)
     figure.tight_layout()
@@ -117,8 +114,8 @@ def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, p
 def main() -> None:
     parser = utils.parser(__doc__, __file__, "device", "dtype", "seed")
     add = parser.add_argument
-    add("--model", help="a folder with an adapter or a model, gpt2, gpt2-medium, gpt2-large, gpt2-xl or stand-in; "
-        "without it, what train.py wrote last to --out")
+    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder with a model or an adapter; without it, what "
+        "train.py wrote last to --out")
     add("--base", help="an adapter's base, where it is not what its config names")
     add("--prompt", default="\n", help="the text to continue")
     add("--length", type=utils.count, default=200, help="tokens to write at most")
@@ -133,7 +130,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device, dtype = args.device, args.dtype
     model, base, what = load_model(args.model or str(newest(args.out)), args.base)
-    layers = model.config["n_layer"]
+    layers, n_positions = model.config["n_layer"], model.config["n_positions"]
     if args.layer >= layers:
         raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {layers - 1}.")
     ids = base.tokenizer.encode(args.prompt, special=False)
@@ -163,26 +160,22 @@ def main() -> None:
             print(text.decode(base.tokenizer.decode_bytes([i])), end="", flush=True)
         seconds = time.perf_counter() - start
         print(text.decode(b"", final=True))
-        rate = f"{len(written) / seconds:,.1f} tokens per second" if written else "the text ended at once"
-        print(f"\n{rate}\n")
+        print(f"\n{len(written) / seconds:,.1f} tokens per second\n")
 
         ## The text's first 128 tokens, of those that fit into the positions, read in one pass with all weights kept.
-        window = torch.tensor([(ids + written)[-model.config["n_positions"] :][:128]], device=device)  # (1, T)
+        window = torch.tensor([(ids + written)[-n_positions:][:128]], device=device)  # (1, T)
         weights = attention_weights(model, window)
     shares, T = where_heads_look(weights), window.shape[1]
     even = where_heads_look((torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None])[None, None])
-    print(f"share of attention, over {T} tokens, that goes to ...\n"
-          f"{'layer head':12}{'itself':>10}{'previous':>10}{'first':>10}")
-    for layer in range(layers):
-        for head in range(weights.shape[1]):
-            itself, previous, first = (shares[name][layer, head].item() for name in ("itself", "previous", "first"))
-            print(f"{layer:5} {head:4}  {itself:10.1%}{previous:10.1%}{first:10.1%}")
-    print("spread evenly" + "".join(f"{even[name].item():{width}.1%}" for name, width in
-                                    (("itself", 9), ("previous", 10), ("first", 10))))
+    print(f"share of attention, over {T} tokens, that goes to ...\n{'':18}" + "".join(f"{name:>10}" for name in shares))
+    places = [(layer, head) for layer in range(layers) for head in range(weights.shape[1])]
+    for name, table, place in [(f"layer {p[0]}, head {p[1]}", shares, p) for p in places] + [
+            ("spread evenly", even, (0, 0))]:
+        print(f"{name:18}" + "".join(f"{share[place].item():10.1%}" for share in table.values()))
     tokens = [repr(base.tokenizer.decode([i]))[1:-1].replace(" ", "_") for i in window[0].tolist()]
     draw_attention(weights, tokens, args.layer, what, args.out / "attention.png")
     print(f"\nwrote {args.out / 'attention.png'}")
-    utils.stand_in_notice(base.name, base.stand_in)
+    base.notice()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ percent of GPT-2's parameters; and how a batch that does not fit is taken in par
 You should see (the stand-in on Tiny Shakespeare, seed 0): 4.47 bits per character before, 3.44 with LoRA after 20 s,
 3.11 by the last block, 2.79 in full after 26 s. With GPT-2 itself, whose weights were out of reach, not measured.
 Writes to outputs/: adapter/ (LoRA, in PEFT's format) or model/ (a folder that transformers opens), each with the best
-weights by validation; checkpoint.pt (for --resume), metrics.json, history.png. Left out: quantised weights (QLoRA).
-"""
+weights by validation; checkpoint.pt (for --resume), metrics.json, history.png. Left out: quantised weights (QLoRA)."""
 import contextlib
 import math
 import os
@@ -167,15 +166,12 @@ def parse_options(world: int):
     add("--data", help=TEXTS)
     add("--steps", type=utils.count, default=300, help="updates; the learning rate falls to a tenth at the last one")
     add("--batch-size", type=utils.count, default=4, help="windows per step; larger: steadier, learns less per token")
-    add("--micro-batch-size", type=utils.count, default=4, help="windows at once: gradients are summed up over the "
-        "parts of a batch (gradient accumulation); memory shrinks with it, the result stays")
+    add("--micro-batch-size", type=utils.count, default=4, help="windows at once: less memory, and the same result")
     add("--block-size", type=utils.count, default=256, help="tokens in a window, at most the model's n_positions")
     add("--lora-rank", type=utils.count, help="r: rank of each change; parameters grow with it (default: 8)")
     add("--lora-alpha", type=utils.positive, help="the change counts alpha / r times (default: 16)")
-    add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names: c_attn, attn.c_proj, "
-        "mlp.c_fc, mlp.c_proj (default: c_attn)")
-    add("--dropout", type=utils.share, default=0.0, help="share zeroed in training, of the adapters' input or of the "
-        "network's activations; helps where a small text is read many times")
+    add("--lora-targets", nargs="+", help="ends of names: c_attn (default) attn.c_proj mlp.c_fc mlp.c_proj")
+    add("--dropout", type=utils.share, default=0.0, help="share zeroed; helps where a small text is read many times")
     add("--lr", type=utils.positive, help="AdamW's peak learning rate; without it, for the stand-in and for GPT-2: "
         + ", ".join(f"{method} {a:g} and {b:g}" for method, (a, b) in LR.items()))
     add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.01, help="times lr: the pull towards zero")
@@ -183,8 +179,7 @@ def parse_options(world: int):
     add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=utils.count, default=100, help="steps between evaluations on all of validation")
     add("--patience", type=utils.count, default=3, help="evaluations without a new best that end it (early stopping)")
-    add("--activation-checkpointing", action="store_true", help="keep less for the backward pass and compute it again: "
-        "less memory, one more forward pass per step")
+    add("--activation-checkpointing", action="store_true", help="less memory, one more forward pass per step")
     add("--prompt", default="\n", help="what the samples before and after go on from")
     args = utils.parse_args(parser)
     for name, value in LORA.items():
@@ -200,7 +195,7 @@ def parse_options(world: int):
 
 
 def restore(saved: dict, model: GPT2, optimizers: list[torch.optim.Optimizer], rank: int) -> tuple[int, list, dict]:
-    """Put back what a checkpoint holds; return its step, history and best row. Raises utils.InputError for another's."""
+    """Put back what a checkpoint holds; return its step, history and best row. Raises utils.InputError."""
     try:
         load_trainable(model, saved["trained"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -228,17 +223,16 @@ def report(args, base: Base, text: Data, model: GPT2, total: int, before: float,
         print(f"{name:24}{nats:14.4f}{math.exp(min(nats, 700)):13.3f}{nats * per_character:21.4f}")
     if best["val_loss"] > before:
         print("training made it worse: try a smaller --lr")
-    held = f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"
     after = load_result(base, args.out, args.method).to(args.device)  # as anybody would load it
-    print(f"{history[-1]['seconds']:.0f} s of training, {held}\n\nit writes:\n"
-          f"{sample(after, base, args.prompt, 200, args.dtype, args.seed)}\n")
+    print(f"{history[-1]['seconds']:.0f} s of training, {memory / 1e9:.2f} GB of memory at most (0: not known)\n\n"
+          f"it writes:\n{sample(after, base, args.prompt, 200, args.dtype, args.seed)}\n")
     both = text._replace(stand_in=base.stand_in or text.stand_in)
     utils.save_metrics(args, SCRIPT, both, after, metrics, history, model=base.name, parameters=total)
     utils.plot_history(args.out / "history.png", [{"step": 0, "val_loss": before}, *history],
                        ["train_loss", "val_loss"], f"{args.method}: {label}", y="nats per token")
     result = "adapter/" if args.method == "lora" else "model/"
     print(f"wrote {result}, checkpoint.pt, metrics.json and history.png to {args.out}")
-    utils.stand_in_notice(base.name, base.stand_in)
+    base.notice()
     utils.stand_in_notice(text.name, text.stand_in)
 
 
@@ -258,8 +252,7 @@ def main() -> None:
     text = load_data(args.data, base.tokenizer, args.block_size)
     train, val = text.train.to(args.device), text.val.to(args.device)
     if saved and (saved["base"], saved["text"]) != (base.name, [text.name, len(train)]):
-        raise utils.InputError(f"--resume: {base.name} or {text.name} is not what the run had then; start anew without "
-                               "--resume.")
+        raise utils.InputError(f"--resume: {base.name} or {text.name} is not what the run had then; start anew.")
 
     torch.manual_seed(args.seed)
     model = read_model(base.path, base.config)
