@@ -149,7 +149,7 @@ class GPT2(nn.Module):
         self.config = COMMON | {"dropout": 0.0} | config
         c = self.config
         if c["n_embd"] % c["n_head"]:
-            raise utils.InputError(f"n_embd {c['n_embd']} can't be shared evenly by {c['n_head']} heads; change one.")
+            raise utils.InputError(f"n_embd {c['n_embd']} must be divisible by n_head {c['n_head']}.")
         V, n, C = c["vocab_size"], c["n_positions"], c["n_embd"]
         self.wte = nn.Embedding.from_pretrained(0.02 * torch.randn(V, C), freeze=False)  # tokens; the last layer too
         self.wpe = nn.Embedding.from_pretrained(0.01 * torch.randn(n, C), freeze=False)  # positions
@@ -249,35 +249,33 @@ def read_model(path: Path, config: dict) -> GPT2:
     ## views of a memory map, so that nothing is read or copied before it is used. Copied is only what has to be
     ## converted, or lies at an odd address: as all of the published file of the smallest GPT-2.
     """
-    weights = open_weights(path)
-    if 12 * config["n_layer"] > len(weights):  # 12 tensors each; asked first, as a config may claim a million layers
-        raise utils.InputError(f"{path} holds {len(weights)} tensors, too few for {config['n_layer']} layers; take the "
-                               "weights that belong to the config.")
+    weights, layers = open_weights(path), config["n_layer"]
+
+    def refuse(fault: str) -> None:
+        raise utils.InputError(f"{path} {fault}; take the weights that belong to the config.")
+
+    if 12 * layers > len(weights):  # 12 tensors each; asked first, as a config may claim a million layers
+        refuse(f"holds {len(weights)} tensors, too few for {layers} layers")
     with torch.device("meta"):
         model = GPT2(config)
     ## transformers saves the same tensors under "transformer.", and older files hold each layer's causal mask.
     found = {name.removeprefix("transformer."): name for name in weights}
     if len(found) < len(weights):
-        raise utils.InputError(f"{path} holds a tensor with and without \"transformer.\"; take another file.")
-    masks = {f"h.{i}.attn.{name}" for i in range(model.config["n_layer"]) for name in ("bias", "masked_bias")}
+        refuse('holds a tensor with and without "transformer."')
+    masks = {f"h.{i}.attn.{name}" for i in range(layers) for name in ("bias", "masked_bias")}
     found = {short: name for short, name in found.items() if short not in masks}
-    head = found.pop("lm_head.weight", None)
-    expected = model.state_dict()
-    for short in expected | found:
-        if short not in found or short not in expected:
-            fault = (f"lacks {short}, which it needs" if short in expected else
-                     f"holds {found[short]!r:.80}, which it has no use for")
-            raise utils.InputError(f"{path} {fault}; take the weights of a GPT-2 with {config['n_layer']} layers.")
-    for short, tensor in expected.items():
-        given = weights[found[short]]
-        if given.shape != tensor.shape or not given.is_floating_point():
-            raise utils.InputError(f"{path}: {found[short]} is {tuple(given.shape)} of {given.dtype}, and this model "
-                                   f"needs {tuple(tensor.shape)} of floats; take the weights that belong to the "
-                                   "config.")
+    head, needed = found.pop("lm_head.weight", None), model.state_dict()
+    for short in needed | found:
+        if short not in found:
+            refuse(f"lacks {short}, which a GPT-2 of {layers} layers needs")
+        if short not in needed:
+            refuse(f"holds {found[short]!r:.80}, for which a GPT-2 of {layers} layers has no use")
+        given, shape = weights[found[short]], tuple(needed[short].shape)
+        if given.shape != shape or not given.is_floating_point():
+            refuse(f"holds {found[short]}, {tuple(given.shape)} of {given.dtype}, where {shape} of floats is needed")
     if head and not torch.equal(weights[head], weights[found["wte.weight"]]):
-        raise utils.InputError(f"{path}: {head} differs from wte.weight, and GPT-2 uses one for both; take another.")
-    state = {short: weights[found[short]].float() for short in expected}
-    model.load_state_dict(state, assign=True)
+        refuse(f"holds a {head} other than wte.weight, and GPT-2 uses one for both")
+    model.load_state_dict({short: weights[found[short]].float() for short in needed}, assign=True)
     return model.requires_grad_().eval()
 
 

@@ -200,7 +200,7 @@ def test_attention_weights_equal_transformers():
     with torch.enable_grad():
         assert torch.equal(ours(ids), plain)
     for block, theirs_of_layer in zip(ours.h, expected, strict=True):
-        kept = block.attn.weights  # (B, H, T, S)
+        kept = block.attn.weights  # (B, A, T, S)
         assert close(kept, theirs_of_layer, 1e-6) and close(kept.sum(-1), torch.ones(kept.shape[:-1]), 1e-6)
         assert (kept.triu(1) == 0).all() and not kept.requires_grad
     read_in_pieces(ours, ids, [4, 3, 5])
@@ -236,7 +236,7 @@ def test_the_weights_begin_as_the_comments_say():
     x = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
     difference = (F.gelu(x) - F.gelu(x, approximate="tanh")).abs().max()
     assert 4e-4 < difference < 5e-4 and "up to 5e-4" in SCRIPT.read_text(encoding="utf-8")
-    with pytest.raises(utils.InputError, match="n_embd 16 can't be shared evenly by 3 heads"):
+    with pytest.raises(utils.InputError, match="n_embd 16 must be divisible by n_head 3"):
         gpt2.GPT2(SMALL | {"n_head": 3})
 
 
@@ -485,7 +485,7 @@ def without(name):
     (dict, {"n_embd": 2**24 - 1, "n_head": 1, "vocab_size": 2**24 - 1}, ["wte.weight", "16777215"]),
     (dict, {"n_positions": 13}, ["wpe.weight", "(12, 16)", "(13, 16)"]),
     (dict, {"vocab_size": 50257}, ["wte.weight", "50257"]),
-    (dict, {"n_head": 3}, ["n_embd 16", "3 heads"]),
+    (dict, {"n_head": 3}, ["n_embd 16", "n_head 3"]),
 ])
 def test_weights_that_are_refused(tmp_path, edit, config, words):
     path = tmp_path / "model.safetensors"
