@@ -42,7 +42,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 # The stand-in: GPT-2 in all but size
 STAND_IN = {"vocab_size": 2000, "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
-STEPS = 600
+STAND_IN_STEPS = 600
 
 
 class Base(NamedTuple):
@@ -92,11 +92,13 @@ def find_base(name: str | None = None) -> Base:
             print(error)
             return find_base("stand-in")
     else:
-        path = utils.DATA_DIR / "gpt2-stand-in" if name == "stand-in" else Path(name)
+        path = utils.DATA_DIR / "gpt2-stand-in" if name == "stand-in" else Path(name).resolve()
         if name == "stand-in" and not (path / "config.json").exists():
             pretrain(path)
         if not path.is_dir():
-            raise utils.InputError(f"{name} is no folder; give {MODELS}.")
+            raise utils.InputError(f"{name} is no folder; give one with config.json, model.safetensors, vocab.json and "
+                                   f"merges.txt, or {', '.join(SIZES)} or stand-in.")
+        name = name if name == "stand-in" else str(path)  # absolute: an adapter's config names its base
         config = read_config(path / "config.json")
         tokenizer = Tokenizer.from_files(path / "vocab.json", path / "merges.txt")
     if len(tokenizer.vocab) != config["vocab_size"]:
@@ -213,7 +215,7 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
-def pretrain(folder: Path, steps: int = STEPS) -> None:
+def pretrain(folder: Path, steps: int = STAND_IN_STEPS) -> None:
     """Make a small GPT-2 from nothing and write it to folder, in the files that GPT-2 comes in.
 
     ## Pre-training is chapter 05's task, predict the next token of any text at hand, with the same windows and falling
@@ -254,7 +256,7 @@ def main() -> None:
     add("--model", help=MODELS)
     add("--data", help=TEXTS)
     add("--sentence", default="To be, or not to be: that is the question.", help="what to encode step by step")
-    add("--steps", type=utils.count, help=f"pre-train the stand-in anew, in so many steps (as it comes: {STEPS})")
+    add("--steps", type=utils.count, help=f"pre-train the stand-in anew, in so many steps, not {STAND_IN_STEPS}")
     args = utils.parse_args(parser)
     if not args.sentence:
         raise utils.InputError("--sentence is empty; give one of a few words.")

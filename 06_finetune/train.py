@@ -159,7 +159,7 @@ def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val
 # ---------------------------------------------------------------------------------------------- main
 def parse_options(world: int):
     """The options' values. Raises utils.InputError for those that don't go together; world: how many processes."""
-    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # adds --device ... --out
+    parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # --device, --seed, --out
     add = parser.add_argument
     add("--method", choices=LR, default="lora", help="what is trained: adapters, every weight, or the last block")
     add("--model", help=MODELS)
@@ -197,7 +197,7 @@ def parse_options(world: int):
 def restore(saved: dict, model: GPT2, optimizers: list[torch.optim.Optimizer], rank: int) -> tuple[int, list, dict]:
     """Put back what a checkpoint holds; return its step, history and best row. Raises utils.InputError."""
     try:
-        load_trainable(model, saved["trained"])
+        load_trainable(model, saved.pop("trained"))  # gigabytes, perhaps, that are of no use from here on
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     except ValueError as error:

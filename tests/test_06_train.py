@@ -389,6 +389,11 @@ def test_load_model_writes_draws_and_saves(small, runs, tmp_path):
     assert changed == {f"h.{i}.{name}.weight" for i in (0, 1) for name in layers}
 
 
+def test_a_base_is_found_again_from_any_folder(small, monkeypatch):
+    monkeypatch.chdir(small[1].parent)
+    assert load.find_base("base").name == str(small[1].resolve())  # as an adapter's config will name it
+
+
 def test_the_newest_result_is_taken(tmp_path):
     with pytest.raises(utils.InputError, match="neither adapter/ nor model/"):
         load_model.newest(tmp_path)
