@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -354,24 +353,30 @@ def same_run(a, b):
         assert [row[name] for row in a["history"]] == [row[name] for row in b["history"]]
 
 
-def test_a_run_stopped_by_ctrl_c_and_then_killed_ends_bit_identically(trained, tmp_path):
-    def stop_after(step, number, *options):
-        """Run until a row is printed, send the signal; the exit status, what it said, and the steps saved so far."""
-        command = [sys.executable, "-u", FOLDER / "train.py", *RUN, "--out", tmp_path, *options]
-        child = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in child.stdout:
-            if line.startswith(f"step {step:5}"):
-                break
-        child.send_signal(number)
-        _, errors = child.communicate(timeout=60)
-        saved = utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)
-        return child.returncode, errors, [row["step"] for row in saved["history"]]
+def test_a_run_stopped_by_ctrl_c_and_then_killed_ends_bit_identically(trained, tmp_path, monkeypatch, capsys):
+    command, saves = [str(FOLDER / "train.py"), *map(str, RUN), "--out", str(tmp_path)], []
+    save = utils.write_atomically
 
-    code, errors, steps = stop_after(60, signal.SIGINT)
-    assert code == 130 and "Traceback" not in errors and errors.rstrip().endswith("--resume")
-    assert steps in ([30], [30, 60], [30, 60, 90])  # it was stopped beside or soon after the second save
-    code, _, steps = stop_after(steps[-1] + 30, signal.SIGKILL, "--resume")
-    assert code == -9 or steps[-1] == 150  # else it was done before the signal came
+    def save_then_stop(path, *content):  # Ctrl-C, right after the second save
+        save(path, *content)
+        saves.append(path.name)
+        if saves.count("checkpoint.pt") == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(utils, "write_atomically", save_then_stop)
+        patch.setattr(sys, "argv", command)
+        utils.run(train.main, go_on="--resume")
+    assert stopped.value.code == 130 and capsys.readouterr().err.rstrip().endswith("--resume")
+
+    child = subprocess.Popen([sys.executable, "-u", *command, "--resume"], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("step    90"):
+            break
+    child.kill()
+    child.communicate(timeout=60)
+    steps = [row["step"] for row in utils.load_checkpoint(tmp_path / "checkpoint.pt", train.SCRIPT)["history"]]
+    assert child.returncode == -9 or steps[-1] == 150  # else it was done before the signal came
     text = call_main(train, *RUN, "--out", tmp_path, "--resume")
     assert re.findall(r"(?m)^step +(\d+) ", text) == [str(step) for step in range(steps[-1] + 30, 151, 30)]
     same_run(trained[0], tmp_path)
