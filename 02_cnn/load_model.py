@@ -1,7 +1,7 @@
 """Use a trained network: name pictures, count its mistakes, and look at what it looks at.
 
 You learn here: precision, recall and F1, and how to read a confusion matrix; that a network can be sure and wrong; what
-its first filters respond to; and Grad-CAM, which shows the places in a picture that a decision rests on.
+its first filters make of a picture; and Grad-CAM, which shows the places in a picture that a decision rests on.
 
     python 02_cnn/train.py                               first, to have a model
     python 02_cnn/load_model.py                          the test part of what train.py was trained on
@@ -9,8 +9,7 @@ its first filters respond to; and Grad-CAM, which shows the places in a picture 
 
 You should see (train.py's default on CIFAR-10 as JPEG, seed 0): 89.9 % named correctly; F1 from 79.5 % (cat, most often
 taken for a dog) to 95.2 % (automobile).
-Writes to outputs/: predictions.png, confusion.png, mistakes.png, filters.png, feature_maps.png, grad_cam.png; with
---image only the last.
+Writes to outputs/: confusion.png, feature_maps.png and grad_cam.png; with --image only the last.
 Left out on purpose: calibration, detection and segmentation.
 """
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import CHANGED, grid, load_data, read_picture
+from load import draw_grid, load_data, read_picture
 from train import SCRIPT, ResNet, Simple, build, predict
 
 # Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes
@@ -64,13 +63,13 @@ def precision_recall_f1(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------- looking inside
-def parts_of(model: nn.Module) -> tuple[nn.Module, Tensor, nn.Module]:
-    """First convolution, its filters (M, 3, side, side), and Grad-CAM's layer: the last of at least 7 x 7 places."""
+def parts_of(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The first convolution, and Grad-CAM's layer: the last of at least 7 x 7 places."""
     if isinstance(model, Simple):
-        return model[1], model[1].weight.view(-1, 3, 3, 3), model[11]
+        return model[1], model[11]
     if isinstance(model, ResNet):
-        return model.stem, model.stem.weight, model.blocks[1]
-    return model.body.conv1, model.body.conv1.weight, model.body.layer3
+        return model.stem, model.blocks[1]
+    return model.body.conv1, model.body.layer3
 
 
 def outputs_of(layer: nn.Module, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +95,7 @@ def grad_cam(model: nn.Module, x: Tensor, k: Tensor, average: bool = True) -> Te
     ## Without `average` each place keeps its own weight, d logit_k / d A_c there (HiResCAM, Draelos and Carin 2020).
     """
     with torch.enable_grad():
-        a, logits = outputs_of(parts_of(model)[2], model, x)  # (B, C, h, w), (B, K)
+        a, logits = outputs_of(parts_of(model)[1], model, x)  # (B, C, h, w), (B, K)
         gradient, = torch.autograd.grad(logits[torch.arange(len(x)), k].sum(), a)
     weight = gradient.mean((2, 3), keepdim=True) if average else gradient  # (B, C, 1, 1) or (B, C, h, w)
     cam = (weight * a).sum(1, keepdim=True).relu().detach()  # (B, 1, h, w)
@@ -104,28 +103,24 @@ def grad_cam(model: nn.Module, x: Tensor, k: Tensor, average: bool = True) -> Te
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def stretch(x: Tensor) -> Tensor:
-    """Each of (N, C, H, W) to the range 0 to 1, for drawing."""
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    return (x - low) / (high - low).clamp(min=1e-12)
-
-
 # ---------------------------------------------------------------------------------------------- drawing
-def draw_pictures(path: Path, x: Tensor, captions: list[str], title: str, maps: Tensor | None = None) -> None:
-    """Draw pictures x (N, 3, H, W) uint8 with a line above each; maps (N, H, W) are laid over them."""
-    columns = min(8, len(x))
-    rows = -(-len(x) // columns)
-    figure, axes = utils.pyplot().subplots(rows, columns, squeeze=False,
-                                         figsize=(max(6.0, 1.5 * columns), 1.85 * rows + 0.4))
+def draw_grad_cam(path: Path, model: nn.Module, x: Tensor, k: Tensor, captions: list[str], title: str) -> None:
+    """Draw pictures x (N, 3, H, W) uint8 in rows of eight, each row twice: below what speaks for classes k (N,) by
+    Grad-CAM, then by HiResCAM. The captions (N) stand above."""
+    device = next(model.parameters()).device
+    columns, halves = min(8, len(x)), range(0, len(x), 8)
+    figure, axes = utils.pyplot().subplots(2 * len(halves), columns, squeeze=False, layout="constrained",
+                                           figsize=(max(6, 1.5 * columns), 3.8 * len(halves) + 0.4))
     for a in axes.flat:
         a.axis("off")
-    for i, (a, caption) in enumerate(zip(axes.flat, captions)):
-        a.imshow(x[i].permute(1, 2, 0))
-        if maps is not None:
-            a.imshow(maps[i], cmap="inferno", alpha=0.55, vmin=0, vmax=1)
-        a.set_title(caption, fontsize=7)
+    for row, method in enumerate(["Grad-CAM", "HiResCAM"] * len(halves)):
+        some = slice(row // 2 * 8, row // 2 * 8 + 8)
+        maps = grad_cam(model, x[some].to(device), k[some].to(device), method == "Grad-CAM").cpu()
+        for a, picture, heat, caption in zip(axes[row], x[some], maps, captions[some]):
+            a.imshow(picture.permute(1, 2, 0))
+            a.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+            a.set_title(f"{caption}\n{method}", fontsize=7)
     figure.suptitle(title)
-    figure.tight_layout()
     utils.write_atomically(path, figure.savefig)
 
 
@@ -147,91 +142,53 @@ def draw_confusion(path: Path, confusion: Tensor, classes: list[str], title: str
 
 def main() -> None:
     parser = utils.parser(__doc__, __file__, "device")
-    add = parser.add_argument
-    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt",
+                        help="what train.py wrote")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--data", help="cifar10, shapes or a folder, to use its test part; without it what the model was trained on")
     add("--image", type=Path, help="name this one picture instead")
     args = utils.parse_args(parser)
-    if args.image and args.data:
-        raise utils.InputError("--image names one picture, --data a whole set; leave one of them out.")
-    device = args.device
-    model, saved = load_network(args.model, device)
+    model, saved = load_network(args.model, args.device)
     classes, dtype = saved["classes"], getattr(torch, saved["dtype"])
-    K, label = len(classes), saved["data"] + ", stand-in" * bool(saved["stand_in"])
-    if args.image or args.data not in (None, saved["data"]):  # else load_data says so
-        utils.stand_in_notice(saved["data"], saved["stand_in"])
     if args.image:
-        picture, notes = read_picture(args.image)
-        x = picture[None]  # (1, 3, H, W)
-        if notes:
-            print(f"{args.image.name} is {' and '.join(notes)}: it has been {' and '.join(CHANGED[n] for n in notes)}")
-        p = predict(model, x.to(device), torch.float32).softmax(-1)[0].cpu()  # (K,)
-        for k in p.argsort(descending=True)[:3].tolist():
-            print(f"{classes[k]:14}{p[k]:7.1%}")
-        k = p.argmax()
-        cams = [grad_cam(model, x.to(device), k[None].to(device), average).cpu() for average in (True, False)]
-        draw_pictures(args.out / "grad_cam.png", x.repeat(3, 1, 1, 1),
-                      [args.image.name, f"{classes[k]} {p[k]:.0%}\nGrad-CAM", "HiResCAM"],
-                      f"What speaks for {classes[k]} (trained on {label})",
-                      torch.cat([torch.full_like(cams[0], torch.nan), *cams]))  # nan is not drawn
-        print(f"wrote grad_cam.png to {args.out}")
         utils.stand_in_notice(saved["data"], saved["stand_in"])
+        x = read_picture(args.image)[None]  # (1, 3, H, W)
+        p = predict(model, x.to(args.device), torch.float32).softmax(-1).cpu()  # (1, K)
+        for k in p[0].argsort(descending=True)[:3].tolist():
+            print(f"{classes[k]:14}{p[0, k]:7.1%}")
+        draw_grad_cam(args.out / "grad_cam.png", model, x, p.argmax(1), [f"{classes[p.argmax()]} {p.max():.0%}"],
+                      f"{args.image.name} (trained on {saved['data']}{', stand-in' * bool(saved['stand_in'])})")
+        print(f"wrote grad_cam.png to {args.out}")
         return
 
     data = load_data(args.data or saved["source"])
     if data.classes != classes:
         raise utils.InputError(f"{data.name} has other classes than the network learned: {', '.join(classes)}.")
-    label = data.label
     mixed = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))  # folders come sorted by class
     x, y = data.test_x[mixed], data.test_y[mixed]
-    p = predict(model, x.to(device), dtype).softmax(-1).cpu()  # (N, K)
-    sure, guess = p.max(-1)  # (N,) each
-    confusion = confusion_matrix(y, guess, K)
+    sure, guess = predict(model, x.to(args.device), dtype).softmax(-1).cpu().max(-1)  # (N,) each
+    confusion = confusion_matrix(y, guess, len(classes))
     precision, recall, f1 = precision_recall_f1(confusion)
     print(f"{saved['config']['model']} on the {len(y):,} test pictures of {data.name}: "
           f"{(guess == y).double().mean():.2%} named correctly\n")
     print(f"{'class':14}{'precision':>10}{'recall':>10}{'F1':>10}   most often taken for")
+    count, other = (confusion - confusion.diag().diag()).max(1)  # (K,) each: mistakes alone
     for k, name in enumerate(classes):
-        wrong = confusion[k].clone()
-        wrong[k] = 0
-        print(f"{name:14}{precision[k]:10.1%}{recall[k]:10.1%}{f1[k]:10.1%}   "
-              + (f"{classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "nothing else"))
+        print(f"{name:14}{precision[k]:10.1%}{recall[k]:10.1%}{f1[k]:10.1%}   {classes[other[k]]} ({count[k]})")
     print(f"{'mean':14}{precision.mean():10.1%}{recall.mean():10.1%}{f1.mean():10.1%}")
 
-    def captions(rows):
-        return [f"{classes[y[i]]}\n{classes[guess[i]]} {sure[i]:.0%}" for i in rows]
-
-    draw_confusion(args.out / "confusion.png", confusion, classes, f"Test pictures of {label}")
-    few = torch.arange(min(24, len(y)))
-    draw_pictures(args.out / "predictions.png", x[few], captions(few), f"What it is, what it was named ({label})")
+    draw_confusion(args.out / "confusion.png", confusion, classes, f"Test pictures of {data.label}")
     ## The mistakes it was surest of teach most: wrong labels, odd pictures, and what it really goes by.
     wrong = (guess != y).nonzero()[:, 0]
-    wrong = wrong[sure[wrong].argsort(descending=True)][:24]
-    if len(wrong):
-        draw_pictures(args.out / "mistakes.png", x[wrong], captions(wrong), f"Its surest mistakes ({label})")
-    rows, texts, cams = [], [], []
-    for some in ((guess == y).nonzero()[:8, 0], wrong[:8]):  # right ones, then wrong ones
-        for average, method in ((True, "Grad-CAM"), (False, "HiResCAM")):
-            if len(some):
-                rows.append(x[some])
-                texts += [f"{text}\n{method}" for text in captions(some)]
-                cams.append(grad_cam(model, x[some].to(device), guess[some].to(device), average).cpu())
-    draw_pictures(args.out / "grad_cam.png", torch.cat(rows), texts,
-                  f"What its decision rests on, by two methods ({label})", torch.cat(cams))
-
-    first, filters, _ = parts_of(model)
-    maps, _ = outputs_of(first, model, x[:1].to(device))  # (1, M, h, w)
-    for name, pictures, title in (
-            ("filters.png", stretch(filters.detach().float().cpu()), "The filters of the first convolution"),
-            ("feature_maps.png", stretch(maps[0].detach().float().cpu()[:, None]).repeat(1, 3, 1, 1),
-             f"What these filters make of predictions.png's first picture ({classes[y[0]]})")):
-        figure, axes = utils.pyplot().subplots(figsize=(9, 9 * -(-len(pictures) // 12) / 12 + 0.6))
-        axes.imshow(grid(F.pad(pictures, (0, 1, 0, 1), value=1.0), 12))  # a white line between two
-        axes.axis("off")
-        axes.set_title(f"{title} ({label})")
-        utils.write_atomically(args.out / name, figure.savefig)
-    print(f"\nwrote predictions, confusion, {'mistakes, ' * bool(len(wrong))}filters, feature_maps and grad_cam (.png) "
-          f"to {args.out}")
+    rows = torch.cat([(guess == y).nonzero()[:8, 0], wrong[sure[wrong].argsort(descending=True)][:8]])
+    captions = [f"{classes[y[i]]}\n{classes[guess[i]]} {sure[i]:.0%}" for i in rows]
+    draw_grad_cam(args.out / "grad_cam.png", model, x[rows], guess[rows], captions,
+                  f"What its decision rests on: right ones, then its surest mistakes ({data.label})")
+    maps, _ = outputs_of(parts_of(model)[0], model, x[:1].to(args.device))  # (1, M, h, w)
+    draw_grid(args.out / "feature_maps.png", maps[0].detach().float().cpu()[:, None], 12,
+              f"What the first filters make of one test picture, {classes[y[0]]} ({data.label})", normalize=True,
+              scale_each=True, padding=1, pad_value=1.0)
+    print(f"\nwrote confusion.png, grad_cam.png and feature_maps.png to {args.out}")
     utils.stand_in_notice(data.name, data.stand_in or saved["stand_in"])
 
 

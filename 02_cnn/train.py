@@ -198,15 +198,11 @@ class Transfer(nn.Module):
         try:
             ## weights_only: a file of weights may carry code, which is not to be run.
             weights = torch.load(path, "cpu", weights_only=True) if path else source.get_state_dict(check_hash=True)
+            own = self.body.state_dict()
+            self.body.load_state_dict(dict(weights) | {key: own[key] for key in ("fc.weight", "fc.bias")})  # for our K
         except Exception as error:
-            what = f"weights {path} can't be read" if path else f"no weights could be downloaded ({error!r:.60})"
+            what = f"{path} holds no weights of resnet18" if path else f"no weights could be downloaded ({error!r:.60})"
             raise utils.InputError(f"{what}; fetch {source.url} and give that file's path as weights.") from error
-        ## The last layer is ours, for our classes; older files lack the batch norms' counters, which nothing needs.
-        body, own = ({key: value for key, value in dict(state).items() if not str(key).startswith("fc.")
-                      and "num_batches" not in str(key)} for state in (weights, self.body.state_dict()))
-        if {key: getattr(value, "shape", None) for key, value in body.items()} != {k: v.shape for k, v in own.items()}:
-            raise utils.InputError(f"weights {path} are of another network than resnet18; take {source.url}")
-        self.body.load_state_dict(body, strict=False)
 
     def train(self, mode: bool = True) -> "Transfer":
         super().train(mode)
@@ -223,9 +219,7 @@ def build(config: dict, mean: Tensor, std: Tensor) -> nn.Module:
     """The model that a config names."""
     if config["model"] == "transfer":
         return Transfer(config["classes"], config["head_only"])
-    if config["model"] == "simple":
-        return Simple(config["classes"], mean, std, dropout=config["dropout"])
-    return ResNet(config["classes"], mean, std)
+    return {"simple": Simple, "resnet": ResNet}[config["model"]](config["classes"], mean, std)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -271,17 +265,15 @@ def make_optimizers(model: nn.Module, lr: float, muon_lr: float, batch_size: int
     ## for biases, 13 times that for the head; momentum 0.85 and 0.6; and weight decay, which at the peak takes two
     ## millionths of a weight for each picture of a batch (and, summed up by momentum as a gradient is, nearly seven).
     """
-    convs = [layer.weight for layer in model.modules() if isinstance(layer, Conv)]
-    matrices = [p for p in convs if p.requires_grad]
-    heads = [layer.weight for layer in model.modules() if isinstance(layer, Head)]
+    convs, heads = ([layer.weight for layer in model.modules() if isinstance(layer, kind)] for kind in (Conv, Head))
     others = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in convs + heads)]
-    if matrices:
+    if convs:
         groups = [{"params": group, "lr": rate, "weight_decay": 2e-6 * batch_size / rate}
                   for group, rate in ((others, lr), (heads, 13 * lr))]
         optimizers = [torch.optim.SGD(groups, momentum=0.85, nesterov=True),
-                      torch.optim.Muon(matrices, lr=muon_lr, momentum=0.6, weight_decay=0.0)]
+                      torch.optim.Muon(convs, lr=muon_lr, momentum=0.6, weight_decay=0.0)]
     else:
-        optimizers = [torch.optim.AdamW(others + heads, lr=lr, weight_decay=0.0)]
+        optimizers = [torch.optim.AdamW(others, lr=lr, weight_decay=0.0)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -361,15 +353,14 @@ def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], train: tuple[
 
 # ---------------------------------------------------------------------------------------------- main
 PRESETS = {
-    "simple": dict(epochs=16, batch_size=1000, lr=0.053, muon_lr=0.17, pad=2, cutout=0, small=0.5, dropout=0.2),
+    "simple": dict(epochs=16, batch_size=1000, lr=0.053, muon_lr=0.17, pad=2, cutout=0, small=0.5),
     "resnet": dict(epochs=13, batch_size=2000, lr=0.053, muon_lr=0.24, pad=2, cutout=6, small=0.4),
     "transfer": dict(epochs=3, batch_size=250, lr=1e-3, pad=2, cutout=0, small=0.0),
 }
-ONLY = {"dropout": ("simple",), "head_only": ("transfer",), "weights": ("transfer",), "muon_lr": ("simple", "resnet")}
 
 
 def parse_options():
-    """The options' values, those of the model where none was given. Raises utils.InputError for another model's."""
+    """The options' values, those of the model where none was given."""
     parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # adds --device ... --out
     parser.epilog = "; ".join(f"--model {name}: {', '.join(f'{k} {v}' for k, v in preset.items())}"
                               for name, preset in PRESETS.items())
@@ -381,9 +372,8 @@ def parse_options():
     add("--batch-size", type=utils.count, help="pictures per step; smaller learns more per picture, larger runs faster")
     add("--lr", type=utils.positive, help="peak learning rate of the biases, per picture; 13 times that for the last "
         "layer; transfer: AdamW's, for all layers")
-    add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for the 3 x 3 convolutions")
+    add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for 3 x 3 convolutions (not for transfer)")
     add("--label-smoothing", type=utils.share, default=0.2, help="share of the target spread over all classes")
-    add("--dropout", type=utils.share, help="share of features zeroed before the last layer (simple)")
     add("--pad", type=utils.number(int, "[0, 16]"), help="augmentation: pictures move by up to so many pixels")
     add("--cutout", type=utils.number(int, "[0, inf)"), help="augmentation: side of a square that is painted over")
     add("--small", type=utils.number(float, "[0, 1]"), help="share of the run with pictures shrunk to 24 x 24, whose "
@@ -392,10 +382,8 @@ def parse_options():
     add("--weights", help="transfer: torchvision's resnet18 file; without it, it is downloaded")
     add("--tta", action="store_true", help="also report the mean over six views of each test picture")
     args = utils.parse_args(parser)
-    for name, models in ONLY.items():
-        if vars(args)[name] and args.model not in models:
-            raise utils.InputError(f"--{name.replace('_', '-')} is for --model {' or '.join(models)}, not for "
-                                   f"{args.model}; leave it out.")
+    if args.model != "transfer" and (args.head_only or args.weights):
+        raise utils.InputError("--head-only and --weights are for --model transfer alone; leave them out.")
     vars(args).update({name: value for name, value in PRESETS[args.model].items() if vars(args)[name] is None})
     return args
 
@@ -412,7 +400,7 @@ def main() -> None:
     K = len(data.classes)
 
     torch.manual_seed(args.seed)
-    config = dict(model=args.model, classes=K, head_only=args.head_only, dropout=args.dropout)
+    config = dict(model=args.model, classes=K, head_only=args.head_only)
     model = build(config, data.mean, data.std)
     if args.model == "transfer" and not saved:
         model.load(args.weights)
