@@ -16,6 +16,7 @@ Left out on purpose: calibration, detection and segmentation.
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -128,13 +129,11 @@ def draw_confusion(path: Path, confusion: Tensor, classes: list[str], title: str
     """Draw the matrix (K, K) with its counts; the colour is the share of the row."""
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     figure, axes = utils.pyplot().subplots(figsize=(1.5 + 0.6 * len(classes), 1.2 + 0.6 * len(classes)))
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=2)  # dark blue would hide the counts
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    for row in range(len(classes)):
-        for column in range(len(classes)):
-            axes.text(column, row, int(confusion[row, column]), ha="center", va="center", fontsize=8,
-                      color="white" if share[row, column] > 0.5 else "black")
+    for (row, column), count in np.ndenumerate(confusion.numpy()):
+        axes.text(column, row, count, ha="center", va="center", fontsize=8)
     axes.set(title=title, xlabel="named", ylabel="is")
     axes.grid(False)
     utils.write_atomically(path, figure.savefig)
@@ -159,6 +158,7 @@ def main() -> None:
         draw_grad_cam(args.out / "grad_cam.png", model, x, p.argmax(1), [f"{classes[p.argmax()]} {p.max():.0%}"],
                       f"{args.image.name} (trained on {saved['data']}{', stand-in' * bool(saved['stand_in'])})")
         print(f"wrote grad_cam.png to {args.out}")
+        utils.stand_in_notice(saved["data"], saved["stand_in"])
         return
 
     data = load_data(args.data or saved["source"])
