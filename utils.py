@@ -1,11 +1,9 @@
-"""The few helpers that all six chapters share; no training loop lives here: the loops are the lessons.
-To take a chapter into a project of your own, copy its folder and this file. A program that takes only a model from a
-chapter needs no argparse, requests or matplotlib: they are imported by the functions that use them."""
+"""The few helpers that all six chapters share. To take a chapter into your own project, copy its folder and this."""
+import atexit
 import contextlib
 import ctypes
 import hashlib
 import json
-import math
 import os
 import shlex
 import sys
@@ -15,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data"))
 
@@ -31,6 +29,11 @@ def run(main: Callable[[], None], go_on: str = "") -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; the most that a glibc before 2.35 takes
+    if "RANK" in os.environ:  # torchrun started several processes: they find each other, and only the first prints
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)  # -1: none
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)  # a process that ends without this may abort
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     try:
         main()
     except KeyboardInterrupt:
@@ -105,10 +108,10 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     ## CPUs with AMX or AVX512-BF16 are several times faster in bfloat16, others slower. The two take turns here.
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for dtype in list(seconds) * 20:
         x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(768, 256, dtype=dtype)
-        seconds[dtype] = min(seconds[dtype], timeit.timeit(lambda: F.linear(x, w), number=1))
+        seconds[dtype] = min(seconds[dtype], timeit.timeit(lambda: torch.nn.functional.linear(x, w), number=1))
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
 
 
@@ -128,14 +131,11 @@ def progress(done: int, total: int, begun: float, text: str, unit: str, per: flo
 
 def download(urls: list[str], path: Path, sha256: str, timeout: tuple[float, float] = (10, 30)) -> Path:
     """Fetch a file from the mirrors in turn; go on with a partial one; verify; only then give it its name.
-
     timeout: seconds to connect, of silence. ConnectionError: no mirror sends all of it; InputError: another hash."""
     import requests
-
     def matches(path: Path) -> bool:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "md5" if len(sha256) == 32 else "sha256").hexdigest() == sha256
-
     if path.exists():
         if matches(path):
             return path

@@ -15,7 +15,6 @@ Left out on purpose: subwords (chapter 06), gradient accumulation (chapter 06), 
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -311,11 +310,7 @@ def main() -> None:
     ## Several processes: torchrun starts this script twice and tells each its rank. Each holds the whole model, takes
     ## its share of every batch, and averages its gradients with the others': the step of one process with all of it.
     ## Everything else each does as if it were alone, but only rank 0 prints and writes.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)  # -1: none
-        dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)  # by utils.run
     args = parse_options()
     if args.batch_size % world:
         raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
@@ -377,8 +372,6 @@ def main() -> None:
                 "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
         if stop:
             break
-    if world > 1:
-        dist.destroy_process_group()  # a process that ends without this may abort
     if rank == 0:
         report(args, data, model, history, best, {"uniform": uniform, "bigram": bigram})
 

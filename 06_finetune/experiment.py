@@ -150,7 +150,7 @@ def compare_texts(base: Base, text: Data, device: torch.device, dtype: torch.dty
 
     def write(model: GPT2, seed: int) -> list[list[str]]:
         model.requires_grad_(False).to(device)
-        texts = [sample(model, base, start, length, dtype, seed * 10_000 + i) for i, (start, _) in enumerate(passages)]
+        texts = [sample(model, base, length, dtype, seed * 10_000 + i, start) for i, (start, _) in enumerate(passages)]
         return [to_words(text[len(start) :]) for text, (start, _) in zip(texts, passages)]
 
     for seed in range(seeds):

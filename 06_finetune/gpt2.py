@@ -294,23 +294,7 @@ def save_model(model: GPT2, folder: Path, end: int) -> None:
     utils.write_atomically(path, lambda file: file.write(data))
 
 
-# ---------------------------------------------------------------------------------------------- measuring, writing text
-@torch.no_grad()
-def evaluate(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch_size: int = 4) -> float:
-    """Mean loss in nats per token on ids (N,): windows of block_size one after another, every token counted once."""
-    training, total = model.training, 0.0
-    model.eval()  # no dropout
-    n = (len(ids) - 1) // block_size * block_size
-    parts = [*zip(*(part.view(-1, block_size).split(batch_size) for part in (ids[:n], ids[1 : n + 1])))]
-    if n < len(ids) - 1:
-        parts.append((ids[None, n:-1], ids[None, n + 1 :]))  # the last window is shorter
-    for x, y in parts:  # (B, T) each
-        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-            total += model(x, targets=y).item() * y.numel()
-    model.train(training)
-    return total / (len(ids) - 1)
-
-
+# ---------------------------------------------------------------------------------------------- writing text
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Set each row's logits below its k-th largest to -inf: (..., V) -> (..., V) (Fan et al. 2018)."""
     smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]

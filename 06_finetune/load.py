@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe
 import utils
 from bpe import Tokenizer
-from gpt2 import COMMON, GPT2, SIZES, evaluate, read_config, read_model, save_model
+from gpt2 import COMMON, GPT2, SIZES, read_config, read_model, save_model
 from peft_files import load_adapter, save_adapter
 from weights import open_weights
 
@@ -243,7 +243,10 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS) -> None:
             optimizer.step()
             optimizer.zero_grad()
             utils.progress(step + 1, steps, begun, f"loss {loss.item():.3f}", "tokens", B * T)
-    print(f"{time.perf_counter() - begun:.0f} s; validation loss {evaluate(model, val, T, dtype):.3f} nats per token "
+    n = (len(val) - 1) // T * T
+    with torch.inference_mode():
+        loss = model.eval()(val[:n].view(-1, T), targets=val[1 : n + 1].view(-1, T))
+    print(f"{time.perf_counter() - begun:.0f} s; validation loss {loss:.3f} nats per token "
           f"(uniform {math.log(len(tokenizer.vocab)):.3f})")
     tokenizer.save(folder)
     save_model(model, folder, tokenizer.vocab[bpe.END])  # config.json comes last

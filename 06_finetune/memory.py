@@ -3,11 +3,15 @@
     from memory import load_trainable, peak_memory, trainable_state
 """
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from utils import InputError
 
 
 def peak_memory(device: torch.device) -> int:
@@ -30,10 +34,10 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put trainable_state's parameters back. Raises ValueError where they are another model's."""
+    """Put trainable_state's parameters back. Raises utils.InputError where they are another model's."""
     own = trainable_state(model)
     ## Compared before the first is copied, so that a refusal leaves the model as it was.
     if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
-        raise ValueError("these trained parameters are of another model than this one.")
+        raise InputError("these trained parameters are of another model, or another version of it; start anew.")
     for name, parameter in own.items():
         parameter.copy_(state[name])

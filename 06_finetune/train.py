@@ -12,9 +12,7 @@ You should see (the stand-in on Tiny Shakespeare, seed 0): 4.47 bits per charact
 3.11 by the last block, 2.79 in full after 26 s. With GPT-2 itself, whose weights were out of reach, not measured.
 Writes to outputs/: adapter/ (LoRA, in PEFT's format) or model/ (a folder that transformers opens), each with the best
 weights by validation; checkpoint.pt (for --resume), metrics.json, history.png. Left out: quantised weights (QLoRA)."""
-import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe
 import utils
-from gpt2 import GPT2, evaluate, generate, read_model, shrink
+from gpt2 import GPT2, generate, read_model, shrink
 from load import MODELS, TEXTS, Base, Data, batches, find_base, load_data, load_result, save_result
 from lora import add_lora
 from memory import load_trainable, peak_memory, trainable_state
@@ -76,7 +74,7 @@ def freeze(model: GPT2, method: str, dropout: float, dtype: torch.dtype, lora_ra
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-def make_optimizers(model: GPT2, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT2, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
     """One AdamW for all that is trained. Its group keeps the `peak` rate."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [torch.optim.AdamW([{"params": trained, "peak": lr}], lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
@@ -94,7 +92,23 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def sample(model: GPT2, base: Base, prompt: str, length: int, dtype: torch.dtype, seed: int) -> str:
+@torch.no_grad()
+def evaluate(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch_size: int = 4) -> float:
+    """Mean loss in nats per token on ids (N,): windows of block_size one after another, every token counted once."""
+    training, total = model.training, 0.0
+    model.eval()  # no dropout
+    n = (len(ids) - 1) // block_size * block_size
+    parts = [*zip(*(part.view(-1, block_size).split(batch_size) for part in (ids[:n], ids[1 : n + 1])))]
+    if n < len(ids) - 1:
+        parts.append((ids[None, n:-1], ids[None, n + 1 :]))  # the last window is shorter
+    for x, y in parts:  # (B, T) each
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+            total += model(x, targets=y).item() * y.numel()
+    model.train(training)
+    return total / (len(ids) - 1)
+
+
+def sample(model: GPT2, base: Base, length: int, dtype: torch.dtype, seed: int, prompt: str = "\n") -> str:
     """`length` tokens drawn at temperature 0.8 from the 50 likeliest, after a prompt; the same seed, the same luck."""
     device = model.wte.weight.device
     ids = base.tokenizer.encode(prompt, special=False)
@@ -106,7 +120,7 @@ def sample(model: GPT2, base: Base, prompt: str, length: int, dtype: torch.dtype
 
 
 def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val: Tensor, steps: int, batch_size: int,
-        block_size: int, eval_every: int, seed: int, dtype: torch.dtype, warmup: int = 20, grad_clip: float = 1.0,
+        block_size: int, eval_every: int, seed: int, dtype: torch.dtype, warmup: int = 20,
         micro_batch_size: int = 4, first_step: int = 0, seconds: float = 0.0, forward: nn.Module | None = None,
         shard: slice = slice(None)) -> Iterator[dict]:
     """Train on windows of train (N,); after every eval_every steps, and the last, evaluate on val and yield a row.
@@ -114,11 +128,13 @@ def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val
     A run that goes on begins at first_step, a multiple of eval_every, after so many seconds. forward: what computes the
     loss where model is wrapped; shard: the rows of each batch that this process takes.
     """
-    B, T, trained = batch_size, block_size, [p for p in model.parameters() if p.requires_grad]
-    stream, begun = islice(batches(train, T, B, seed), first_step, None), time.perf_counter() - seconds
-    forward = forward or model
+    B, T, forward = batch_size, block_size, forward or model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stream = islice(batches(train, T, B, seed), first_step, None)
+    begun = time.perf_counter() - seconds
     for start in range(first_step, steps, eval_every):
-        losses, end = [], min(start + eval_every, steps)
+        end = min(start + eval_every, steps)
+        losses = []
         model.train()
         for step, (x, y) in zip(range(start, end), stream):  # x, y (B, T)
             for optimizer in optimizers:
@@ -127,17 +143,15 @@ def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val
             ## Gradient accumulation: backward adds to the gradients that are there. So a batch can be taken in parts,
             ## each weighted by its share; the step then follows the mean over all of it, with the memory of one part.
             x, y = x[shard], y[shard]
-            loss, parts = torch.zeros((), device=x.device), [part.split(micro_batch_size) for part in (x, y)]
-            for i, (a, b) in enumerate(zip(*parts), 1):
-                ## Gradients go to other processes once a step, not once a part.
-                with forward.no_sync() if dist.is_initialized() and i < len(parts[0]) else contextlib.nullcontext():
-                    ## Mixed precision: what is trained, and its updates, stay in float32; autocast gives the matrix
-                    ## products bfloat16 copies. (With LoRA the frozen ones are bfloat16 as it is: `shrink`.)
-                    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                        part = forward(a, targets=b) * (len(a) / len(x))  # ()
-                    part.backward()
+            loss = torch.zeros((), device=x.device)
+            for a, b in zip(x.split(micro_batch_size), y.split(micro_batch_size)):
+                ## Mixed precision: what is trained, and its updates, stay in float32; autocast gives the matrix
+                ## products bfloat16 copies. (With LoRA the frozen ones are bfloat16 as it is: `shrink`.)
+                with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                    part = forward(a, targets=b) * (len(a) / len(x))  # ()
+                part.backward()
                 loss += part.detach()
-            nn.utils.clip_grad_norm_(trained, grad_clip)
+            nn.utils.clip_grad_norm_(trained, 1.0)  # one odd batch costs one short step (Pascanu et al. 2013)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()  # now: an evaluation needs no gradients, and large models have large ones
@@ -152,13 +166,14 @@ def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val
         train_loss, val_loss = figures.tolist()
         if not figures.isfinite().all():
             raise utils.InputError(f"the loss became {figures.sum():g} by step {end}; make lr smaller.")
-        yield {"step": end, "seconds": seconds, "tokens": end * B * T, "train_loss": train_loss, "val_loss": val_loss}
+        yield {"step": end, "seconds": seconds, "tokens": end * B * T,
+               "train_loss": train_loss, "val_loss": val_loss}
         begun = time.perf_counter() - seconds  # the clock stood still meanwhile
 
 
 # ---------------------------------------------------------------------------------------------- main
-def parse_options(world: int):
-    """The options' values. Raises utils.InputError for those that don't go together; world: how many processes."""
+def parse_options():
+    """The options' values. Raises utils.InputError for those that don't go together."""
     parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # --device, --seed, --out
     add = parser.add_argument
     add("--method", choices=LR, default="lora", help="what is trained: adapters, every weight, or the last block")
@@ -172,66 +187,43 @@ def parse_options(world: int):
     add("--lora-alpha", type=utils.positive, help="the change counts alpha / r times (default: 16)")
     add("--lora-targets", nargs="+", help="ends of names: c_attn (default) attn.c_proj mlp.c_fc mlp.c_proj")
     add("--dropout", type=utils.share, default=0.0, help="share zeroed; helps where a small text is read many times")
-    add("--lr", type=utils.positive, help="AdamW's peak learning rate; without it, for the stand-in and for GPT-2: "
-        + ", ".join(f"{method} {a:g} and {b:g}" for method, (a, b) in LR.items()))
-    add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.01, help="times lr: the pull towards zero")
+    add("--lr", type=utils.positive, help=f"AdamW's peak learning rate; without it, for stand-in and GPT-2: {LR}")
     add("--warmup", type=utils.count, default=20, help="steps over which the learning rate rises from zero")
-    add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=utils.count, default=100, help="steps between evaluations on all of validation")
     add("--patience", type=utils.count, default=3, help="evaluations without a new best that end it (early stopping)")
     add("--activation-checkpointing", action="store_true", help="less memory, one more forward pass per step")
-    add("--prompt", default="\n", help="what the samples before and after go on from")
     args = utils.parse_args(parser)
     for name, value in LORA.items():
         if vars(args)[name] and args.method != "lora":
-            option = f"--{name.replace('_', '-')}"
-            raise utils.InputError(f"{option} is for --method lora, not for {args.method}; leave it out.")
+            raise utils.InputError(f"--{name.replace('_', '-')} is for --method lora, not for {args.method}.")
         vars(args)[name] = vars(args)[name] or value
-    if not args.prompt:
-        raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
-    if args.batch_size % world:
-        raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
     return args
 
 
-def restore(saved: dict, model: GPT2, optimizers: list[torch.optim.Optimizer], rank: int) -> tuple[int, list, dict]:
-    """Put back what a checkpoint holds; return its step, history and best row. Raises utils.InputError."""
-    try:
-        load_trainable(model, saved.pop("trained"))  # gigabytes, perhaps, that are of no use from here on
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise utils.InputError("--resume: checkpoint.pt is of another version of the model; start anew.") from error
-    torch.set_rng_state(saved["random_state"] if rank == 0 else torch.get_rng_state())
-    return saved["step"], saved["history"], saved["best"]
-
-
-def report(args, base: Base, text: Data, model: GPT2, total: int, before: float, history: list, best: dict) -> None:
-    """Print and write what the best weights reach, beside guessing and the start. total: parameters of the base."""
-    label, memory, V = f"{base.label}, on {text.label}", peak_memory(args.device), base.config["vocab_size"]
+def report(args, base: Base, text: Data, model: GPT2, before: float, history: list, best: dict) -> None:
+    """Print and write what the best weights reach, beside guessing and the start."""
+    label, memory = f"{base.label}, on {text.label}", peak_memory(args.device)
     ## A token is a unit of the tokenizer's own choosing, so losses per token can't be compared between vocabularies.
     ## Per character they can: nats per token * tokens / characters, and / ln 2 for bits.
     per_character = (len(text.val) - 1) / text.val_characters / math.log(2)
     metrics = {"val_loss": best["val_loss"], "perplexity": math.exp(min(best["val_loss"], 700)),
                "best_step": best["step"], "bits_per_character": best["val_loss"] * per_character,
-               "last_val_loss": history[-1]["val_loss"], "before_val_loss": before,
-               "before_bits_per_character": before * per_character,
+               "before_val_loss": before, "before_bits_per_character": before * per_character,
                "trained_parameters": utils.count_parameters(model), "peak_memory_bytes": memory}
     print(f"\n{'':24}nats per token   perplexity   bits per character   ({label}, validation)")
-    for name, nats in {"guessing uniformly": math.log(V), "before training": before,
+    for name, nats in {"guessing uniformly": math.log(base.config["vocab_size"]), "before training": before,
                        f"{args.method}, step {best['step']}": best["val_loss"]}.items():
         print(f"{name:24}{nats:14.4f}{math.exp(min(nats, 700)):13.3f}{nats * per_character:21.4f}")
     if best["val_loss"] > before:
         print("training made it worse: try a smaller --lr")
     after = load_result(base, args.out, args.method).to(args.device)  # as anybody would load it
     print(f"{history[-1]['seconds']:.0f} s of training, {memory / 1e9:.2f} GB of memory at most (0: not known)\n\n"
-          f"it writes:\n{sample(after, base, args.prompt, 200, args.dtype, args.seed)}\n")
-    both = text._replace(stand_in=base.stand_in or text.stand_in)
-    utils.save_metrics(args, SCRIPT, both, after, metrics, history, model=base.name, parameters=total)
+          f"it writes:\n{sample(after, base, 200, args.dtype, args.seed)}\n")
+    utils.save_metrics(args, SCRIPT, text._replace(stand_in=base.stand_in or text.stand_in), after, metrics, history,
+                       model=base.name, parameters=sum(p.numel() for p in after.parameters()))
     utils.plot_history(args.out / "history.png", [{"step": 0, "val_loss": before}, *history],
                        ["train_loss", "val_loss"], f"{args.method}: {label}", y="nats per token")
-    result = "adapter/" if args.method == "lora" else "model/"
-    print(f"wrote {result}, checkpoint.pt, metrics.json and history.png to {args.out}")
+    print(f"wrote adapter/ or model/, checkpoint.pt, metrics.json and history.png to {args.out}")
     base.notice()
     utils.stand_in_notice(text.name, text.stand_in)
 
@@ -239,53 +231,50 @@ def report(args, base: Base, text: Data, model: GPT2, total: int, before: float,
 def main() -> None:
     ## Several processes, as in chapter 05: each holds the whole model, takes its share of every batch, and averages its
     ## gradients with the others'. All else each does as if it were alone, but only rank 0 prints and writes.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)  # -1: none
-        dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
-    args = parse_options(world)
-    free = ("out", "device", "compile", "resume", "micro_batch_size", "activation_checkpointing", "prompt")
-    options = {name: value for name, value in vars(args).items() if name not in free}
-    saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT, options) if args.resume else None
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)  # by utils.run
+    args = parse_options()
+    if args.batch_size % world:
+        raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
     base = find_base(args.model)
     text = load_data(args.data, base.tokenizer, args.block_size)
     train, val = text.train.to(args.device), text.val.to(args.device)
-    if saved and (saved["base"], saved["text"]) != (base.name, [text.name, len(train)]):
-        raise utils.InputError(f"--resume: {base.name} or {text.name} is not what the run had then; start anew.")
+    free = ("out", "device", "compile", "resume", "micro_batch_size", "activation_checkpointing")
+    options = {name: value for name, value in vars(args).items() if name not in free}
+    options |= {"model": base.name, "data": f"{text.name} of {len(train):,} tokens"}
+    saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT, options) if args.resume else None
 
     torch.manual_seed(args.seed)
     model = read_model(base.path, base.config)
-    total = utils.count_parameters(model)
     freeze(model, args.method, args.dropout, args.dtype, *(vars(args)[name] for name in LORA))
     model.checkpointing = args.activation_checkpointing
     model.to(args.device)
-    optimizers = make_optimizers(model, args.lr or LR[args.method][not base.stand_in], args.weight_decay)
+    optimizers = make_optimizers(model, args.lr or LR[args.method][not base.stand_in])
     torch.manual_seed(args.seed + rank)  # all ranks have the same adapters by now, and need different dropout
     first_step, history, best = 0, [], {"step": 0, "val_loss": math.inf}
 
     n_trained, whole = utils.count_parameters(model), sum(p.numel() for p in model.parameters())
     print(f"{base.label}, on {text.label}: {len(train):,} tokens to train on, {len(val):,} to validate on\n"
           f"{args.method}: {n_trained:,} trained parameters of {whole:,} ({n_trained / whole:.4%}); "
-          f"{str(args.dtype)[6:]} on {args.device.type}; "
-          f"{args.steps * args.batch_size * args.block_size / len(train):.1f} passes over the text")
+          f"{str(args.dtype)[6:]} on {args.device.type}")
     x, y = next(batches(text.train, args.block_size, args.batch_size, args.seed))
     print(f"a window:     {base.tokenizer.decode(x[0, :16].tolist())!r}\n"
           f"its targets:  {base.tokenizer.decode(y[0, :16].tolist())!r}")
     ## Unlike in all other chapters the model knows something already, and the loss before training is below ln V. If it
-    ## is not, a wrong vocabulary is the likeliest reason.
+    ## is not, vocab.json and merges.txt are likely those of other weights.
     V, before = base.config["vocab_size"], evaluate(model, val, args.block_size, args.dtype)
     print(f"before training: loss {before:.4f}; guessing uniformly, ln {V}: {math.log(V):.4f}; it writes:\n"
-          f"{sample(model, base, args.prompt, 60, args.dtype, args.seed)}\n")
-    if before > math.log(V):
-        print("this is worse than guessing: are vocab.json and merges.txt those of these weights?\n")
+          f"{sample(model, base, 60, args.dtype, args.seed)}\n")
     if saved:
-        first_step, history, best = restore(saved, model, optimizers, rank)
+        first_step, history, best = saved["step"], saved["history"], saved["best"]
+        load_trainable(model, saved.pop("trained"))  # gigabytes, perhaps, that are of no use from here on
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(saved["random_state"] if rank == 0 else torch.get_rng_state())
     forward = torch.compile(model) if args.compile else model
     forward = nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
     for row in fit(model, optimizers, train, val, args.steps, args.batch_size, args.block_size, args.eval_every,
-                   args.seed, args.dtype, args.warmup, args.grad_clip, args.micro_batch_size, first_step,
-                   history[-1]["seconds"] if saved else 0.0, forward, slice(rank, None, world)):
+                   args.seed, args.dtype, args.warmup, args.micro_batch_size, first_step,
+                   history[-1]["seconds"] if history else 0.0, forward, slice(rank, None, world)):
         history.append(row)
         best = row if row["val_loss"] < best["val_loss"] else best
         ## Early stopping: the model has been learning the training text by heart for a while.
@@ -296,16 +285,14 @@ def main() -> None:
             if best is row:
                 save_result(model, base, args.out, args.method)
             utils.write_atomically(args.out / "checkpoint.pt", torch.save, {
-                "script": SCRIPT, "base": base.name, "text": [text.name, len(train)], "torch": str(torch.__version__),
-                "options": options, "step": args.steps if stop else row["step"], "history": history, "best": best,
+                "script": SCRIPT, "torch": str(torch.__version__), "options": options, "best": best,
+                "step": args.steps if stop else row["step"], "history": history,
                 "trained": trainable_state(model), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "random_state": torch.get_rng_state()})  # of the CPU: on a GPU dropout goes on with other numbers
         if stop:
             break
-    if world > 1:
-        dist.destroy_process_group()  # a process that ends without this may abort
     if rank == 0:
-        report(args, base, text, model, total, before, history, best)
+        report(args, base, text, model, before, history, best)
 
 
 ## Try this, with --model stand-in on Tiny Shakespeare (seed 0; experiment.py has the tables). As it is: 4.639 nats.
