@@ -27,8 +27,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from load import Data, load_data
-from train import LINEAR_LOOKBACK, MODELS, LSTMForecaster, NLinear, SegmentGRU, evaluate, fit, level_and_spread
-from train import repeat_last, set_dtype
+from train import LINEAR_LOOKBACK, MODELS, LSTMForecaster, NLinear, SegmentGRU, evaluate, fit, repeat_last, set_dtype
 
 # Shapes: N rows, B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden
 #         units; `segment` is the steps of a segment, `places` the segments to predict
@@ -74,32 +73,25 @@ class AnySegment(SegmentGRU):
         if recipe["cell"] != "gru":
             self.rnn = nn.LSTM(M, M) if recipe["cell"] == "lstm" else nn.RNN(M, M)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        segment, M, places = self.segment, self.recipe["hidden"], len(self.place)
+    def predict(self, state: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """(B C, places, segment) from the cell's state after the window, (1, B C, M); of an LSTM h and c."""
         if self.recipe["cell"] == "gru" and self.recipe["steps"] == "direct":
-            return super().forward(x)
-        level, spread = level_and_spread(x, self.norm)
-        z = ((x - level) / spread)[:, T % segment :]
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            z = z.mT.reshape(B * C, -1, segment).transpose(0, 1).to(self.dtype)  # (segments, B C, segment)
-            _, state = self.rnn(F.relu(self.embed(z)))
-            mask = self.dropout(torch.ones(B * C, M, device=x.device, dtype=self.dtype))
-            if self.recipe["steps"] == "recursive":
-                ## What was just said is read as the next segment: an error in the first day is the second's input.
-                said = []
-                for _ in range(places):
-                    h = state[0] if self.recipe["cell"] == "lstm" else state  # (1, B C, M)
-                    said.append(self.out(h[0] * mask))  # (B C, segment)
-                    _, state = self.rnn(F.relu(self.embed(said[-1]))[None], state)
-                y = torch.stack(said, 1)  # (B C, places, segment)
-            else:
-                p = [part.expand(C, places, M // 2) for part in (self.place, self.channel[:, None])]
-                p = torch.cat(p, -1).to(self.dtype).repeat(B, 1, 1).view(1, B * C * places, M)
-                repeat = lambda s: s.repeat_interleave(places, 1)  # noqa: E731  (1, B C, M) -> (1, B C places, M)
-                h, _ = self.rnn(p, tuple(map(repeat, state)) if isinstance(state, tuple) else repeat(state))
-                y = self.out(h[0].view(B * C, places, M) * mask[:, None])  # (B C, places, segment)
-        return y.float().view(B, C, places * segment)[..., : self.horizon].mT * spread + level
+            return super().predict(state)
+        h = state[0] if self.recipe["cell"] == "lstm" else state  # (1, B C, M)
+        places, C, M = len(self.place), len(self.channel), h.shape[-1]
+        mask = self.dropout(torch.ones_like(h[0], dtype=self.dtype))  # (B C, M)
+        if self.recipe["steps"] == "recursive":
+            ## What was just said is read as the next segment: an error in the first day is the second's input.
+            said = []
+            for _ in range(places):
+                said.append(self.out(state[0] * mask))  # (B C, segment)
+                _, state = self.rnn(F.relu(self.embed(said[-1]))[None], state)
+            return torch.stack(said, 1)
+        p = [part.expand(C, places, M // 2) for part in (self.place, self.channel[:, None])]
+        p = torch.cat(p, -1).to(self.dtype).repeat(h.shape[1] // C, 1, 1).view(1, -1, M)  # (1, B C places, M)
+        h0 = h.repeat_interleave(places, 1)  # (1, B C places, M): every place starts from the same state
+        h, _ = self.rnn(p, (h0, state[1].repeat_interleave(places, 1)) if self.recipe["cell"] == "lstm" else h0)
+        return self.out(h.view(-1, places, M) * mask[:, None])
 
 
 class Line(nn.Module):
@@ -172,8 +164,7 @@ def main() -> None:
     ## be trusted to speak for another.
     print(f"{data.label}; {str(args.dtype)[6:]} on {args.device.type}; MSE {args.horizon} rows ahead, mean ± std of "
           f"{args.seeds} seeds, {args.epochs} epochs, {args.hidden} hidden units where the name has no other\n"
-          f"repeat last, test: {naive:.4f}; NLinear, test: {line:.4f}"
-          + (f"; the best possible, test: {data.noise_floor:.4f}" if data.noise_floor is not None else "") + "\n"
+          f"repeat last, test: {naive:.4f}; NLinear, test: {line:.4f}\n"
           f"{'':46}{'validation':>17}{'test':>17}{'seconds':>9}", flush=True)
     rows = []
     for name, recipe in chosen:
@@ -185,8 +176,8 @@ def main() -> None:
               f"{mean_std(runs, 'seconds')[0]:9.0f}", flush=True)
         table = json.dumps({"script": SCRIPT, "data": data.name, "stand_in": bool(data.stand_in), "nlinear": line,
                             "device": args.device.type, "dtype": str(args.dtype)[6:], "horizon": args.horizon,
-                            "torch": str(torch.__version__), "epochs": args.epochs, "repeat_last": naive,
-                            "noise_floor": data.noise_floor, "rows": rows}, indent=1)
+                            "torch": str(torch.__version__), "epochs": args.epochs, "repeat_last": naive, "rows": rows},
+                           indent=1)
         utils.write_atomically(args.out / "experiment.json", lambda file: file.write(table.encode()))
 
     figure, axes = utils.pyplot().subplots(figsize=(8, 0.35 * len(rows) + 1.2))

@@ -16,6 +16,7 @@ Writes: outputs/from_scratch.png. Left out on purpose: several layers; encoder a
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -137,17 +138,21 @@ def lstm_backward(dhs: Tensor, dc: Tensor, cache: tuple) -> tuple[Tensor, ...]:
 
 
 # ---------------------------------------------------------------------------------------------- how far a gradient gets
+def uniform(shape: tuple[int, ...], M: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """First weights of a network of M units, as PyTorch draws them: within 1 / sqrt(M)."""
+    return (2 * torch.rand(shape, generator=generator, dtype=dtype) - 1) / M**0.5
+
+
 def gradient_norms(x: Tensor, M: int, kind: str, change: float, generator: torch.Generator) -> Tensor:
     """Norm of the gradient of one number read from the last h, by the states k = 0, 1, ... T - 1 steps before: (T,).
 
     kind: "rnn", its recurrent weights multiplied by `change`; or "lstm", `change` added to its forget gates' biases.
-    Else all weights are as PyTorch starts them, uniform within 1 / sqrt(M). An LSTM's norm is that of h and c together.
+    All other weights are as `uniform` draws them. An LSTM's norm is that of h and c together.
     """
-    T, B, C = x.shape
-    gates = 4 if kind == "lstm" else 1
-    draw = lambda *shape: (2 * torch.rand(*shape, generator=generator, dtype=x.dtype) - 1) / M**0.5  # noqa: E731
-    W_x, W_h, b, h = draw(C, gates * M), draw(M, gates * M), draw(gates * M), x.new_zeros(B, M)
-    dh = torch.randn(B, M, generator=generator, dtype=x.dtype)
+    _, B, C = x.shape
+    G = 4 * M if kind == "lstm" else M
+    W_x, W_h, b = (uniform(shape, M, generator, x.dtype) for shape in ((C, G), (M, G), (G,)))
+    h, dh = x.new_zeros(B, M), torch.randn(B, M, generator=generator, dtype=x.dtype)
     dh, dc = dh / dh.norm(dim=-1, keepdim=True), torch.zeros_like(h)
     norms = [1.0]
     if kind == "rnn":
@@ -173,8 +178,7 @@ def init(C: int, M: int, P: int, forget_bias: float, generator: torch.Generator)
     ## starts by remembering, and learns what to forget (Gers et al. 2000; Jozefowicz et al. 2015). How far it remembers
     ## is a matter of degree: a bias of 1 (gate 0.73) lets 1e-13 of a gradient through 200 steps, 5 (0.993) all of it.
     """
-    draw = lambda *shape: (2 * torch.rand(*shape, generator=generator) - 1) / M**0.5  # noqa: E731
-    w = {"W_x": draw(C, 4 * M), "W_h": draw(M, 4 * M), "b": torch.zeros(4 * M)}
+    w = {"W_x": uniform((C, 4 * M), M, generator), "W_h": uniform((M, 4 * M), M, generator), "b": torch.zeros(4 * M)}
     w["b"][M : 2 * M] = forget_bias
     return w | {"head": torch.zeros(M, P * C), "head_bias": torch.zeros(P * C)}
 
@@ -205,7 +209,7 @@ def loss_and_gradients(x: Tensor, targets: Tensor, w: dict[str, Tensor]) -> tupl
                                           "head_bias": dy.sum(0)}
 
 
-def clip(gradients: dict[str, Tensor], longest: float) -> None:
+def clip(gradients: dict[str, Tensor], longest: float = 1.0) -> None:
     """Shorten all gradients, together seen as one vector, to norm `longest` where it is longer (Pascanu et al. 2013).
 
     ## Gates keep gradients from vanishing, not from exploding: the path through h still has a matrix in it.
@@ -217,11 +221,11 @@ def clip(gradients: dict[str, Tensor], longest: float) -> None:
 
 # ---------------------------------------------------------------------------------------------- checks
 def check_against_pytorch() -> dict[str, float]:
-    """Largest absolute differences to nn.RNN, nn.LSTMCell, nn.LSTM and autograd, in float64."""
+    """Largest absolute differences to nn.RNN, nn.LSTM and autograd, in float64."""
     g = torch.Generator().manual_seed(0)
     T, B, C, M, P = 12, 3, 4, 5, 6
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()  # noqa: E731
-    x, h, c, dhs, dh, dc = (draw(*shape) for shape in ((T, B, C), (B, M), (B, M), (T, B, M), (B, M), (B, M)))
+    x, h, c, dhs, dc = (draw(*shape) for shape in ((T, B, C), (B, M), (B, M), (T, B, M), (B, M)))
     differences = {}
 
     def compare(name: str, ours: tuple, theirs: tuple) -> None:
@@ -243,15 +247,6 @@ def check_against_pytorch() -> dict[str, float]:
 
     weights = draw(C, 4 * M), draw(M, 4 * M), draw(4 * M)
     with torch.no_grad():
-        *states, cache = lstm_cell(x[0] @ weights[0] + weights[2], h, c, weights[1])
-        dz, *gradients = lstm_cell_backward(dh, dc, cache, weights[1])
-        gradients = [dz @ weights[0].mT, *gradients, *weight_gradients(x[:1], h[None], dz[None])]
-    expected = call(nn.LSTMCell(C, M), weights, x[0], (h, c))
-    compare("LSTM cell, forward", states, expected)
-    expected = torch.autograd.grad(expected, [x, h, c, *weights], [dh, dc])
-    compare("LSTM cell, backward", gradients, [expected[0][0], *expected[1:]])
-
-    with torch.no_grad():
         hs, last, cache = lstm(x, h, c, *weights)
         gradients = lstm_backward(dhs, dc, cache)
     expected, (_, expected_last) = call(nn.LSTM(C, M), weights, x, (h[None], c[None]))
@@ -272,13 +267,11 @@ def check_against_pytorch() -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------- learning
-def squared_errors(forecast, part: Tensor, lookback: int, horizon: int) -> Tensor:
-    """Mean squared error by step ahead, (P,), over every window of a part (N, C); forecast: (B, T, C) -> (B, P, C)."""
-    total, count = torch.zeros(horizon), 0
-    for x, y in zip(*(side.split(512) for side in windows(part, lookback, horizon))):
-        total += (forecast(x) - y).square().mean(2).sum(0)
-        count += len(x)
-    return total / count
+def evaluate(forecast: Callable[[Tensor], Tensor], part: Tensor, lookback: int, horizon: int) -> float:
+    """Mean squared error over every window of a part (N, C); forecast: (B, T, C) -> (B, P, C)."""
+    inputs, targets = windows(part, lookback, horizon)
+    batches = zip(inputs.split(512), targets.split(512))
+    return sum((forecast(x) - y).square().mean((1, 2)).sum().item() for x, y in batches) / len(inputs)
 
 
 @torch.no_grad()  # no autograd: every gradient here is our own
@@ -293,13 +286,11 @@ def main() -> None:
     add("--epochs", type=utils.count, default=3, help="passes over the training windows")
     add("--batch-size", type=utils.count, default=64, help="windows per step")
     add("--lr", type=utils.positive, default=1e-2, help="Adam's step size at the start, falling linearly to zero")
-    add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this")
     args = utils.parse_args(parser)
     torch.manual_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)
 
     data = load_data(args.data, args.lookback, args.horizon)
-    label = data.label
     T, P, C, M = args.lookback, args.horizon, len(data.columns), args.hidden
 
     ## Part one: 200 steps back, before any training, on real inputs.
@@ -310,10 +301,11 @@ def main() -> None:
         ("plain network", "rnn", 1.0), ("plain network, recurrent weights x 6", "rnn", 6.0),
         ("LSTM, forget gates about 0.5 (bias 0)", "lstm", 0.0), ("LSTM, 0.73 (bias 1)", "lstm", 1.0),
         ("LSTM, 0.993 (bias 5)", "lstm", 5.0))}
-    print(f"gradient norm, 1 at the last of {length} steps ({label}):")
-    print(f"{'steps back':40}" + "".join(f"{k:>10}" for k in (10, 50, 100, length - 1) if k < length))
+    print(f"gradient norm, 1 at the last of {length} steps ({data.label}):")
+    back = [k for k in (10, 50, 100, length - 1) if k < length]
+    print(f"{'steps back':40}" + "".join(f"{k:>10}" for k in back))
     for name, norms in curves.items():
-        print(f"{name:40}" + "".join(f"{norms[k]:10.0e}" for k in (10, 50, 100, length - 1) if k < length))
+        print(f"{name:40}" + "".join(f"{norms[k]:10.0e}" for k in back))
 
     ## Part two: learning. The optimizer is PyTorch's; it does not care who computed the gradients.
     inputs, targets = windows(data.train, T, P)
@@ -325,7 +317,7 @@ def main() -> None:
     for _ in range(args.epochs):
         for rows in torch.randperm(len(inputs), generator=g).split(args.batch_size):
             loss, gradients = loss_and_gradients(inputs[rows], targets[rows], w)
-            clip(gradients, args.grad_clip)
+            clip(gradients)
             for name in w:
                 w[name].grad = gradients[name]
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
@@ -338,36 +330,24 @@ def main() -> None:
 
     ## The two forecasts that anything learned has to beat.
     day = data.period
-    forecasts = {
-        "repeat last": lambda x: x[:, -1:].expand(-1, P, -1),
-        "same hour yesterday": lambda x: x[:, -day:].repeat(1, math.ceil(P / day), 1)[:, :P],
-        "LSTM by hand": lambda x: forward(x, w)[0],
-    }
-    if day > T:
-        del forecasts["same hour yesterday"]
-    errors = {}
-    print(f"\n{'mean squared error, scaled':28}{'validation':>12}{'test':>9}   ({label}; trained for {seconds:.0f} s)")
+    forecasts = {"repeat last": lambda x: x[:, -1:].expand(-1, P, -1)}
+    if day <= T:
+        forecasts["same hour yesterday"] = lambda x: x[:, -day:].repeat(1, math.ceil(P / day), 1)[:, :P]
+    forecasts["LSTM by hand"] = lambda x: forward(x, w)[0]
+    print(f"\n{f'scaled MSE ({data.label})':32}{'validation':>12}{'test':>9}   (after {seconds:.0f} s of training)")
     for name, forecast in forecasts.items():
-        val = squared_errors(forecast, data.val, T, P).mean()
-        errors[name] = squared_errors(forecast, data.test, T, P)  # (P,)
-        print(f"{name:28}{val:12.4f}{errors[name].mean():9.4f}")
-    if data.noise_floor is not None:
-        print(f"{'the best possible forecast':28}{'':12}{data.noise_floor:9.4f}   (it knows the simulation)")
+        print(f"{name:32}{evaluate(forecast, data.val, T, P):12.4f}{evaluate(forecast, data.test, T, P):9.4f}")
     print("\nagainst PyTorch, largest absolute difference in float64:")
     with torch.enable_grad():
         for name, error in check_against_pytorch().items():
             print(f"  {name:26} {error:.1e}")
 
-    figure, axes = utils.pyplot().subplots(1, 2, figsize=(12, 4.4))
+    figure, axes = utils.pyplot().subplots()
     for name, norms in curves.items():
-        axes[0].semilogy(norms.clamp(min=1e-30), label=name)
-    axes[0].set(title=f"Gradient of one output by earlier states, untrained ({label})", xlabel="steps back",
-                ylabel="norm", ylim=(1e-20, 1e10))
-    axes[0].legend(fontsize=8)
-    for (name, error), style in zip(errors.items(), (":", "--", "-")):
-        axes[1].plot(range(1, P + 1), error, style, label=name)
-    axes[1].set(title=f"Test error by step ahead ({label})", xlabel="steps ahead", ylabel="mean squared error, scaled")
-    axes[1].legend()
+        axes.semilogy(norms.clamp(min=1e-30), label=name)
+    axes.set(title=f"Gradient of one output by earlier states, untrained ({data.label})", xlabel="steps back",
+             ylabel="norm", ylim=(1e-20, 1e10))
+    axes.legend()
     utils.write_atomically(args.out / "from_scratch.png", figure.savefig)
     print(f"\nwrote {args.out / 'from_scratch.png'}")
     utils.stand_in_notice(data.name, data.stand_in)

@@ -10,7 +10,7 @@ scaled world and goes on where the file ends.
 You should see (ETTh1, 96 hours ahead, with a model of train.py whose test MSE is 0.357, seed 0): an MSE that grows from
 0.120 one hour ahead to 0.401 at the last, and lies between 0.05 (OT) and 0.75 (MUFL); an R² of 0.68 over all channels,
 and of 0.39 to 0.58 by channel; residuals of HUFL that still correlate at 24 hours (0.29): part of the day is missed.
-Writes to outputs/: forecast.csv (beyond the end of the file), forecasts.png, steps.png, residuals.png, future.png.
+Writes to outputs/: forecast.csv (beyond the end of the file), forecasts.png, future.png.
 Left out on purpose: intervals around the forecast; the spread of the residuals by step is what they would be made of.
 """
 
@@ -19,7 +19,7 @@ import io
 import math
 import sys
 from collections.abc import Callable
-from datetime import datetime, time, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -27,12 +27,10 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import Table, autocorrelation, noise_floor, prepare, read_series, split, windows
+from load import Table, autocorrelation, prepare, read_series, split, windows
 from train import load_forecaster, repeat_last, same_hour_yesterday
 
 # Shapes: B windows, T time steps looked back on, C channels, P predicted steps, N rows
-
-DAY = timedelta(days=1)
 
 
 @torch.inference_mode()
@@ -50,8 +48,8 @@ def evaluate(y: Tensor, truth: Tensor) -> dict[str, float]:
     ##     MAE  = mean |y - truth|         in the unit of y; an error of 2 counts twice an error of 1
     ##     R^2  = 1 - MSE / variance       1 is perfect, 0 is what the mean of the truth would reach
     ## R^2 compares with a mean that nobody knew beforehand: where a channel hardly moves while it is tested, an honest
-    ## forecast comes out below zero. Of several channels at once it can be higher than of each by itself, for it
-    ## then credits knowing that one lies above the other.
+    ## forecast comes out below zero. Over several channels at once it can be higher than over each by itself: it then
+    ## also credits knowing that one channel lies above another.
     """
     error, truth = (y - truth).double(), truth.double()
     mse, variance = error.square().mean().item(), (truth - truth.mean()).square().mean().item()
@@ -75,13 +73,11 @@ def future(forecast: Callable[[Tensor], Tensor], table: Table, mean: Tensor, std
 
 
 def write_csv(path: Path, columns: list[str], dates: list[datetime], y: Tensor) -> None:
-    """Write a forecast (P, C) in the form that load.py reads; where rows are days, the dates have no time of day."""
-    whole_days = len(dates) > 1 and dates[1] - dates[0] >= DAY and all(date.time() == time.min for date in dates)
+    """Write a forecast (P, C) in the form that load.py reads."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["date", *columns])
-    rows.writerows([date.date() if whole_days else date, *(f"{value:.6g}" for value in row)]
-                   for date, row in zip(dates, y.tolist()))
+    rows.writerows([date, *row] for date, row in zip(dates, y.tolist()))
     utils.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -96,65 +92,22 @@ def draw_forecasts(test: Tensor, y: Tensor, lookback: int, chosen: list[int], ch
     shown = min(lookback, 2 * P)
     inputs, truth = windows(test, lookback, P)
     figure, axes = utils.pyplot().subplots(len(chosen), len(channels), figsize=(5.5 * len(channels), 2.3 * len(chosen)),
-                                           squeeze=False, sharex=True)
+                                           squeeze=False, sharex=True, layout="constrained")
     for row, i in zip(axes, chosen):
         for a, j in zip(row, channels):
             a.plot(range(1 - shown, 1), inputs[i, -shown:, j], color="black", lw=0.9, label="input")
             a.plot(range(1, P + 1), truth[i, :, j], color="C0", lw=0.9, label="truth")
             a.plot(range(1, P + 1), y[i, :, j], color="C1", lw=1.5, label="forecast")
-            mse = (y[i, :, j] - truth[i, :, j]).square().mean()
-            a.set_title(f"{columns[j]}, window {i}: MSE {mse:.2f}", fontsize=9)
-    for a in axes[-1]:
-        a.set_xlabel("rows from now")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper right", ncols=3, fontsize=8)
-    figure.suptitle(f"{title}, test, scaled", x=0.4, y=1.0)
-    figure.tight_layout()
-    utils.write_atomically(path, figure.savefig)
-
-
-def draw_steps(errors: dict[str, Tensor], title: str, path: Path) -> None:
-    """errors: name -> mean squared error by step (P,)."""
-    figure, axes = utils.pyplot().subplots(figsize=(8, 4.2))
-    for (name, error), style in zip(errors.items(), ("-", ":", "--", "-.")):
-        axes.plot(range(1, len(error) + 1), error, style, label=name)
-    highest = max(error.max().item() for error in errors.values())
-    axes.set(title=f"{title}: error by step ahead (test)", xlabel="steps ahead", ylabel="MSE, scaled",
-             ylim=(0, 1.25 * highest))  # room for the legend
-    axes.legend(loc="upper center", ncols=2, fontsize=8)
-    utils.write_atomically(path, figure.savefig)
-
-
-def draw_residuals(residuals: Tensor, r: Tensor, period: int, columns: list[str], title: str, path: Path) -> None:
-    """residuals (B, P, C) = truth - forecast, scaled; r (lags + 1, C), autocorrelation of those one step ahead."""
-    P = residuals.shape[1]
-    figure, axes = utils.pyplot().subplots(1, 3, figsize=(15, 4.2))
-    edges = torch.linspace(-4, 4, 81)
-    for step, color in zip(dict.fromkeys((1, (P + 1) // 2, P)), ("C0", "C1", "C2")):
-        e = residuals[:, step - 1].flatten()
-        mean, std = e.mean().item(), e.std().item()
-        axes[0].stairs(torch.histogram(e, edges, density=True).hist, edges, color=color,
-                       label=f"step {step}: mean {mean:.2f}, std {std:.2f}")
-        normal = torch.exp(-0.5 * ((edges - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
-        axes[0].plot(edges, normal, color=color, ls=":", lw=1)
-    axes[0].set(title="Residuals; dotted: normal, same mean and std", xlabel="truth - forecast, scaled",
-                ylabel="density")
-    axes[0].legend(fontsize=7, loc="upper left")
-    axes[1].plot(r[:, -7:], lw=1, label=columns[-7:])
-    for lag in range(period, len(r), period):
-        axes[1].axvline(lag, color="black", lw=0.4, ls=":")
-    axes[1].set(title="Autocorrelation of the residuals one step ahead", xlabel="lag (rows)", ylabel="correlation")
-    axes[1].legend(fontsize=8)
-    axes[2].plot(range(1, P + 1), residuals.mean(0)[:, -7:], lw=1)
-    axes[2].set(title="Mean residual by step (bias)", xlabel="steps ahead", ylabel="truth - forecast, scaled")
-    figure.suptitle(f"{title}, test", y=1.0)
-    figure.tight_layout()
+            a.set_title(f"{columns[j]}, window {i}: MSE {evaluate(y[i, :, j], truth[i, :, j])['MSE']:.2f}", fontsize=9)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{title}, test, scaled")
+    figure.supxlabel("rows from now")
     utils.write_atomically(path, figure.savefig)
 
 
 def draw_future(table: Table, dates: list[datetime], y: Tensor, channels: list[int], title: str, path: Path) -> None:
     """The end of the file and, beyond it, the forecast y (P, C)."""
-    figure, axes = utils.pyplot().subplots(len(channels), 1, figsize=(10, 2.3 * len(channels)), squeeze=False,
-                                           sharex=True)
+    figure, axes = utils.pyplot().subplots(len(channels), 1, figsize=(10, 2.3 * len(channels)), squeeze=False)
     shown = 2 * len(y)
     for a, j in zip(axes[:, 0], channels):
         a.plot(table.dates[-shown:], table.values[-shown:, j], color="black", lw=0.9, label="measured")
@@ -173,8 +126,8 @@ def main() -> None:
     add("--channels", nargs="+", help="columns to draw; without it the first and the last")
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
     args = utils.parse_args(parser)
-    device = args.device
-    model, saved = load_forecaster(args.model, device)
+    model, saved = load_forecaster(args.model, args.device)
+    forecast = lambda x: model(x.to(args.device))  # noqa: E731
     T, P, columns = saved["lookback"], saved["horizon"], saved["columns"]
     table = read_series(args.data or saved["source"])
     if not table.stand_in:  # else read_series says so
@@ -184,8 +137,8 @@ def main() -> None:
                                f"{', '.join(columns)}; give a file that has those, in that order.")
     if unknown := [column for column in args.channels or () if column not in columns]:
         raise utils.InputError(f"--channels {unknown[0]}: there is {', '.join(columns)}.")
-    period = prepare(table, T, P, saved["earlier"]).period  # and the checks that go with it
-    label = table.name + ", stand-in" * bool(table.stand_in)
+    data = prepare(table, T, P, saved["earlier"])  # for its checks, period and label
+    period, label = data.period, data.label
     if table.name != saved["data"]:
         label += f", trained on {Path(saved['data']).name}" + ", stand-in" * bool(saved["stand_in"])
     if saved["earlier"]:
@@ -196,7 +149,7 @@ def main() -> None:
     mean, std = (torch.as_tensor(saved[name], dtype=torch.float64) for name in ("mean", "std"))  # (C,)
     _, val_end, test_end = (end - saved["earlier"] for end in split(table))
     test = ((table.values[val_end - T : test_end] - mean) / std).float()  # (T + N_test, C)
-    y, truth = predict(lambda x: model(x.to(device)), test, T, P)  # (B, P, C) each
+    y, truth = predict(forecast, test, T, P)  # (B, P, C) each
     B = len(y)
     chosen = args.windows or sorted({B // 6, B // 2, B * 5 // 6})
     if min(chosen) < 0 or max(chosen) >= B:
@@ -217,8 +170,6 @@ def main() -> None:
     if period <= T:
         forecasts["same hour yesterday"] = predict(lambda x: same_hour_yesterday(x, P, period), test, T, P)[0]
     errors = {name: (f - truth).square().mean((0, 2)) for name, f in forecasts.items()}  # (P,) each
-    if table.stand_in and not saved["earlier"]:
-        errors["the best possible forecast"] = torch.from_numpy(noise_floor(P, std.numpy())).mean(1)
     steps = [k for k in dict.fromkeys((1, 6, 24, 96, 192, 336, P)) if k <= P]
     print(f"\n{'MSE at step':28}" + "".join(f"{k:>9}" for k in steps))
     for name, error in errors.items():
@@ -237,15 +188,13 @@ def main() -> None:
         print(f"{column:28.28}{e.mean():9.3f}{e.std():9.3f}{inside:10.1%}{r[min(1, far), j]:9.2f}{r[far, j]:9.2f}")
 
     # what comes next
-    dates, ahead = future(lambda x: model(x.to(device)), table, mean, std, T)
+    dates, ahead = future(forecast, table, mean, std, T)
     write_csv(args.out / "forecast.csv", columns, dates, ahead)
     print(f"\nthe file ends on {table.dates[-1]}; forecast.csv goes on to {dates[-1]}")
 
     draw_forecasts(test, y, T, chosen, channels, columns, title, args.out / "forecasts.png")
-    draw_steps(errors, title, args.out / "steps.png")
-    draw_residuals(residuals, r, period, columns, title, args.out / "residuals.png")
     draw_future(table, dates, ahead, channels, title, args.out / "future.png")
-    print(f"wrote forecast.csv, forecasts.png, steps.png, residuals.png and future.png to {args.out}")
+    print(f"wrote forecast.csv, forecasts.png and future.png to {args.out}")
     utils.stand_in_notice(saved["data"], saved["stand_in"] or table.stand_in)
 
 

@@ -168,19 +168,23 @@ class SegmentGRU(nn.Module):
         n = (Ap[..., 2 * M :] + r * Uh[..., 2 * M :]).tanh()
         return torch.lerp(n, h.expand_as(n), z)
 
+    def predict(self, state: Tensor) -> Tensor:
+        """All segments to come, (B C, places, segment), from the GRU's state after the window, (1, B C, M)."""
+        h = self.decode(state.unflatten(1, (-1, len(self.channel)))[0])  # (B, C, places, M)
+        ## One mask per window and channel, the same for all its places (Gal & Ghahramani 2016): drawing random
+        ## numbers takes time, and these are far fewer.
+        h = h * self.dropout(torch.ones_like(h[:, :, :1]))
+        return self.out(h).flatten(0, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         level, spread = level_and_spread(x, self.norm)
         z = ((x - level) / spread)[:, T % self.segment :]  # whole segments; what is dropped is the oldest
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = z.mT.reshape(B * C, -1, self.segment).transpose(0, 1).to(self.dtype)  # (segments, B C, segment)
-            _, h = self.rnn(F.relu(self.embed(z)))  # (1, B C, M)
-            h = self.decode(h.view(B, C, -1))  # (B, C, places, M)
-            ## One mask per window and channel, the same for all its places (Gal & Ghahramani 2016): drawing random
-            ## numbers takes time, and these are far fewer.
-            h = h * self.dropout(torch.ones_like(h[:, :, :1]))
-            y = self.out(h).float()  # (B, C, places, segment)
-        return y.flatten(2)[..., : self.horizon].mT * spread + level  # (B, P, C)
+            _, state = self.rnn(F.relu(self.embed(z)))  # (1, B C, M)
+            y = self.predict(state).float()  # (B C, places, segment)
+        return y.view(B, C, -1)[..., : self.horizon].mT * spread + level  # (B, P, C)
 
 
 class NLinear(nn.Module):
@@ -266,17 +270,16 @@ def evaluate(forecast: Callable[[Tensor], Tensor], part: Tensor, lookback: int, 
     """
     if isinstance(forecast, nn.Module):
         forecast.eval()
-    squares, absolutes, total, total_squares, n = 0.0, 0.0, 0.0, 0.0, 0
+    sums, n = torch.zeros(4, dtype=torch.float64), 0
     ## A mean of the batches' means would count the windows of a smaller last batch more; and leaving that batch out
     ## ("drop_last"), as PatchTST's code did, makes the figure hang on the batch size. So: sums, and one division.
     for x, y in zip(*(side.split(512) for side in windows(part, lookback, horizon))):  # (B, T, C), (B, P, C)
         error, y = (y - forecast(x)).cpu().double(), y.cpu().double()  # .cpu(): Apple's GPUs have no float64
-        squares += error.square().sum().item()
-        absolutes += error.abs().sum().item()
-        total, total_squares, n = total + y.sum().item(), total_squares + y.square().sum().item(), n + y.numel()
-    mse = squares / n
-    variance = total_squares / n - (total / n) ** 2
-    return {"mse": mse, "rmse": math.sqrt(mse), "mae": absolutes / n, "r2": 1 - mse / variance if variance else 0.0}
+        sums += torch.stack([error.square().sum(), error.abs().sum(), y.sum(), y.square().sum()])
+        n += y.numel()
+    mse, mae, mean, mean_square = (sums / n).tolist()
+    variance = mean_square - mean**2
+    return {"mse": mse, "rmse": math.sqrt(mse), "mae": mae, "r2": 1 - mse / variance if variance else 0.0}
 
 
 def schedule(step: int, steps: int, warmup: int = 50) -> float:
@@ -335,7 +338,7 @@ def fit(model: nn.Module, train: Tensor, val: Tensor, lookback: int, horizon: in
         train_loss = torch.stack(losses).sum().item() / len(inputs)  # waits for a GPU to finish
         seconds = time.perf_counter() - begun
         if not math.isfinite(train_loss):
-            raise utils.InputError(f"the loss became {train_loss} in epoch {epoch + 1}; try a smaller --lr.")
+            raise utils.InputError(f"the loss became {train_loss} in epoch {epoch + 1}; try a smaller lr.")
         yield {"step": step + 1, "epoch": epoch + 1, "seconds": seconds, f"train_{loss}": train_loss} | {
             f"val_{name}": value for name, value in evaluate(model, val, lookback, horizon).items()}
         begun = time.perf_counter() - seconds  # the clock stood still meanwhile
@@ -467,12 +470,9 @@ def main() -> None:
     print(f"\n{f'test, {P} rows ahead ({label})':40}" + "".join(f"{name.upper():>10}" for name in ours))
     for name, figures in table.items():
         print(f"{name:40}" + "".join(f"{value:10.4f}" for value in figures.values()))
-    if data.noise_floor is not None:
-        print(f"{'the best possible forecast':40}{data.noise_floor:10.4f}")
     print(f"{history[-1]['seconds']:.0f} s of training")
     utils.save_metrics(args, SCRIPT, data, model, {f"test_{name}": value for name, value in ours.items()} | {
-        "val_mse": best["val_mse"], "best_epoch": best["epoch"], "noise_floor": data.noise_floor,
-        "others": dict(zip(table, others))}, history)
+        "val_mse": best["val_mse"], "best_epoch": best["epoch"], "others": dict(zip(table, others))}, history)
     utils.plot_history(args.out / "history.png", history, [f"train_{args.loss}", f"val_{args.loss}"],
                        f"{args.model}, {P} rows ahead, on {label}", "epoch", args.loss.upper())
     print(f"wrote model.pt, metrics.json and history.png to {args.out}")
