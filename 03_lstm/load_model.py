@@ -179,8 +179,8 @@ def main() -> None:
     ## correlated could have been forecast; a peak at a day says that part of the daily pattern was missed. Further
     ## ahead, neighbours share most of the hours that they were wrong about, and correlate whatever the forecaster.
     residuals = truth - y  # (B, P, C)
-    r = autocorrelation(residuals[:, 0].double(), min(B - 1, 8 * period))  # (lags + 1, C)
-    far = min(period, len(r) - 1)
+    far = min(period, B - 1)
+    r = autocorrelation(residuals[:, 0].double(), far)  # (far + 1, C)
     print(f"\n{'residuals, one step ahead':28}{'mean':>9}{'std':>9}{'in 2 std':>10}{'r[1]':>9}{f'r[{far}]':>9}")
     for j, column in enumerate(columns):
         e = residuals[:, 0, j]
