@@ -8,8 +8,9 @@ don't; how to read a pair of learning curves; and what takes an MLP from 98.5 to
 
 You should see in `choices` (MNIST, five seeds) validation accuracies of 98.51 ± 0.07 % as in train.py, 94.12 ± 0.03 %
 without a hidden layer; the tables are in README.md.
-Writes to outputs/: choices, fitting and limits, each as .json and .png. Left out on purpose: tuning the learning rate
-for every row of `choices`. Figures are those after the last epoch; the test part, shown in `limits`, chose nothing.
+Writes to outputs/: choices.json, fitting.json, limits.json; choices.png, limits.png, a fitting_*.png for each network.
+Left out on purpose: tuning the learning rate for every row of `choices`. Figures are those after the last epoch; the
+test part, shown in `limits`, chose nothing.
 """
 import functools
 import json
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import Data, load_data, normalise
+from load import Data, load_data, prepare
 from train import evaluate, fit
 
 # Shapes: N pictures, B batch, I inputs (784 pixels), K classes (10 digits), H height, W width
@@ -45,8 +46,8 @@ def by_digit(x: Tensor, y: Tensor, batch_size: int, seed: int) -> Iterator[tuple
 
 
 SGD = torch.optim.SGD
-# The model's options, the scale of the pixels, and arguments of train.py's `fit`.
-BASE = {"widths": (128,), "activation": nn.ReLU, "pixels": "normal", "lr": 3e-3, "weight_decay": 0.3, "batch_size": 64}
+# The model's options, what pixels are divided by (None: normalised), and arguments of train.py's `fit`.
+BASE = {"widths": (128,), "activation": nn.ReLU, "scale": None, "lr": 3e-3, "weight_decay": 0.3, "batch_size": 64}
 CHOICES = [  # each change alone, against BASE
     ("as in train.py: 784-128-10, AdamW, 0.003, batch 64", {}),
     ("no hidden layer (logistic regression)", {"widths": ()}),
@@ -59,8 +60,8 @@ CHOICES = [  # each change alone, against BASE
     ("batch 16", {"batch_size": 16}),
     ("batch 512", {"batch_size": 512}),
     ("batch 512, learning rate 0.01", {"batch_size": 512, "lr": 1e-2}),
-    ("pixels from 0 to 1", {"pixels": "unit"}),
-    ("pixels from 0 to 255", {"pixels": "bytes"}),
+    ("pixels from 0 to 1", {"scale": 255}),
+    ("pixels from 0 to 255", {"scale": 1}),
     ("the same order in every epoch", {"batches": in_order}),
     ("sorted by digit", {"batches": by_digit}),
     ("a learning rate that stays", {"decay": False}),
@@ -85,20 +86,15 @@ def build(widths: tuple[int, ...], activation: type[nn.Module] = nn.ReLU, norm: 
     return nn.Sequential(*layers, nn.Linear((784, *widths)[-1], 10))
 
 
-def pixels(x: Tensor, data: Data, kind: str) -> Tensor:
-    """Pictures (N, H, W) uint8 as inputs (N, I), normalised, scaled to 0 .. 1, or as they are."""
-    if kind == "normal":
-        return normalise(x, data.mean, data.std).flatten(1)
-    return x.flatten(1).float() / (255 if kind == "unit" else 1)
-
-
 def measure_choices(data: Data, device: torch.device, rows: list, seeds: int, epochs: int) -> Iterator[dict]:
     """Yield the validation accuracies of each row of CHOICES, one per seed, with mean and standard deviation."""
     print(f"{data.label}: validation accuracy after {epochs} epochs, mean ± std of {seeds} seeds")
+    normalised = prepare(data, device)
     for name, change in rows:
         recipe = BASE | change
-        widths, activation, kind = (recipe.pop(option) for option in ("widths", "activation", "pixels"))
-        train, val = ((pixels(x, data, kind).to(device), y.to(device)) for x, y in (data[:2], data[2:4]))
+        widths, activation, scale = (recipe.pop(option) for option in ("widths", "activation", "scale"))
+        train, val = normalised[:2] if scale is None else (
+            ((x / scale).flatten(1).to(device), y.to(device)) for x, y in (data[:2], data[2:4]))
         found = []
         for seed in range(seeds):
             torch.manual_seed(seed)
@@ -110,16 +106,12 @@ def measure_choices(data: Data, device: torch.device, rows: list, seeds: int, ep
 
 
 def draw_errors(rows: list[dict], label: str, path: Path) -> None:
-    """Draw the share of mistakes in each row of `choices` (mean and spread) or `limits` (validation and test)."""
+    """Draw the share of mistakes on validation in each row of `choices` (mean and spread) or `limits`."""
     figure, axes = utils.pyplot().subplots(figsize=(8, 0.36 * len(rows) + 1.4))
-    for key, mark in (("mean", "o"), ("val_accuracy", "s"), ("test_accuracy", "o")):
-        if key in rows[0]:
-            axes.errorbar([1 - row[key] for row in rows], range(len(rows)), xerr=[row.get("std", 0) for row in rows],
-                          fmt=mark, label=key.split("_")[0])
+    axes.errorbar([1 - row["mean"] for row in rows], range(len(rows)), xerr=[row["std"] for row in rows], fmt="o")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set(title=f"What each choice is worth ({label})", xlabel="share of mistakes (log scale)", xscale="log")
-    axes.legend()
+    axes.set(title=f"What each choice is worth ({label})", xlabel="share of mistakes (validation)", xscale="log")
     utils.write_atomically(path, figure.savefig)
 
 
@@ -139,35 +131,26 @@ def measure_fitting(data: Data, device: torch.device, rows: list, seeds: int, ep
     ## The learning rate stays as it is, and weights don't decay, because both would hide the turn.
     """
     print(f"\n{data.label}: seed 0, no weight decay, loss and accuracy on train | validation")
-    x, val_x = (pixels(part, data, "normal").to(device) for part in (data.train_x, data.val_x))
-    y, val = data.train_y.to(device), (val_x, data.val_y.to(device))
+    (x, y), val, _ = prepare(data, device)
     for name, hidden, n in rows:
         train, curves = (x[:n], y[:n]), []
         repeat = 1 if n is None else 5  # fewer pictures make shorter epochs: more of them
         torch.manual_seed(0)
         model = build((hidden,)).to(device)
         for row in fit(model, train, val, 3 * repeat * epochs, 64, 3e-3, weight_decay=0.0, seed=0, decay=False):
-            curves.append((*evaluate(model, *train), row["val_loss"], row["val_accuracy"]))
-        train_loss, train_accuracy, val_loss, val_accuracy = zip(*curves)
-        lowest = val_loss.index(min(val_loss))
-        print(f"  {name:44}{train_loss[-1]:.4f}, {train_accuracy[-1]:.2%} | {val_loss[-1]:.4f}, {val_accuracy[-1]:.2%};"
-              f" lowest validation loss {val_loss[lowest]:.4f}, epoch {lowest + 1}", flush=True)
-        yield {"name": name, "train_loss": train_loss, "val_loss": val_loss, "train_accuracy": train_accuracy,
-               "val_accuracy": val_accuracy}
+            row["train_loss"], row["train_accuracy"] = evaluate(model, *train)  # not as fit has them, on the way
+            curves.append(row)
+        lowest = min(curves, key=lambda row: row["val_loss"])
+        print("  {:44}{train_loss:.4f}, {train_accuracy:.2%} | {val_loss:.4f}, {val_accuracy:.2%}; lowest validation "
+              "loss {:.4f}, epoch {}".format(name, lowest["val_loss"], lowest["epoch"], **row), flush=True)
+        yield {"name": name, "curves": curves}
 
 
 def draw_fitting(rows: list[dict], label: str, path: Path) -> None:
-    """Draw each row's losses over the epochs."""
-    figure, all_axes = utils.pyplot().subplots(1, len(rows), figsize=(11, 3.4), sharey=True, squeeze=False)
-    for axes, row in zip(all_axes[0], rows):
-        epochs = range(1, len(row["val_loss"]) + 1)
-        axes.plot(epochs, row["train_loss"], "-", label="train")
-        axes.plot(epochs, row["val_loss"], "--", label="validation")
-        axes.set(title=row["name"], xlabel="epoch", ylabel="loss, nats", yscale="log")
-        axes.legend()
-    figure.suptitle(f"Underfitting, overfitting, and overfitting sooner ({label})")
-    figure.tight_layout()
-    utils.write_atomically(path, figure.savefig)
+    """Draw each row's losses over the epochs, in a picture of its own."""
+    for i, row in enumerate(rows, 1):
+        utils.plot_history(path.with_stem(f"fitting_{i}"), row["curves"], ["train_loss", "val_loss"],
+                           f"{row['name']} ({label})", "epoch", "loss, nats")
 
 
 # ---------------------------------------------------------------------------------------------- how far an MLP can go
@@ -261,11 +244,6 @@ def fit_deep(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch_size: in
         utils.progress(epoch + 1, epochs, begun, f"loss {loss.item():.4f}", "pictures", len(y))
 
 
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
-    """The loss of the rows here, for inputs x (B, I) and their digits y (B,): ()."""
-    return F.cross_entropy(model(x).float(), y, label_smoothing=label_smoothing)
-
-
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Probabilities (N, K) for pictures x (N, H, W)."""
@@ -296,30 +274,32 @@ LIMITS = [
 
 
 def measure_limits(data: Data, device: torch.device, rows: list, seeds: int, epochs: int) -> Iterator[dict]:
-    """Yield accuracies and seconds of training of each row of LIMITS, from seed 0 on as many as it has members."""
-    print(f"\n{data.label}: how far an MLP can go; accuracy on validation | test, seconds of training")
+    """Yield accuracies and seconds of each row of LIMITS, from seed 0 on as many as it has members."""
+    print(f"\n{data.label}: how far an MLP can go; accuracy on validation | test, seconds")
     recipe, dtype = DEEP, utils.pick_dtype(device)
+
+    def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # x (B, I), y (B,)
+        return F.cross_entropy(model(x).float(), y, label_smoothing=recipe["label_smoothing"])
+
     for name, change in LIMITS:
         recipe = recipe | change
-        if change.keys() != {"members"}:  # otherwise the networks of the row above are members too
-            members, seconds = [], 0.0
         if (name, change) not in rows:
             continue
         (x, y), (val_x, val_y), (test_x, test_y) = prepare_upright(data, device, recipe["straight"], recipe["one_size"])
-        for seed in range(len(members), recipe["members"]):
+        members, begun = [], time.perf_counter()
+        for seed in range(recipe["members"]):
             torch.manual_seed(seed)
             model = build((1024, 1024, 1024), norm=recipe["norm"], dropout=recipe["dropout"]).to(device)
-            begun = time.perf_counter()
-            fit_deep(model, x, y, recipe["epochs"] * epochs // 10, recipe["batch_size"], recipe["lr"], dtype,
-                     functools.partial(cross_entropy, label_smoothing=recipe["label_smoothing"]), recipe["change"])
-            seconds += time.perf_counter() - begun
+            fit_deep(model, x, y, recipe["epochs"] * epochs // 10, recipe["batch_size"], recipe["lr"], dtype, loss_of,
+                     recipe["change"])
             members.append((predict(model, val_x), predict(model, test_x)))
+        seconds = time.perf_counter() - begun
         ## The mean of several networks: their mistakes are partly chance, and chance cancels in the mean (Hansen &
         ## Salamon 1990).
         mean = [torch.stack(part).mean(0) for part in zip(*members)]
         (val, test), *single = ([accuracy(v, val_y), accuracy(t, test_y)] for v, t in (mean, *members))
         print(f"  {name:60}{val:8.2%} | {test:.2%}, {seconds:5.0f} s".ljust(79), flush=True)
-        yield {"name": name, "val_accuracy": val, "test_accuracy": test, "seconds": seconds, "members": single}
+        yield {"name": name, "mean": val, "std": 0.0, "test_accuracy": test, "seconds": seconds, "members": single}
 
 
 # A part is its rows, the generator that measures them, and the function that draws them.
@@ -346,10 +326,9 @@ def main() -> None:
         table = []
         for row in measure(data, args.device, chosen[part], args.seeds, args.epochs) if chosen[part] else ():
             table.append(row)
-            facts = {"script": SCRIPT, "data": data.name, "stand_in": bool(data.stand_in), "device": args.device.type,
-                     "torch": str(torch.__version__), "epochs": args.epochs, "rows": table}
-            utils.write_atomically(args.out / f"{part}.json",
-                                   lambda file: file.write(json.dumps(facts, indent=1).encode()))
+            facts = json.dumps({"script": SCRIPT, "torch": str(torch.__version__), "device": args.device.type,
+                                "epochs": args.epochs, "rows": table} | data.facts, indent=1)
+            utils.write_atomically(args.out / f"{part}.json", lambda file: file.write(facts.encode()))
         if table:
             draw(table, data.label, args.out / f"{part}.png")
     print(f"\nwrote tables (.json) and plots (.png) to {args.out}")

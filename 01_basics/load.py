@@ -10,13 +10,9 @@ You should see (MNIST): 55,000 / 5,000 / 10,000 pictures of 28 x 28 pixels; mean
 Writes: outputs/samples.png. Left out on purpose: a DataLoader, which is for data that does not fit into memory.
 """
 import hashlib
-import math
-import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont  # Pillow comes with torchvision
 from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
@@ -83,49 +80,29 @@ def read_mnist() -> Data:
 
     Raises ConnectionError if no mirror answers; utils.InputError if the files, or what a mirror sent, are damaged.
     """
-    folder = utils.DATA_DIR / "MNIST" / "raw"
-    names = {name.removesuffix(".gz") for name, _ in MNIST.resources}
-    missing = {name for name in names if not (folder / name).exists()}
-    advice = f"delete {folder} to have it downloaded again."
-    if missing == names:
-        download_mnist(folder)
-    elif missing:
-        raise utils.InputError(f"{folder} lacks {', '.join(sorted(missing))}; {advice}")
+    folder, part = utils.DATA_DIR / "MNIST", utils.DATA_DIR / "MNIST.part"
+    if not folder.exists():  # only a complete set gets this name
+        for name, md5 in MNIST.resources:
+            utils.download([mirror + name for mirror in MNIST.mirrors], part / "MNIST" / "raw" / name, md5)
+        MNIST(part, download=True)  # finds the files, and unpacks them
+        (part / "MNIST").replace(folder)
+        part.rmdir()
     tensors = []
-    for part in ("train", "test"):
+    for name, sha256 in SHA256.items():
         try:
-            digits = MNIST(utils.DATA_DIR, train=part == "train")
+            digits = MNIST(utils.DATA_DIR, train=name == "train")
+            found = hashlib.sha256(digits.data.numpy().tobytes() + digits.targets.numpy().tobytes()).hexdigest()
+            if found != sha256:
+                raise ValueError("not the original files")
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise utils.InputError(f"{folder} is damaged; {advice}") from error
-        found = hashlib.sha256(digits.data.numpy().tobytes() + digits.targets.numpy().tobytes()).hexdigest()
-        if found != SHA256[part]:
-            raise utils.InputError(f"the {part} files in {folder} are not the original ones; {advice}")
+            raise utils.InputError(f"{folder}: the {name} files are damaged, missing or not the original ones; delete "
+                                   "the folder to have it downloaded again.") from error
         tensors += [digits.data, digits.targets]
     x, y, test_x, test_y = tensors
     ## The last 5,000 training pictures become the validation part. Validation picks: when to stop, which option is
     ## better. The test part is looked at once, at the end. Were it used for picking, its figure would be the best of
     ## many tries, and not what to expect on new digits.
     return with_statistics(x[:-5000], y[:-5000], x[-5000:], y[-5000:], test_x, test_y, name="mnist")
-
-
-def download_mnist(folder: Path) -> None:
-    """Download and unpack MNIST's four files; only a complete set gets the name `folder`."""
-    temporary = utils.DATA_DIR / "mnist.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    socket.setdefaulttimeout(30)
-    try:
-        MNIST(temporary, download=True)
-    except (RuntimeError, URLError, ConnectionError, TimeoutError) as error:
-        if "corrupted" in str(error):
-            raise utils.InputError("a mirror sent files that are not MNIST's; nothing was kept, so try again later "
-                                   f"or put the original ones into {folder}.") from error
-        raise ConnectionError(f"MNIST could not be downloaded; by hand: its four files, unpacked, from "
-                              f"{MNIST.mirrors[0]}, into {folder}; offline: --data typeset.") from error
-    finally:
-        socket.setdefaulttimeout(None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    (temporary / "MNIST" / "raw").replace(folder)
-    shutil.rmtree(temporary)
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -148,11 +125,9 @@ def typeset(n: int, part: str, seed: int) -> tuple[Tensor, Tensor]:
     x = glyphs[torch.randint(len(glyphs), (n,), generator=g), y][:, None]  # (N, 1, 56, 56)
 
     ## An affine map says which point of the source each pixel of the result shows: (u, v) = map (column, row, 1).
-    angle, scale, slant = uniform(-0.25, 0.25), uniform(0.8, 1.25), uniform(-0.3, 0.3)
-    affine = torch.zeros(n, 2, 3)
-    affine[:, 0, 0], affine[:, 0, 1] = angle.cos() * scale, -angle.sin() * scale + slant
-    affine[:, 1, 0], affine[:, 1, 1] = angle.sin() * scale, angle.cos() * scale
-    affine[:, :, 2] = uniform(-0.2, 0.2, 2)
+    angle, scale, slant, shift = uniform(-0.25, 0.25), uniform(0.8, 1.25), uniform(-0.3, 0.3), uniform(-0.2, 0.2, 2)
+    affine = torch.stack([angle.cos() * scale, slant - angle.sin() * scale, shift[:, 0],
+                          angle.sin() * scale, angle.cos() * scale, shift[:, 1]], 1).view(n, 2, 3)
     x = F.grid_sample(x, F.affine_grid(affine, [n, 1, 28, 28], align_corners=False), align_corners=False)
     x = x * uniform(0.6, 1.0, 1, 1, 1) + 0.08 * torch.randn(x.shape, generator=g)
     return (x[:, 0].clamp(0, 1) * 255).to(torch.uint8), y
@@ -207,17 +182,11 @@ def prepare(data: Data, device: torch.device | str = "cpu") -> list[tuple[Tensor
 
 
 def baselines(data: Data) -> dict[str, float]:
-    """What a network has to beat, as entries of metrics.json."""
-    return {"majority_accuracy": majority_baseline(data), "linear_accuracy": linear_baseline(data)}
+    """What a network has to beat, as entries of metrics.json: the test accuracies of two simpler ways.
 
-
-def majority_baseline(data: Data) -> float:
-    """Test accuracy of always naming the digit that is most frequent in the training part."""
-    return (data.test_y == data.train_y.bincount().argmax()).float().mean().item()
-
-
-def linear_baseline(data: Data) -> float:
-    """Test accuracy of softmax regression (logistic regression for K classes) on the pixels."""
+    majority: always naming the digit that is most frequent in the training part. linear: softmax regression (logistic
+    regression for K classes) on the pixels.
+    """
     (x, y), _, (test_x, test_y) = prepare(data)
     model = torch.nn.Linear(x.shape[1], 10)
     torch.nn.init.zeros_(model.weight)
@@ -231,23 +200,13 @@ def linear_baseline(data: Data) -> float:
         return value
 
     optimizer.step(loss)
-    return (model(test_x).argmax(1) == test_y).float().mean().item()
+    said = {"majority": y.bincount().argmax(), "linear": model(test_x).argmax(1)}
+    return {f"{name}_accuracy": (digits == test_y).float().mean().item() for name, digits in said.items()}
 
 
 def as_characters(x: Tensor) -> str:
     """A picture (H, W) uint8 as text: two characters per pixel, darker for more ink."""
     return "\n".join("".join(" .:-=+*#%@"[v * 10 // 256] * 2 for v in row) for row in x.tolist())
-
-
-def draw_samples(data: Data, path: Path) -> None:
-    """Write a picture with twelve training digits of each class."""
-    figure, axes = utils.pyplot().subplots(10, 12, figsize=(8, 7), subplot_kw={"xticks": [], "yticks": []})
-    for k, row in enumerate(axes):
-        of_k = (data.train_y == k).nonzero()[:, 0]
-        for a, i in zip(row, of_k[torch.randperm(len(of_k))]):
-            a.imshow(data.train_x[i].numpy(), cmap="gray_r", vmin=0, vmax=255)
-    figure.suptitle(f"Training pictures ({data.label})")
-    utils.write_atomically(path, figure.savefig)
 
 
 def main() -> None:
@@ -256,21 +215,22 @@ def main() -> None:
     args = utils.parse_args(parser)
     torch.manual_seed(args.seed)
     data = load_data(args.data)
-    print(f"{data.label}: {data.sizes}\none picture: {tuple(data.train_x[0].shape)} {data.train_x.dtype}; all training "
-          f"pictures: {data.train_x.nbytes / 1e6:.0f} MB, one tensor in memory\n")
-    print(f"the first one, a {data.train_y[0]}, its numbers as characters:\n{as_characters(data.train_x[0])}\n")
-    print(f"{'digit':8}{'train':>8}{'val':>8}{'test':>8}")
-    for k in range(10):
-        print(f"{k:<8}" + "".join(f"{(y == k).sum():8,}" for y in (data.train_y, data.val_y, data.test_y)))
-    print(f"\nalways naming the most frequent digit: {majority_baseline(data):.1%} of the test pictures; a linear "
-          f"model on the pixels: {linear_baseline(data):.1%}; the loss of guessing, which from_scratch.py explains: "
-          f"ln 10 = {math.log(10):.4f}\n\n{'pixels':24}{'mean':>8}{'std':>8}{'min':>8}{'max':>8}")
-    for name, values in (("train, 0 to 1", data.train_x.float() / 255),
-                         ("train, normalised", normalise(data.train_x, data.mean, data.std)),
-                         ("test, by train's numbers", normalise(data.test_x, data.mean, data.std))):
-        print(f"{name:24}" + "".join(f"{v:8.3f}" for v in (values.mean(), values.std(), values.min(), values.max())))
-    print(f"{(data.train_x == 0).float().mean():.0%} of all pixels are 0: paper")
-    draw_samples(data, args.out / "samples.png")
+    x = data.train_x
+    print(f"{data.label}: {data.sizes}\none picture: {tuple(x[0].shape)} {x.dtype}; all training pictures: "
+          f"{x.nbytes / 1e6:.0f} MB, one tensor in memory\n\nthe first one, a {data.train_y[0]}, its numbers as "
+          f"characters:\n{as_characters(x[0])}\n\ntraining pictures of 0 to 9: {data.train_y.bincount().tolist()}")
+    print("correct on the test part: {majority_accuracy:.1%} by always naming the most frequent digit, "
+          "{linear_accuracy:.1%} by a linear model on the pixels".format(**baselines(data)))
+    print(f"pixels, 0 to 1:    mean {data.mean:.3f}, std {data.std:.3f}; {(x == 0).float().mean():.0%} are 0: paper")
+    for part, (values, _) in zip(("training", "validation", "test"), prepare(data)):
+        print(f"{part}, normalised: mean {values.mean():.3f}, std {values.std():.3f}, at most {values.max():.3f}")
+
+    ## Twelve training pictures of each digit, as one picture.
+    rows = torch.cat([(data.train_y == k).nonzero()[:12, 0] for k in range(10)])
+    figure, axes = utils.pyplot().subplots(figsize=(8, 7))
+    axes.imshow(make_grid(x[rows, None], nrow=12)[0].numpy(), cmap="gray_r")
+    axes.set(title=f"Training pictures ({data.label})", xticks=[], yticks=[])
+    utils.write_atomically(args.out / "samples.png", figure.savefig)
     print(f"\nwrote {args.out / 'samples.png'}")
     utils.stand_in_notice(data.name, data.stand_in)
 
