@@ -13,6 +13,7 @@ AdamW rows share one and all Muon rows share one.
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -61,19 +62,8 @@ CHANGES = [
 
 
 # ---------------------------------------------------------------------------------------------- one model, all switches
-class AnyNorm(nn.Module):
-    """Layer norm with gain and bias, train.py's norm without, or RMSNorm: any shape -> same shape."""
-
-    def __init__(self, n_embd: int, kind: str):
-        super().__init__()
-        self.kind = kind
-        if kind == "layer":
-            self.gain, self.bias = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.zeros(n_embd))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "rms":
-            return F.rms_norm(x, x.shape[-1:])  # divides by the root of the mean square, without subtracting the mean
-        return F.layer_norm(x, x.shape[-1:], self.gain, self.bias) if self.kind == "layer" else norm(x)
+NORMS = {"layer": nn.LayerNorm, "plain": functools.partial(nn.LayerNorm, elementwise_affine=False),
+         "rms": functools.partial(nn.RMSNorm, elementwise_affine=False)}  # without subtracting the mean
 
 
 class AnyAttention(Attention):
@@ -100,7 +90,7 @@ class AnyBlock(Block):
     def __init__(self, recipe: dict):
         super().__init__(SIZES["n_embd"], SIZES["n_head"], recipe["dropout"])
         self.recipe, self.attention = recipe, AnyAttention(recipe)
-        self.norm1, self.norm2 = (AnyNorm(SIZES["n_embd"], recipe["norm"]) for _ in range(2))
+        self.norm1, self.norm2 = (NORMS[recipe["norm"]](SIZES["n_embd"]) for _ in range(2))
         for linear in (self.attention.out, self.down):  # those that write to the residual path
             std = 0.0 if recipe["zero_init"] else 0.02 / math.sqrt(2 * SIZES["n_layer"])
             nn.init.normal_(linear.weight, std=std)
@@ -122,14 +112,12 @@ class AnyGPT(GPT):
         super().__init__(vocab_size, recipe["block_size"], **SIZES, dropout=recipe["dropout"])
         self.recipe = recipe
         self.blocks = nn.ModuleList(AnyBlock(recipe) for _ in range(SIZES["n_layer"]))
-        self.last_norm = AnyNorm(SIZES["n_embd"], recipe["norm"])
+        self.last_norm = NORMS[recipe["norm"]](SIZES["n_embd"])
         ## GPT-2 has no norm right after the embedding. Embeddings that start at 0.02 need none; larger ones do.
-        self.first_norm = nn.Identity() if recipe["norm"] == "layer" else AnyNorm(SIZES["n_embd"], recipe["norm"])
+        self.first_norm = nn.Identity() if recipe["norm"] == "layer" else NORMS[recipe["norm"]](SIZES["n_embd"])
         if recipe["positions"] == "learned":
             self.positions = nn.Embedding(recipe["block_size"], SIZES["n_embd"])
             nn.init.normal_(self.positions.weight, std=0.02)
-        if not recipe["shift"]:
-            del self.shift
         nn.init.normal_(self.characters.weight, std=recipe["embedding_std"])
         nn.init.normal_(self.head.weight, std=0.0 if recipe["zero_init"] else 0.02)
 
@@ -191,11 +179,11 @@ def speeds(all_recipes: list[dict], data: Data, device: torch.device, dtype: tor
     return np.median(turns, 0).tolist()
 
 
-def recipes() -> list[tuple[str, str, dict, bool]]:
-    """(name, source, whole recipe, kept) of every row: each change on top of the kept ones before it."""
-    rows, current = [("2019 recipe", "Radford et al. 2019", BASE, True)], BASE
+def recipes() -> list[tuple[str, str, dict]]:
+    """(name, source, whole recipe) of every row: each change on top of the kept ones before it."""
+    rows, current = [("2019 recipe", "Radford et al. 2019", BASE)], BASE
     for name, source, change, kept in CHANGES:
-        rows.append((f"+ {name}", source, current | change, kept))
+        rows.append((f"+ {name}" + "  (not kept)" * (not kept), source, current | change))
         current = current | change if kept else current
     return rows
 
@@ -217,8 +205,7 @@ def main() -> None:
     args = utils.parse_args(parser)
     chosen = [row for row in recipes() if not args.only or any(word in row[0] for word in args.only)]
     if not chosen:
-        raise utils.InputError(f"--only {' '.join(args.only)}: no row's name holds that; there is: "
-                               f"{'; '.join(row[0] for row in recipes())}.")
+        raise utils.InputError(f"--only {' '.join(args.only)}: no row's name holds that; see README.md for the names.")
     data = load_data(args.data, max(change.get("block_size", 0) for _, _, change, _ in CHANGES))
     print(f"{data.label}; {str(args.dtype)[6:]} on {args.device.type}; whole-validation loss in nats per character, "
           f"mean ± std of {args.seeds} seeds\n{'':56}characters/s   after {args.characters:,} characters   "
@@ -227,33 +214,27 @@ def main() -> None:
     ## Equal wall-clock: as many steps as a recipe makes in the given seconds, by its speed beside the others'. The
     ## learning rate falls to nearly zero in every run, so none is cut off in the middle of its schedule.
     steps = max(1, args.characters // CHARACTERS_PER_STEP // 50)
-    rows, per_second = [], speeds([recipe for _, _, recipe, _ in chosen], data, args.device, args.dtype, steps)
-    for (name, source, recipe, kept), speed in zip(chosen, per_second):
+    rows, per_second = [], speeds([recipe for _, _, recipe in chosen], data, args.device, args.dtype, steps)
+    for (name, source, recipe), speed in zip(chosen, per_second):
         by_characters, by_seconds = (
             [final_loss(recipe, data, args.device, args.dtype, seed, max(1, round(characters / CHARACTERS_PER_STEP)))
              for seed in range(args.seeds)] for characters in (args.characters, args.seconds * speed))
-        rows.append({"name": name, "source": source, "kept": kept, "recipe": recipe, "characters_per_second": speed,
+        rows.append({"name": name, "source": source, "recipe": recipe, "characters_per_second": speed,
                      "by_characters": by_characters, "by_seconds": by_seconds})
         means = [spread(rows[-1][key]) for key in ("by_characters", "by_seconds")]
-        print(f"{name + '  (not kept)' * (not kept):56}{speed:12,.0f}"
+        print(f"{name:56}{speed:12,.0f}"
               + "".join(f"{mean:15.4f} ± {std:.4f}" for mean, std in means), flush=True)
-        table = json.dumps({"script": SCRIPT, "data": data.name, "stand_in": bool(data.stand_in), "rows": rows,
-                            "device": args.device.type, "dtype": str(args.dtype)[6:], "seconds": args.seconds,
-                            "torch": str(torch.__version__), "characters": args.characters}, indent=1)
+        table = json.dumps({"script": SCRIPT, "data": data.label, "device": args.device.type, "dtype": str(args.dtype),
+                            "torch": str(torch.__version__), "options": sys.argv[1:], "rows": rows}, indent=1)
         utils.write_atomically(args.out / "experiment.json", lambda file: file.write(table.encode()))
 
     figure, axes = utils.pyplot().subplots(figsize=(8, 0.45 * len(rows) + 1.2))
-    for key, marker, color, offset, text in (
-            ("by_characters", "o", "C0", -0.12, f"after {args.characters:,} characters"),
-            ("by_seconds", "s", "C1", 0.12, f"after {args.seconds:g} s of training")):
-        for i, row in enumerate(rows):
-            mean, std = spread(row[key])
-            axes.errorbar(mean, i + offset, xerr=std, fmt=marker, color=color, mfc=color if row["kept"] else "white",
-                          label=text if i == 0 else None)
+    for key, text in (("by_characters", f"{args.characters:,} characters"), ("by_seconds", f"{args.seconds:g} s")):
+        means, stds = zip(*(spread(row[key]) for row in rows))
+        axes.errorbar(means, range(len(rows)), xerr=stds, fmt="o", label=f"after {text}")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set(title=f"One change at a time ({data.label}); hollow: not kept",
-             xlabel="validation loss, nats per character")
+    axes.set(title=f"One change at a time ({data.label})", xlabel="validation loss, nats per character")
     axes.legend()
     utils.write_atomically(args.out / "experiment.png", figure.savefig)
     print(f"\nwrote experiment.json and experiment.png to {args.out}")

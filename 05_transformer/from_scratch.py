@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import batches, bigram_log_probs, bigram_loss, decode, load_data
+from load import batches, bigram_loss, load_data
 
 # Shapes: B batch, T time, C channels (width of the model), A heads, D channels per head (C = A * D), V vocabulary
 
@@ -157,7 +157,6 @@ def check_against_pytorch() -> dict[str, float]:
     return errors
 
 
-@torch.no_grad()
 def evaluate(w: dict[str, Tensor], ids: Tensor, block_size: int, n_head: int) -> float:
     """Mean loss over every character of ids but the first, in consecutive windows, the last one shorter."""
     windows = zip(ids[None, :-1].split(block_size, 1), ids[None, 1:].split(block_size, 1))  # (1, T) each
@@ -173,7 +172,6 @@ def main() -> None:
     add("--block-size", type=utils.count, default=64, help="characters that attention can look back on")
     add("--n-embd", type=utils.count, default=128, help="width C")
     add("--n-head", type=utils.count, default=4, help="heads; each has n_embd / n_head channels")
-    add("--lr", type=utils.positive, default=3e-3, help="Adam's learning rate")
     args = utils.parse_args(parser)
     if args.n_embd % args.n_head:
         raise utils.InputError(f"--n-embd {args.n_embd} must be divisible by --n-head {args.n_head}.")
@@ -185,52 +183,29 @@ def main() -> None:
     data = load_data(args.data, args.block_size)
     V = len(data.vocab)
     ## The baseline that everything must beat looks one character back: a table of how often b follows a (load.py).
-    log_probs = bigram_log_probs(data.train, V)  # (V, V)
     bigram = bigram_loss(data.train, data.val, V)
-    print(f"\nbigram model on {data.label}: {bigram:.4f} nats per character (uniform guessing: {math.log(V):.4f})")
-    generator = torch.Generator().manual_seed(args.seed)
-    ids = [0]
-    for _ in range(150):  # a sample: draw from the row of the last character, again and again
-        ids.append(torch.multinomial(log_probs[ids[-1]].exp(), 1, generator=generator).item())
-    print(f"it writes: {decode(ids, data.vocab)!r}\n")
+    print(f"\nbigram model on {data.label}: {bigram:.4f} nats per character (uniform guessing: {math.log(V):.4f})\n")
 
     ## Now one layer of attention, trained with the gradients above. The optimizer is PyTorch's: Adam is chapter 04's
     ## lesson. It only needs a tensor and its gradient, and does not care who computed the gradient.
     w = init_model(V, args.block_size, args.n_embd)
-    optimizer = torch.optim.Adam(w.values(), lr=args.lr)
-    losses, begun = [], time.perf_counter()
+    optimizer = torch.optim.Adam(w.values())
+    history, begun = [], time.perf_counter()
     for step, (x, y) in zip(range(args.steps), batches(data.train, args.block_size, args.batch_size, args.seed)):
         loss, saved = forward(w, x, y, args.n_head)
-        if not math.isfinite(loss):
-            raise utils.InputError(f"the loss became {loss} at step {step + 1}; start again with a smaller --lr.")
         for name, gradient in backward(w, saved).items():
             w[name].grad = gradient
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / args.steps)
         optimizer.step()
-        losses.append(loss)
+        history.append({"step": step + 1, "train batches": loss, "bigram, validation": bigram})
         utils.progress(step + 1, args.steps, begun, f"loss {loss:.3f}", "steps")
     seconds = time.perf_counter() - begun
     final = evaluate(w, data.val, args.block_size, args.n_head)
     print(f"one attention layer, {sum(t.numel() for t in w.values()):,} weights: {final:.4f} nats per character after "
           f"{seconds:.0f} s of training; bigram {bigram:.4f}".ljust(79))
 
-    ## A picture of the weights p says what the position attends to. Row t is a probability distribution over 0 ... t.
-    n = min(32, args.block_size)
-    x = data.val[None, :n]
-    p = multi_head(w["characters"][x] + w["positions"][:n], w["w_qkv"], w["w_out"], args.n_head)[1][4][0]  # (A, T, T)
-    figure, axes = utils.pyplot().subplots(1, 2, figsize=(11, 4.2))
-    axes[0].plot(losses, lw=0.8, label="one attention layer (train batches)")
-    axes[0].axhline(bigram, color="C1", ls="--", label="bigram (validation)")
-    axes[0].axhline(final, color="C2", ls="-.", label="one attention layer (validation)")
-    axes[0].set(title=f"One layer of attention ({data.label})", xlabel="step", ylabel="loss, nats per character")
-    axes[0].legend()
-    axes[1].imshow(p[0].numpy(), cmap="viridis", vmin=0)
-    labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in decode(x[0], data.vocab)]
-    axes[1].set(title=f"Head 0: who (row) looks at what (column) ({data.label})", xticks=range(n), xticklabels=labels,
-                yticks=range(n), yticklabels=labels)
-    axes[1].tick_params(labelsize=6)
-    axes[1].grid(False)
-    utils.write_atomically(args.out / "from_scratch.png", figure.savefig)
+    utils.plot_history(args.out / "from_scratch.png", history, ["train batches", "bigram, validation"],
+                       f"One layer of attention ({data.label})", y="loss, nats per character")
     print(f"wrote {args.out / 'from_scratch.png'}")
     utils.stand_in_notice(data.name, data.stand_in)
 

@@ -1,13 +1,13 @@
 """Use a trained character GPT: let it write, character by character, and look at what its attention heads look at.
 
-You learn here: how sampling turns probabilities into text (greedy, temperature, top-k, top-p); why a cache of keys and
+You learn here: how sampling turns probabilities into text (greedy, temperature, top-p); why a cache of keys and
 values makes it fast; how to read attention weights, and that the future gets none.
 
     python 05_transformer/load_model.py --prompt "ROMEO:" --temperature 0.8      after: python 05_transformer/train.py
 
 You should see: text streaming at about 2,000 characters per second on one core of an AMD EPYC that ran other programs
-besides (torch 2.15), 93 with --no-cache, and a table of what each head looks at.
-Writes: outputs/attention.png. Left out on purpose: beam search and batches of prompts.
+besides (torch 2.15). train.py's generate, which has no cache, writes 93.
+Writes: outputs/attention.png. Left out on purpose: beam search; top-k (06).
 """
 
 import math
@@ -32,36 +32,22 @@ from train import GPT, SCRIPT, norm, rotary_tables, rotate
 def load_gpt(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, dict]:
     """The model that train.py saved, ready to write, and the rest of its file: vocab, data, metrics.
 
-    Raises utils.InputError where the file is missing, damaged, or of another version's model.
+    Raises utils.InputError where the file is missing, damaged, or another script's.
     """
     saved = utils.load_checkpoint(path, SCRIPT)
-    try:
-        model = GPT(**saved["config"])
-        model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise utils.InputError(f"{path} is of another version of the model; make it anew: python {SCRIPT}") from error
+    model = GPT(**saved["config"])
+    model.load_state_dict(saved["model"])
     return model.to(device).eval(), saved
 
 
 # ---------------------------------------------------------------------------------------------- sampling
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all but the k largest logits of each row to -inf, (..., V) -> (..., V) (Fan et al. 2018).
-
-    ## Most of the vocabulary is wrong at any place, each by a little. Sampled often enough, those little chances add up
-    ## to a typo per line; top-k cuts them off.
-    """
-    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < smallest, -math.inf)
-
-
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the smallest set of characters that sum to probability p or more, (..., V) -> same (Holtzman et al. 2020).
 
-    ## A fixed k is too many where the model is sure (after "q") and too few where it is not (after a full stop). Top-p
-    ## keeps as many as the model itself finds plausible.
+    ## Most of the vocabulary is wrong at any place, each by a little. Sampled often enough, those little chances add up
+    ## to a typo per line. Top-p sets all logits to -inf but those of the likeliest characters: few where the model is
+    ## sure (after "q"), many where it is not (after a full stop).
     """
-    if p >= 1:
-        return logits
     values, order = logits.sort(descending=True)
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # what the likelier ones sum to already; 0 for the first
@@ -111,27 +97,23 @@ class Reader:
 
 
 @torch.inference_mode()
-def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, cache: bool = True, generator: torch.Generator | None = None) -> Iterator[int]:
+def generate(model: GPT, ids: Tensor, length: int, temperature: float = 1.0, top_p: float | None = None,
+             generator: torch.Generator | None = None) -> Iterator[int]:
     """Yield `length` new ids that continue ids (1, T), one at a time. temperature 0 is greedy: always the likeliest.
 
-    Up to block_size characters, cache makes no difference but speed. Beyond, the cache forgets one character at a time
-    and what it holds still knows of older ones, while without it the window is all there is: the texts then differ.
+    Up to block_size characters, the cache makes no difference to train.py's generate but speed. Beyond, it forgets one
+    character at a time and what it holds still knows of older ones, while there the window is all there is.
     """
     text = ids[0].tolist()
-    reader = Reader(model, len(text) + length) if cache else None
-    for i in text[:-1] if cache else ():
+    reader = Reader(model, len(text) + length)
+    for i in text[:-1]:
         reader.read(i)
     for _ in range(length):
-        if cache:
-            logits = reader.read(text[-1])  # (V,)
-        else:
-            logits = model(torch.tensor([text[-model.block_size :]], device=ids.device))[0, -1]  # (V,)
+        logits = reader.read(text[-1])  # (V,)
         if temperature < 1e-6:  # as good as 0, and dividing by it may overflow
             text.append(logits.argmax().item())
         else:
             logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
-            logits = logits if top_k is None else keep_top_k(logits, top_k)
             logits = logits if top_p is None else keep_top_p(logits, top_p)
             ## Of waiting times E / p_i, each E drawn from the exponential distribution, number i is the shortest with
             ## probability p_i. Such a race draws from p faster than torch.multinomial.
@@ -147,23 +129,7 @@ def attention_weights(model: GPT, ids: Tensor) -> Tensor:
     for block in model.blocks:
         block.attention.keep_weights = True
     model(ids)
-    for block in model.blocks:
-        block.attention.keep_weights = False
     return torch.cat([block.attention.weights.float() for block in model.blocks])
-
-
-def where_heads_look(weights: Tensor, text: str) -> dict[str, Tensor]:
-    """Mean share of attention, (layers, A) each, that goes to the character itself, the one before, the line's start.
-
-    The line's start is the newline before the current line (the text's first character in the first line). The shares
-    are means over all positions; where two targets coincide, as at the start of a line, both count it.
-    """
-    T = len(text)
-    rows = torch.arange(T)
-    starts = torch.tensor([max(0, text.rfind("\n", 0, t + 1)) for t in range(T)])
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return {"itself": weights[..., rows, rows].mean(-1), "previous": weights[..., rows[1:], rows[:-1]].mean(-1),
-            "line start": weights[..., rows, starts].mean(-1), "future": weights[..., future].sum(-1)}
 
 
 def main() -> None:
@@ -173,59 +139,44 @@ def main() -> None:
     add("--prompt", help="the text to continue; without it a newline, which asks for a new line")
     add("--length", type=utils.count, default=500, help="characters to write")
     add("--temperature", type=utils.number(float, "[0, inf)"), default=0.8, help="0: the likeliest; above 1: wilder")
-    add("--top-k", type=utils.count, help="draw from the k likeliest only")
     add("--top-p", type=utils.number(float, "(0, 1]"), help="draw from the likeliest that sum to p only")
-    add("--no-cache", action="store_true", help="compute everything again for every character, to see the difference")
     args = utils.parse_args(parser)
-    torch.manual_seed(args.seed)
-    device = args.device
-    if device.type == "cpu":
+    if args.device.type == "cpu":
         torch.set_num_threads(1)  # one character is too little work to share
 
-    model, saved = load_gpt(args.model, device)
+    model, saved = load_gpt(args.model, args.device)
     vocab = saved["vocab"]
     prompt = args.prompt if args.prompt else "\n" if "\n" in vocab else vocab[0]
-    ids = encode(prompt, vocab)[None].to(device)  # (1, T)
+    ids = encode(prompt, vocab)[None].to(args.device)  # (1, T)
     utils.stand_in_notice(saved["data"], saved["stand_in"])
     print(f"{utils.count_parameters(model):,} parameters, trained on {saved['data']}, validation loss "
           f"{saved['metrics']['val_loss']:.4f}\n")
 
     print(prompt, end="", flush=True)
     written, begun = [], time.perf_counter()
-    generator = torch.Generator(device).manual_seed(args.seed)
-    for i in generate(model, ids, args.length, args.temperature, args.top_k, args.top_p, not args.no_cache, generator):
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for i in generate(model, ids, args.length, args.temperature, args.top_p, generator):
         written.append(i)
         print(vocab[i], end="", flush=True)
     seconds = time.perf_counter() - begun
     print(f"\n\n{len(written) / seconds:,.0f} characters per second\n")
 
     ## The same text, read by the model in one pass, with all weights kept.
-    window = torch.cat([ids, torch.tensor([written], device=device)], 1)[:, -model.block_size :]
-    text = decode(window[0], vocab)
-    weights = attention_weights(model, window).cpu()
-    shares = where_heads_look(weights, text)
-    even = torch.ones(len(text), len(text)).tril()
-    even = where_heads_look((even / even.sum(-1, keepdim=True))[None, None], text)
-    print(f"share of attention that goes to ...\n{'':14}{'itself':>10}{'previous':>10}{'line start':>12}{'future':>10}")
+    window = torch.cat([ids, torch.tensor([written], device=args.device)], 1)[:, -model.block_size :]
+    weights = attention_weights(model, window).cpu()  # (layers, A, T, T)
+    assert not weights.triu(1).any(), "the causal mask leaks"
     layers, heads = weights.shape[:2]
-    places = [(layer, head) for layer in range(layers) for head in range(heads)]
-    for name, table, place in [("layer {}, head {}".format(*p), shares, p) for p in places] + [
-            ("spread evenly", even, (0, 0))]:
-        print("{:14}{:10.1%}{:10.1%}{:12.1%}{:10.4g}".format(name, *(share[place].item() for share in table.values())))
-    assert not shares["future"].any(), "the causal mask leaks"
-
-    T = min(len(text), 40)
-    labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in text[:T]]
-    ticks = dict(xticks=range(T), yticks=range(T), xticklabels=labels, yticklabels=labels)
-    figure, axes = utils.pyplot().subplots(layers, heads, figsize=(4 * heads, 4 * layers), squeeze=False)
-    for place in places:
-        axes[place].imshow(weights[place][:T, :T].numpy(), cmap="viridis", vmin=0, vmax=1)
-        axes[place].set(**ticks, title="layer {}, head {}".format(*place))
-        axes[place].tick_params(labelsize=5)
-        axes[place].grid(False)
+    labels = [{"\n": "\\n", " ": "_"}.get(c, c) for c in decode(window[0, :40], vocab)]
+    T = len(labels)
+    figure, all_axes = utils.pyplot().subplots(layers, heads, figsize=(4 * heads, 4 * layers), squeeze=False)
+    for i, axes in enumerate(all_axes.flat):
+        axes.imshow(weights[i // heads, i % heads, :T, :T].numpy(), vmin=0, vmax=1)
+        axes.set_title(f"layer {i // heads}, head {i % heads}")
+        axes.set(xticks=range(T), yticks=range(T), xticklabels=labels, yticklabels=labels)
+        axes.tick_params(labelsize=5)
+        axes.grid(False)
     stand_in = ", stand-in" * bool(saved["stand_in"])
-    figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1 ({saved['data']}{stand_in})", y=0.995)
-    figure.tight_layout()
+    figure.suptitle(f"Who (row) looks at what (column); dark is 0, yellow is 1 ({saved['data']}{stand_in})", y=0.91)
     utils.write_atomically(args.out / "attention.png", figure.savefig)
     print(f"\nwrote {args.out / 'attention.png'}")
     utils.stand_in_notice(saved["data"], saved["stand_in"])

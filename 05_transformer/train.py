@@ -216,8 +216,8 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def fit(model: GPT, optimizers: list[torch.optim.Optimizer], train: Tensor, val: Tensor, steps: int, batch_size: int,
-        eval_every: int, seed: int, warmup: int = 20, grad_clip: float = 1.0, first_step: int = 0,
-        seconds: float = 0.0, forward: nn.Module | None = None, shard: slice = slice(None)) -> Iterator[dict]:
+        eval_every: int, seed: int, first_step: int = 0, seconds: float = 0.0, forward: nn.Module | None = None,
+        shard: slice = slice(None), warmup: int = 20, grad_clip: float = 1.0) -> Iterator[dict]:
     """Train on windows of train (N,); after every eval_every steps, and the last, evaluate on val and yield a row.
 
     A run that goes on begins at first_step, a multiple of eval_every, after so many seconds. forward: what computes the
@@ -234,7 +234,8 @@ def fit(model: GPT, optimizers: list[torch.optim.Optimizer], train: Tensor, val:
                 optimizer.zero_grad()
             loss = (forward or model)(x[shard], y[shard])  # ()
             loss.backward()
-            ## One odd batch can have a huge gradient. Cut to length grad_clip, it costs one short step, not the run.
+            ## One odd batch can have a huge gradient. Cut to length grad_clip (Pascanu et al. 2013), it costs one short
+            ## step, not the run.
             nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -279,8 +280,6 @@ def parse_options():
     add("--lr", type=utils.positive, help="AdamW's peak learning rate, for embedding and head")
     add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for the matrices in the blocks")
     add("--weight-decay", type=utils.number(float, "[0, inf)"), help="Muon's: times muon_lr, the pull towards zero")
-    add("--warmup", type=utils.count, default=20, help="steps over which the learning rates rise from zero")
-    add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--eval-every", type=utils.count, default=250, help="steps between evaluations on all of validation")
     add("--patience", type=utils.count, default=5, help="evaluations without a new best that end it (early stopping)")
     args = utils.parse_args(parser)
@@ -343,19 +342,15 @@ def main() -> None:
           f"{uniform:.4f}; bigram: {bigram:.4f}\n"
           f"it writes:        {decode(generate(model, val[None, :1], 60)[0], vocab)!r}\n")
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise utils.InputError("--resume: checkpoint.pt is of another version of the model; start anew.") from error
+        model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step, history, best = saved["step"], saved["history"], saved["best"]
         torch.set_rng_state(saved["random_state"] if rank == 0 else torch.get_rng_state())
     forward = torch.compile(model) if args.compile else model
     forward = nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
-    for row in fit(model, optimizers, train, val, args.steps, args.batch_size, args.eval_every, args.seed, args.warmup,
-                   args.grad_clip, first_step, history[-1]["seconds"] if saved else 0.0, forward,
-                   slice(rank, None, world)):
+    for row in fit(model, optimizers, train, val, args.steps, args.batch_size, args.eval_every, args.seed, first_step,
+                   history[-1]["seconds"] if saved else 0.0, forward, slice(rank, None, world)):
         history.append(row)
         best = row if row["val_loss"] < best["val_loss"] else best
         stop = row["step"] - best["step"] >= args.patience * args.eval_every  # early stopping

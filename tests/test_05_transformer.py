@@ -250,40 +250,36 @@ def test_beyond_the_context_a_reader_of_one_layer_sees_exactly_the_last_window()
 def test_generation_with_and_without_cache_agrees_and_goes_past_the_context():
     model = small_gpt().eval()
     start = torch.tensor([[3]])
-    fast, slow = (list(load_model.generate(model, start, 15, temperature=0, cache=cache)) for cache in (True, False))
-    assert fast == slow
     ids = start
-    for i in fast:  # greedy by hand
+    for i in load_model.generate(model, start, 15, temperature=0):  # greedy, each time from the whole text
         assert i == model(ids)[0, -1].argmax().item()
         ids = torch.cat([ids, torch.tensor([[i]])], 1)
+    assert ids.shape == (1, 16)
     long = list(load_model.generate(model, start, 100, generator=torch.Generator().manual_seed(0)))
     assert len(long) == 100 and len(set(long)) > 3
-    assert (
-        len(list(load_model.generate(model, torch.zeros(1, 50, dtype=torch.int64), 20))) == 20
-    )  # a prompt longer than it
+    longer_than_context = torch.zeros(1, 50, dtype=torch.int64)
+    assert len(list(load_model.generate(model, longer_than_context, 20))) == 20
 
 
 def test_drawn_characters_are_as_frequent_as_the_model_believes():
     model = small_gpt().eval()
     start, generator = torch.tensor([[3]]), torch.Generator().manual_seed(0)
-    for weights in (dict(temperature=0.7), dict(top_k=4)):
+    for weights in (dict(temperature=0.7), dict(top_p=0.6)):
         with torch.no_grad():
             logits = model(start)[0, -1] / weights.get("temperature", 1)
-        kept = load_model.keep_top_k(logits, weights.get("top_k", 11))
+        kept = load_model.keep_top_p(logits, weights.get("top_p", 0.999999))
+        assert kept.isinf().any() == ("top_p" in weights)
         draws = [next(load_model.generate(model, start, 1, **weights, generator=generator)) for _ in range(4000)]
         share = torch.bincount(torch.tensor(draws), minlength=11) / len(draws)
         assert (share - kept.softmax(-1)).abs().max() < 0.04  # five standard deviations
         assert not share[kept.isinf()].any()
 
 
-def test_top_k_and_top_p_against_transformers():
+def test_top_p_against_transformers():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     logits = torch.randn(50, 65, dtype=torch.float64) * 3
-    for k in (1, 5, 64, 65, 1000):
-        theirs = transformers.TopKLogitsWarper(k)(None, logits.clone())
-        assert torch.equal(load_model.keep_top_k(logits, k), theirs)
-    for p in (0.1, 0.5, 0.9, 0.999, 1.0):
+    for p in (0.1, 0.5, 0.9, 0.999):
         theirs = transformers.TopPLogitsWarper(p)(None, logits.clone())
         assert torch.equal(load_model.keep_top_p(logits, p).isinf(), theirs.isinf())
 
@@ -293,18 +289,6 @@ def test_attention_weights_are_distributions_over_the_past():
     w = load_model.attention_weights(model, torch.randint(11, (1, 16)))
     assert w.shape == (2, 2, 16, 16) and not w.triu(1).any()
     torch.testing.assert_close(w.sum(-1), torch.ones(2, 2, 16))
-
-
-def test_where_heads_look_on_weights_with_known_answers():
-    text = "ab\ncd"
-    eye, back, line = torch.zeros(3, 5, 5)
-    eye[range(5), range(5)] = 1
-    back[range(5), [0, 0, 1, 2, 3]] = 1
-    line[range(5), [0, 0, 2, 2, 2]] = 1
-    shares = load_model.where_heads_look(torch.stack([eye, back, line])[None], text)
-    assert shares["itself"][0, 0] == 1 and shares["previous"][0, 1] == 1 and shares["line start"][0, 2] == 1
-    assert shares["previous"][0, 0] == 0 and not shares["future"].any()
-    assert load_model.where_heads_look(torch.full((1, 1, 5, 5), 0.2), text)["future"][0, 0] == pytest.approx(2.0)
 
 
 # ---------------------------------------------------------------------------------------------- as users run them
@@ -403,10 +387,6 @@ def test_resume_refuses_other_options_and_other_text(trained, tmp_path):
     assert "a run with --n-embd 32; go on with the same" in refusal(train, *RUN, "--n-embd", 64, *again)
     assert "a run with --data pydocs" in refusal(train, *RUN, "--data", text, *again)
     assert (trained[0] / "checkpoint.pt").read_bytes() == before
-    saved = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
-    del saved["model"]["shift"]
-    torch.save(saved, tmp_path / "checkpoint.pt")
-    assert "another version of the model" in refusal(train, *RUN, "--out", tmp_path, "--resume")
     small = ["--data", text, *SMALL[2:], "--steps", 2, "--dtype", "float32", "--out", tmp_path / "o"]
     call_main(train, *small)
     text.write_text("abcdefghi" * 100)
@@ -428,7 +408,7 @@ def test_two_processes_learn_as_one_does(tmp_path):
 def test_load_model_runs_and_refuses(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process: other tests run in it, too
     model = ["--model", trained[0] / "model.pt", "--out", tmp_path]
-    writing = [*model, "--prompt", "The ", "--length", 80, "--top-k", 5, "--top-p", 0.9]
+    writing = [*model, "--prompt", "The ", "--length", 80, "--top-p", 0.9]
     out, again = call_main(load_model, *writing), call_main(load_model, *writing)
     assert "characters per second" in out and (tmp_path / "attention.png").stat().st_size > 1000
     written = [re.search(r"The .*?(?=\n\n[\d,]+ characters per second)", text, re.S)[0] for text in (out, again)]
@@ -436,16 +416,12 @@ def test_load_model_runs_and_refuses(trained, tmp_path, monkeypatch):
     assert "'\u4e2d'" in refusal(load_model, *model, "--prompt", "\u4e2d")
     assert "does not exist" in refusal(load_model, "--model", tmp_path / "none.pt")
     assert "argument --temperature: -1 is not in [0, inf)" in refusal(load_model, *model, "--temperature", -1)
-    saved = torch.load(trained[0] / "model.pt", weights_only=True)
-    saved["config"]["n_experts"] = 4
-    torch.save(saved, tmp_path / "other.pt")
-    assert "another version of the model" in refusal(load_model, "--model", tmp_path / "other.pt", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("options, words", [
-    ("--data /no/such/file", "/no/such/file does not exist; give a UTF-8 text file, or one of tinyshakespeare, pydocs"),
-    (f"--data {FOLDER}", "is a folder"),
-    ("--data EMPTY", "is empty"),
+    ("--data /no/such/file", "/no/such/file is no file; give a UTF-8 text file, or one of tinyshakespeare, pydocs"),
+    (f"--data {FOLDER}", "is no file"),
+    ("--data EMPTY", "EMPTY has 0 characters, too few"),
     ("--data SHORT", "too few for a context of 256"),
     ("--data LATIN", "is not UTF-8"),
     ("--data pydocs --n-embd 50 --n-head 4", "n_embd 50 must be divisible by n_head 4"),
@@ -464,7 +440,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, options, words):
 
 
 def test_a_user_sees_one_line_and_an_exit_status(tmp_path):
-    assert "is empty" not in run_script(FOLDER / "train.py", "--data", "/no/such/file", "--out", tmp_path, code=1)
+    assert "is no file" in run_script(FOLDER / "train.py", "--data", "/no/such/file", "--out", tmp_path, code=1)
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(trained, tmp_path):
