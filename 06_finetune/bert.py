@@ -7,9 +7,9 @@ families of weight files call the same parts; what a head is, and what a vector 
     python 06_finetune/bert.py --query "I am ill"  your own query; --sentences FILE: your own sentences, one per line
     python 06_finetune/bert.py --model stand-in    a small one, pre-trained here on Python's manual
 
-You should see (MiniLM): a sentence gets the same vectors alone and beside a longer one, to 1e-5; of sixteen sentences
+You should see (MiniLM): a sentence gets the same vectors alone and beside a longer one, to 1e-5; of eight sentences
 the one about a doctor is nearest to "I have the flu" (cosine 0.350), with which it shares no word.
-Writes: under DATA_DIR, what was downloaded or pre-trained; with --steps, outputs/bert_pretraining.png.
+Writes: under DATA_DIR, what was downloaded or pre-trained.
 Left out on purpose: the heads of pre-training; relatives with other activations or positions, which are refused.
 """
 import json
@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from bpe import read_text
 from weights import open_weights, save_safetensors
-from wordpiece import WordPiece, pad, train_wordpiece
+from wordpiece import SHA256, WordPiece, pad, train_wordpiece
 
 # Shapes: B batch, T time (tokens, padding included), C channels (n_embd), A attention heads, D channels per head
 #         (C = A * D), K classes, N texts
@@ -189,7 +189,21 @@ def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------------------------------------- heads
 ## What pre-training leaves is an encoder. A task adds a head, one or two small layers that read its output; they start
 ## at random, and all of it is trained together (Devlin et al. 2019, section 3.2).
-class Classifier(nn.Module):
+class Head(nn.Module):
+    """An encoder under its family's name, as in transformers' files; what follows adds layers on top."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.add_module(config["model_type"], Bert(config))
+        self.config = self.encoder.config
+
+    @property
+    def encoder(self) -> Bert:
+        """The Bert under the head, whichever name its family has."""
+        return next(self.children())
+
+
+class Classifier(Head):
     """One score per class for each text: ids (B, T) -> (B, K). Named as transformers' ...ForSequenceClassification.
 
     config: Bert's; labels, the K names of the classes; pooling, what the head reads: "cls", as in transformers, or
@@ -197,21 +211,13 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, config: dict):
-        super().__init__()
         config = {"pooling": "cls"} | config
-        pooler = config["model_type"] == "bert" and config["pooling"] == "cls"
-        self.add_module(config["model_type"], Bert(config | {"pooler": pooler}))
-        self.config = self.encoder.config
+        super().__init__(config | {"pooler": config["model_type"] == "bert" and config["pooling"] == "cls"})
         C = self.config["n_embd"]
         if config["model_type"] == "distilbert":  # which has no pooler of its own
             self.pre_classifier = new_linear(C, C)
         self.classifier = new_linear(C, len(config["labels"]))
         self.dropout = nn.Dropout(self.config["dropout"])
-
-    @property
-    def encoder(self) -> Bert:
-        """The Bert under the head, whichever name its family has."""
-        return next(self.children())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None,
                 push: Tensor | None = None) -> Tensor:
@@ -222,26 +228,16 @@ class Classifier(nn.Module):
         return self.classifier(self.dropout(x)).float()
 
 
-class Spans(nn.Module):
+class Spans(Head):
     """For each token, a score for being the first of the answer, and one for being the last: (B, T) -> 2 x (B, T).
 
     Named as transformers' ...ForQuestionAnswering; padding and the question get scores too, which mean nothing.
     """
 
     def __init__(self, config: dict):
-        super().__init__()
-        if config.get("n_types") == 1:
-            raise utils.InputError("this model knows one type of text (type_vocab_size 1); question answering needs "
-                                   "two; take another model.")
-        self.add_module(config["model_type"], Bert(config | {"pooler": False}))
-        self.config = self.encoder.config
+        super().__init__(config | {"pooler": False})
         self.qa_outputs = new_linear(self.config["n_embd"], 2)
         self.dropout = nn.Dropout(self.config["dropout"] if config["model_type"] == "distilbert" else 0.0)
-
-    @property
-    def encoder(self) -> Bert:
-        """The Bert under the head, whichever name its family has."""
-        return next(self.children())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.qa_outputs(self.dropout(self.encoder(ids, mask, types))).float().unbind(-1)
@@ -252,13 +248,15 @@ class Spans(nn.Module):
 FIELDS = {
     "bert": {"vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_types": "type_vocab_size",
              "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-             "n_inner": "intermediate_size", "layer_norm_epsilon": "layer_norm_eps", "dropout": "hidden_dropout_prob"},
+             "n_inner": "intermediate_size", "layer_norm_epsilon": "layer_norm_eps"},
     "distilbert": {"vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_embd": "dim",
-                   "n_layer": "n_layers", "n_head": "n_heads", "n_inner": "hidden_dim", "dropout": "dropout"},
+                   "n_layer": "n_layers", "n_head": "n_heads", "n_inner": "hidden_dim"},
 }
 # What other values of these would change, nothing here computes
 FIXED = {"bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
                   "add_cross_attention": False}, "distilbert": {"activation": "gelu"}}
+DROPOUTS = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
+            "distilbert": ["dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"]}
 KINDS = {"Model": Bert, "ForSequenceClassification": Classifier, "ForQuestionAnswering": Spans}
 FAMILIES = {"bert": "Bert", "distilbert": "DistilBert"}
 # Heads of other tasks, which a file may hold besides: pre-training's, and those above.
@@ -270,37 +268,21 @@ def read_config(path: Path) -> dict:
     """Our config from a config.json of BERT's or DistilBERT's. Raises utils.InputError for another kind of model."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
-                               "config.json, model.safetensors and vocab.txt.") from error
-    found = found if isinstance(found, dict) else {}
-    family = found.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise utils.InputError(f"{path}: model_type is {family!r:.60}, and this script knows bert and distilbert; take "
-                               "another model.")
-    for name, value in FIXED[family].items():
-        if found.get(name, value) != value:
-            raise utils.InputError(f"{path}: {name} is {found[name]!r:.60}, and this {FAMILIES[family]} has "
-                                   f"{value!r}; take another model.")
-    config = {"model_type": family} | COMMON
-    for name, theirs in FIELDS[family].items():
-        config[name] = value = found.get(theirs, (COMMON | {"n_types": 2}).get(name))
-        kinds = (int, float) if name in ("layer_norm_epsilon", "dropout") else (int,)
-        if type(value) not in kinds or not (0 <= value < 1 if name == "dropout" else 0 < value < 2**24):
-            need = "at least 0 and less than 1" if name == "dropout" else (
-                f"a positive {'whole ' * (len(kinds) == 1)}number below 2^24")
-            raise utils.InputError(f"{path}: {theirs} is {value!r:.60}, and must be {need}; take the model's own "
-                                   "config.json.")
-    labels = found.get("id2label")
-    if isinstance(labels, dict) and labels:
-        try:
+        family = found["model_type"]
+        for name, value in FIXED[family].items():
+            if found.get(name, value) != value:
+                raise ValueError(f"{name} is {found[name]!r:.60} and not {value!r}")
+        config = {"model_type": family} | COMMON | {"n_types": 2 * (family == "bert")}
+        for name, theirs in FIELDS[family].items():
+            config[name] = value = found.get(theirs, config.get(name))
+            if type(value) is not (float if name == "layer_norm_epsilon" else int) or not 0 < value < 2**24:
+                raise ValueError(f"{theirs} is {value!r:.60}")
+        if labels := found.get("id2label"):
             config["labels"] = [str(labels[str(i)]) for i in range(len(labels))]
-        except KeyError as error:
-            raise utils.InputError(f"{path}: id2label lacks {error}; take the model's own config.json.") from error
-    if found.get("pooling", "mean") != "mean":
-        raise utils.InputError(f"{path}: pooling is {found['pooling']!r:.60}, and this Classifier has 'mean' or none; "
-                               "take the model's own config.json.")
-    return config | {name: found[name] for name in ("stand_in", "pooling") if name in found}
+        return config | {name: found[name] for name in ("stand_in", "pooling") if name in found}
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise utils.InputError(f"{path} is no config.json of a BERT or DistilBERT that is computed here "
+                               f"({type(error).__name__}: {error!s:.99}); take another model.") from error
 
 
 def read_model(path: Path, config: dict, kind: type = Bert) -> nn.Module:
@@ -308,45 +290,29 @@ def read_model(path: Path, config: dict, kind: type = Bert) -> nn.Module:
 
     Raises utils.InputError for tensors that don't fit. Nothing is copied: see gpt2.read_model.
     """
-    weights, family = open_weights(path), config["model_type"]
-    if 16 * config["n_layer"] > len(weights):  # 16 tensors each; asked first, as a config may claim a million layers
-        raise utils.InputError(f"{path} holds {len(weights)} tensors, too few for {config['n_layer']} layers; take the "
-                               "weights that belong to the config.")
+    weights, prefix = open_weights(path), f"{config['model_type']}."
     ## The same tensor may stand under "bert.", where a head was saved with it, and BERT's own files, which come from
     ## TensorFlow, say gamma and beta for a norm's weight and bias.
-    found = {}
-    for name in weights:
-        short = name.removeprefix(f"{family}.")
-        for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
-            short = short.removesuffix(old) + new if short.endswith(old) else short
-        if short in found:
-            raise utils.InputError(f"{path} holds both {found[short]!r:.80} and {name!r:.80}; take another file.")
-        found[short] = name
+    found = {name.removeprefix(prefix).replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
+             for name, tensor in weights.items()}
     found.pop("embeddings.position_ids", None)  # 0, 1, 2 ...
     if kind is Bert:
-        config = config | {"pooler": any(short.startswith("pooler.") for short in found)}
+        config = config | {"pooler": any(name.startswith("pooler.") for name in found)}
     with torch.device("meta"):
         model = kind(config)
-    state, kind_of = {}, f"a {FAMILIES[family]} with {config['n_layer']} layers"
-    for name, tensor in model.state_dict().items():
-        short = name.removeprefix(f"{family}.")
-        if short not in found:
-            ## A head that is not there is new; half a one is a damaged file.
-            half = {short.replace("bias", "weight"), short.replace("weight", "bias")} & found.keys()
-            if half or not short.startswith(HEADS):
-                raise utils.InputError(f"{path} lacks {short}, which it needs; take the weights of {kind_of}.")
-            state[name] = torch.zeros(tensor.shape) if tensor.dim() == 1 else 0.02 * torch.randn(tensor.shape)
-            continue
-        given = weights[found[short]]
-        if given.shape != tensor.shape or not given.is_floating_point():
-            raise utils.InputError(f"{path}: {short} is {tuple(given.shape)} of {given.dtype}, and this model needs "
-                                   f"{tuple(tensor.shape)} of floats; take the weights that belong to the config.")
-        state[name] = given.float()
-    known = {name.removeprefix(f"{family}.") for name in state}
-    stranger = next((name for short, name in found.items() if short not in known and not short.startswith(HEADS)), None)
-    if stranger is not None:
-        raise utils.InputError(f"{path} holds {stranger!r:.80}, which it has no use for; take the weights of "
-                               f"{kind_of}.")
+    wanted = {name.removeprefix(prefix): (name, tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in found | wanted:
+        theirs = tuple(found[name].shape) if name in found else "missing"
+        ours = tuple(wanted[name][1]) if name in wanted else "missing"
+        if theirs != ours and not ("missing" in (theirs, ours) and name.startswith(HEADS)):
+            raise utils.InputError(f"{path}: {name!r:.80} is {theirs} in the file and {ours} in a model of this "
+                                   "config; take the weights that belong to the config.")
+    state = {}
+    for name, (full, shape) in wanted.items():
+        if name in found:
+            state[full] = found[name].float()
+        else:  # of a head
+            state[full] = torch.zeros(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_().eval()
 
@@ -356,16 +322,16 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
     The vocabulary's file comes from WordPiece.save.
     """
-    c = model.config
-    family, ending = c["model_type"], next(ending for ending, kind in KINDS.items() if kind is type(model))
-    config = {"architectures": [FAMILIES[family] + ending], "model_type": family, **FIXED[family],
-              **{theirs: c[name] for name, theirs in FIELDS[family].items()}, "pad_token_id": 0}
-    others = {"bert": ["attention_probs"], "distilbert": ["attention_dropout", "seq_classif_dropout", "qa_dropout"]}
-    config |= {name + "_dropout_prob" * (family == "bert"): c["dropout"] for name in others[family]}
+    c, ending = model.config, next(ending for ending, kind in KINDS.items() if kind is type(model))
+    family = c["model_type"]
+    config = {"architectures": [FAMILIES[family] + ending], "model_type": family, "pad_token_id": 0, **FIXED[family],
+              **{theirs: c[name] for name, theirs in FIELDS[family].items()},
+              **dict.fromkeys(DROPOUTS[family], c["dropout"])}
     if "labels" in c:
         config["id2label"] = dict(enumerate(c["labels"]))
         config["label2id"] = {label: i for i, label in enumerate(c["labels"])}
-    config |= {name: c[name] for name in ("stand_in",) if name in c}
+    if "stand_in" in c:
+        config["stand_in"] = c["stand_in"]
     if c.get("pooling") == "mean" and type(model) is Classifier:  # transformers has no such head, and opens the encoder
         config |= {"architectures": [FAMILIES[family] + "Model"], "pooling": "mean"}
     data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
@@ -377,23 +343,19 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- which model
 HUB = "https://huggingface.co/"
-VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # the three share one vocabulary
 ## MiniLM's hashes were computed from its files. The files of the other two were never at hand where this was written:
 ## their hashes are those that other public projects pin for these commits. If one is wrong, the correct file is
 ## refused, but no wrong file is used.
-FILES = {  # name: (folder on the hub, {file: sha256})
+FILES = {  # name: (folder on the hub, {file: sha256}); wordpiece.py's vocab.txt belongs to all three
     "minilm": ("sentence-transformers/all-MiniLM-L6-v2/resolve/main/", {
         "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        "vocab.txt": VOCAB_SHA256,
         "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"}),
     "bert-base-uncased": ("google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594/", {
         "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
-        "vocab.txt": VOCAB_SHA256,
         "config.json": "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"}),
     "distilbert-base-uncased": (
         "distilbert/distilbert-base-uncased/resolve/12040accade4e8a0f71eabdb258fecc2e7e948be/", {
             "model.safetensors": "5e3f1108e3cb34ee048634875d8482665b65ac713291a7e32396fb18f6ff0063",
-            "vocab.txt": VOCAB_SHA256,
             "config.json": "69c94b0222d5d1f4b0ad027ca7416cdafb98378cbbb8305d0bf47c9365c60c83"}),
 }
 # The stand-in: BERT in all but size
@@ -421,8 +383,6 @@ def open_bert(folder: Path, name: str, kind: type = Bert, labels: list[str] | No
                                f"{config['vocab_size']:,}; take vocab.txt from where the weights are from.")
     config |= {"dropout": dropout, "name": name}
     config |= {key: value for key, value in (("labels", labels), ("pooling", pooling)) if value}
-    if kind is Classifier and "labels" not in config:
-        raise utils.InputError(f"{folder / 'config.json'} names no classes (id2label); take a fine-tuned classifier.")
     model = read_model(folder, config, kind)
     return model, tokenizer, model.config
 
@@ -454,7 +414,7 @@ def find_bert(name: str | None = None) -> tuple[Path, str]:
     if name != "stand-in":
         folder, (place, files) = utils.DATA_DIR / (name or "minilm"), FILES[name or "minilm"]
         try:
-            download_all(HUB + place, folder, files, "--model stand-in")
+            download_all(HUB + place, folder, files | {"vocab.txt": SHA256}, "--model stand-in")
             return folder, name or "minilm"
         except ConnectionError as error:
             if name:
@@ -482,20 +442,18 @@ def hide(ids: Tensor, tokenizer: WordPiece, generator: torch.Generator) -> tuple
     return torch.where(asked & (draw >= 0.12) & (draw < 0.135), others, seen), asked
 
 
-def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None) -> None:
+def pretrain(folder: Path) -> None:
     """Make a small BERT from nothing and write it to folder, in the files that BERT comes in."""
     text = read_text("pydocs")
-    n, T, B = int(0.9 * len(text)), 128, 16
+    n, T, B, steps = int(0.9 * len(text)), 128, 16, STAND_IN_STEPS
     tokenizer = WordPiece(train_wordpiece(text[:n], STAND_IN_VOCAB))
     tokenizer.save(folder)  # fails now, and not after the training, where nothing can be written
     train, val = (torch.tensor(tokenizer.encode_text(part, special=False)[0]) for part in (text[:n], text[n:]))
     dtype, generator = utils.pick_dtype(torch.device("cpu")), torch.Generator().manual_seed(0)
 
-    def windows(ids: Tensor, starts: Tensor) -> Tensor:  # (B, T): [CLS], T - 2 tokens, [SEP]
+    def guess(ids: Tensor, starts: Tensor, generator: torch.Generator) -> Tensor:  # the loss
         inner = ids[starts[:, None] + torch.arange(T - 2)]
-        return F.pad(F.pad(inner, (1, 0), value=tokenizer.cls), (0, 1), value=tokenizer.sep)
-
-    def guess(ids: Tensor, generator: torch.Generator) -> Tensor:  # the loss
+        ids = F.pad(F.pad(inner, (1, 0), value=tokenizer.cls), (0, 1), value=tokenizer.sep)  # (B, T)
         seen, asked = hide(ids, tokenizer, generator)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             hidden = model(seen)[asked]  # (hidden tokens, C): nothing else needs scores
@@ -505,36 +463,37 @@ def pretrain(folder: Path, steps: int = STAND_IN_STEPS, plot: Path | None = None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Bert(STAND_IN | {"vocab_size": len(tokenizer.names), "dropout": 0.0, "stand_in": steps})
-        bias = nn.Parameter(torch.zeros(len(tokenizer.names)))
-        print(f"pre-training a BERT with {utils.count_parameters(model):,} parameters on {len(train):,} tokens of "
-              f"Python's manual ({dtype})")
-        optimizer = torch.optim.AdamW([*model.parameters(), bias], lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
-                                      fused=True)
-        history, losses, begun = [], [], time.perf_counter()
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 60, (steps - step) / steps)
-            loss = guess(windows(train, torch.randint(len(train) - T, (B,), generator=generator)), generator)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            utils.progress(step + 1, steps, begun, f"loss {losses[-1]:.3f}", "tokens", B * T)
-            if (step + 1) % 100 == 0 or step + 1 == steps:
-                with torch.no_grad():
-                    val_loss = guess(windows(val, torch.arange(0, len(val) - T, T - 2)),
-                                     torch.Generator().manual_seed(1)).item()
-                history.append({"step": step + 1, "train_loss": sum(losses) / len(losses), "val_loss": val_loss})
-                losses = []
+    bias = nn.Parameter(torch.zeros(len(tokenizer.names)))
+    print(f"pre-training a BERT with {utils.count_parameters(model):,} parameters on {len(train):,} tokens of "
+          f"Python's manual ({dtype})")
+    optimizer = torch.optim.AdamW([*model.parameters(), bias], lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True)
+    begun = time.perf_counter()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 60, (steps - step) / steps)
+        loss = guess(train, torch.randint(len(train) - T, (B,), generator=generator), generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        utils.progress(step + 1, steps, begun, f"loss {loss:.3f}", "tokens", B * T)
+    with torch.no_grad():
+        val_loss = guess(val, torch.arange(0, len(val) - T, T - 2), torch.Generator().manual_seed(1))
     save_model(model, folder)  # config.json comes last: a folder that has it is complete
-    print(f"{time.perf_counter() - begun:.0f} s; validation loss {history[-1]['val_loss']:.3f} nats per hidden token "
+    print(f"{time.perf_counter() - begun:.0f} s; validation loss {val_loss:.3f} nats per hidden token "
           f"(uniform {math.log(len(tokenizer.names)):.3f})\nwrote weights, config.json and vocab.txt to {folder}")
-    if plot:
-        utils.plot_history(plot, history, ["train_loss", "val_loss"], "Pre-training the stand-in (pydocs, stand-in)",
-                           y="nats per hidden token")
 
 
 # ---------------------------------------------------------------------------------------------- sentences as vectors
+def by_length(rows: list, batch_size: int) -> list[list[int]]:
+    """The numbers of all rows, batch by batch.
+
+    ## Sorted by length, a batch holds texts of a kind, and hardly any padding.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
 @torch.inference_mode()
 def embed(model: Bert, tokenizer: WordPiece, texts: list[str], batch_size: int = 32) -> Tensor:
     """A vector of length 1 for each text: (N, C). Texts are cut to 256 tokens, as sentence-transformers does.
@@ -543,32 +502,22 @@ def embed(model: Bert, tokenizer: WordPiece, texts: list[str], batch_size: int =
     ## their dot product.
     """
     longest = min(256, model.config["n_positions"])
-    rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in texts]
+    rows = [tokenizer.encode(text, longest, special=False).ids for text in texts]
     vectors = torch.empty(len(texts), model.config["n_embd"])
-    ## Sorted by length, a batch holds texts of a kind, and hardly any padding.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for some in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+    for some in by_length(rows, batch_size):
         ids, mask = pad([rows[i] for i in some], tokenizer.pad)
         vectors[some] = F.normalize(mean_pool(model(ids, mask), mask), dim=-1)
     return vectors
 
 
 SENTENCES = """The cat sleeps on the warm windowsill.
-A kitten is taking a nap in the sun.
 My doctor told me to stay in bed for a week.
-The medicine made her headache go away.
 Shares fell sharply after the central bank raised rates.
-The company reported a record profit this quarter.
-Whisk the eggs with sugar until the mixture is pale.
 Let the dough rest for an hour before baking.
 The striker scored twice in the final minutes.
-Their goalkeeper saved three penalties.
-The train to the coast leaves every half hour.
 All flights were cancelled because of the storm.
-He forgot the password of his e-mail account.
 The laptop crashes whenever I open the browser.
-The film was so dull that I left before the end.
-An unforgettable performance by the whole cast."""
+The film was so dull that I left before the end."""
 QUERY = "I have the flu"
 
 
@@ -578,49 +527,19 @@ def main() -> None:
     add("--model", help=f"{', '.join(FILES)}, stand-in, or a folder; without it minilm, or the stand-in if that is out "
         "of reach")
     add("--query", default=QUERY, help="the sentence to look for")
-    add("--sentences", help="a text file, one sentence per line; without it sixteen of our own")
-    add("--top-k", type=utils.count, default=3, help="how many of the nearest to show")
-    add("--steps", type=utils.count, help="with --model stand-in: pre-train it anew, with so many steps instead of "
-        f"{STAND_IN_STEPS}")
+    add("--sentences", help="a text file, one sentence per line; without it eight of our own")
     args = utils.parse_args(parser)
-    if args.steps:
-        if args.model != "stand-in":
-            raise utils.InputError("--steps goes with --model stand-in, which it makes anew.")
-        pretrain(utils.DATA_DIR / "bert-stand-in", args.steps, args.out / "bert_pretraining.png")
-    texts = (read_text(args.sentences) if args.sentences else SENTENCES).splitlines()
-    texts = [line for line in texts if line.strip()]
+    texts = [line for line in (read_text(args.sentences) if args.sentences else SENTENCES).splitlines() if line.strip()]
     if not args.query.strip() or not texts:
         raise utils.InputError("--query and --sentences must hold some words.")
-
-    print(f"{'':24} layers  heads  channels     parameters   float32")
-    for name, size in SIZES.items():
-        with torch.device("meta"):
-            n = utils.count_parameters(Bert(size))
-        print(f"{name:24}{size['n_layer']:7}{size['n_head']:7}{size['n_embd']:10}{n:15,}{n * 4 / 1e9:7.2f} GB")
-
     model, tokenizer, config = load_bert(args.model)
-    rows = sorted((tokenizer.encode(text, max_length=config["n_positions"], special=False).ids
+    rows = sorted((tokenizer.encode(text, config["n_positions"], special=False).ids
                    for text in (args.query, texts[0])), key=len)  # the shorter one gets the padding
     ids, mask = pad(rows, tokenizer.pad)
-    print(f"\n{config['name']}: two sentences in one batch, {tuple(ids.shape)}, of {mask.sum(1).tolist()} tokens:")
-    for row in ids.tolist():
-        print("  " + " ".join(tokenizer.names[i] for i in row))
-    first = f"{NAMES[config['model_type']]['layers']}.0"
-
-    def show(name: str, x: Tensor, y: Tensor) -> None:
-        print(f"  {name:44}{tuple(x.shape)!s:14} -> {tuple(y.shape)}")
-
-    hooks = []
-    for name, layer in model.named_modules():
-        if name == first or name.startswith(("embeddings.", first)) and isinstance(
-                layer, (nn.Linear, nn.LayerNorm, nn.Embedding)):
-            hooks.append(layer.register_forward_hook(lambda _, x, y, name=name: show(name, x[0], y)))
+    print(f"{config['name']}: two sentences in one batch, {tuple(ids.shape)}, of {mask.sum(1).tolist()} tokens:\n  "
+          + "\n  ".join(" ".join(tokenizer.names[i] for i in row) for row in ids.tolist()))
     with torch.inference_mode():
-        hidden = model(ids, mask)
-        for hook in hooks:
-            hook.remove()
-        alone = model(ids[:1, : len(rows[0])])
-        show("mean over tokens", hidden, mean_pool(hidden, mask))
+        hidden, alone = model(ids, mask), model(ids[:1, : len(rows[0])])  # (2, T, C), (1, T, C)
     print(f"beside a longer sentence and alone: the first one's vectors differ by "
           f"{(hidden[0, : len(rows[0])] - alone[0]).abs().max():.1e}\n")
 
@@ -628,7 +547,7 @@ def main() -> None:
     vectors = embed(model, tokenizer, texts)  # (N, C)
     scores = vectors @ embed(model, tokenizer, [args.query])[0]  # (N,)
     print(f"nearest to {args.query!r}:")
-    for score, i in zip(*(part.tolist() for part in scores.topk(min(args.top_k, len(texts))))):
+    for score, i in zip(*(part.tolist() for part in scores.topk(min(3, len(texts))))):
         print(f"  {score:6.3f}  {texts[i]}")
     utils.stand_in_notice("a small BERT", "MiniLM" if "stand_in" in config else "")
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from bert import Classifier, download_all
+from bert import Classifier, by_length, download_all
 from bert_train import (
-    Data, batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train)
+    Data, batches, fit, load_result, load_set, load_trained, new_parser, parse, place, prepare, report)
 from bpe import read_text
 from wordpiece import pad
 
@@ -54,13 +54,10 @@ def load_data(data: str | None = None) -> Data:
     and test/CLASS/*.txt; of the latter's training texts a tenth is for validation. Raises utils.InputError for files
     that can't be read, ConnectionError where a set that was named is out of reach.
     """
-    if data not in (None, *SETS):
-        folder = Path(data)
-        if not folder.is_dir():
-            raise utils.InputError(f"data {data} is no folder; give one with train.tsv, dev.tsv and test.tsv or with "
-                                   f"train/CLASS/*.txt and test/CLASS/*.txt, or {' or '.join(SETS)}.")
-        return read_tables(folder, folder.name) if (folder / "train.tsv").exists() else read_folders(folder)
-    return load_set(SETS, data)
+    if data in (None, *SETS):
+        return load_set(SETS, data)
+    folder = Path(data)
+    return read_tables(folder, folder.name) if (folder / "train.tsv").exists() else read_folders(folder)
 
 
 def read_sst2() -> Data:
@@ -73,42 +70,34 @@ def read_sst2() -> Data:
 def read_tables(folder: Path, name: str, labels: list[str] | None = None) -> Data:
     """train.tsv, dev.tsv and test.tsv: on each line a text, a tab, and 0, 1 ... labels: what these are called."""
     parts = []
-    for file in SST2_SHA256:
-        path, texts, y = folder / file, [], []
-        for number, line in enumerate(read_text(str(path)).replace("\r\n", "\n").split("\n"), 1):
+    for path in (folder / file for file in SST2_SHA256):
+        parts.append([])
+        for number, line in enumerate(read_text(str(path)).replace("\r\n", "\n").rstrip("\n").split("\n"), 1):
             found = re.fullmatch(r"(.*\S.*)\t([0-9]{1,3})", line)  # a text may hold tabs of its own
-            if line and not found:
+            if not found:
                 raise utils.InputError(f"{path}, line {number}: {line[:60]!r} is not a text, a tab and the number of a "
                                        "class from 0; put it right.")
-            if found:
-                texts.append(found[1])
-                y.append(int(found[2]))
-        if not texts:
-            raise utils.InputError(f"{path} is empty; put the texts there.")
-        parts.append(Texts(texts, torch.tensor(y)))
-    K = max(max(part.y.tolist()) for part in parts) + 1
-    if len(set(parts[0].y.tolist())) < K or K < 2:
-        raise utils.InputError(f"{folder / 'train.tsv'} must hold texts of at least two classes, and of every class "
-                               "that the other two files hold; put it right.")
-    return Data(*parts, name, labels=labels or [str(k) for k in range(K)])
+            parts[-1].append((found[1], int(found[2])))
+    return make_data(parts, name, labels or [str(k) for k in range(1 + max(k for part in parts for _, k in part))])
 
 
 def read_folders(folder: Path) -> Data:
-    """train/CLASS/*.txt and test/CLASS/*.txt, as IMDB comes; a class that only one of the two has is passed over."""
-    have = [{path.name for path in (folder / part).glob("*/") if any(path.glob("*.txt"))} for part in ("train", "test")]
-    labels = sorted(have[0] & have[1])  # without IMDB's train/unsup, which nobody has labelled
-    if len(labels) < 2:
-        raise utils.InputError(f"{folder} must hold train/CLASS/*.txt and test/CLASS/*.txt for at least two classes; "
-                               "unpack it anew, or name another folder.")
-    parts = []
-    for part in ("train", "test"):
-        found = [(path, k) for k, label in enumerate(labels) for path in sorted((folder / part / label).glob("*.txt"))]
-        parts.append(Texts([read_text(str(path)).replace("<br />", " ") for path, _ in found],
-                           torch.tensor([k for _, k in found])))
-    order = torch.randperm(len(parts[0].texts), generator=torch.Generator().manual_seed(0)).tolist()
-    n = max(1, len(order) // 10)
-    val, train = (Texts([parts[0].texts[i] for i in rows], parts[0].y[rows]) for rows in (order[:n], order[n:]))
-    return Data(train, val, parts[1], folder.name, labels=labels)
+    """train/CLASS/*.txt and test/CLASS/*.txt, as IMDB comes; the test's classes are those that count."""
+    labels = sorted(path.name for path in folder.glob("test/*/"))  # without IMDB's train/unsup, which is not labelled
+    train, test = ([(read_text(str(path)).replace("<br />", " "), k) for k, label in enumerate(labels)
+                    for path in sorted((folder / part / label).glob("*.txt"))] for part in ("train", "test"))
+    random.Random(0).shuffle(train)
+    n = 1 + len(train) // 10
+    return make_data([train[n:], train[:n], test], folder.name, labels)
+
+
+def make_data(parts: list[list[tuple[str, int]]], name: str, labels: list[str], stand_in: str = "") -> Data:
+    """Training, validation and test from their (text, class)."""
+    if len({k for _, k in parts[0]}) < max(2, len(labels)) or not parts[2]:
+        raise utils.InputError(f"{name} must hold train.tsv, dev.tsv and test.tsv, or train/CLASS/*.txt and test/CLASS/"
+                               "*.txt, with at least two classes, and texts of each to learn from; put it right.")
+    return Data(*(Texts([text for text, _ in part], torch.tensor([k for _, k in part])) for part in parts), name,
+                stand_in, labels)
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -121,13 +110,13 @@ NEGATED = ("{part} is not {word},{part} is never {word},{part} is anything but {
 JOINED = "although {side} ; {main},{main} ; although {side},{side} ; but {main},{main} ; even if {side}"
 
 
-def template_reviews(sizes: tuple[int, int, int] = (3000, 500, 500), seed: int = 0) -> Data:
+def template_reviews() -> Data:
     """Reviews of one or two clauses, all different: praise or complaint, plain or negated.
 
     ## Counting good and bad words should not be enough. "not dull" is praise. And where there are two clauses they
     ## disagree, and the main one decides: "although the plot is dull ; the cast is superb" has its opposite's words.
     """
-    draw, seen = random.Random(seed), {}
+    draw, seen = random.Random(0), {}
 
     def choose(text: str) -> str:
         return draw.choice(text.split(","))
@@ -137,14 +126,12 @@ def template_reviews(sizes: tuple[int, int, int] = (3000, 500, 500), seed: int =
         words = GOOD if good != negated else BAD
         return choose(NEGATED if negated else PLAIN).format(part=choose(PARTS), word=choose(words))
 
-    while len(seen) < sum(sizes):
+    while len(seen) < 4000:
         good = draw.random() < 0.5
         main, side = clause(good), clause(not good)
         seen[main if draw.random() < 0.5 else choose(JOINED).format(main=main, side=side)] = int(good)
-    texts, y = list(seen), torch.tensor(list(seen.values()))
-    ends = [sum(sizes[:i]) for i in range(4)]
-    parts = [Texts(texts[a:b], y[a:b]) for a, b in zip(ends, ends[1:])]
-    return Data(*parts, "templates", "SST-2", ["negative", "positive"])
+    rows = list(seen.items())
+    return make_data([rows[:3000], rows[3000:3500], rows[3500:]], "templates", ["negative", "positive"], "SST-2")
 
 
 SETS = {"sst2": read_sst2, "templates": template_reviews}  # the last stands in for the first
@@ -181,24 +168,21 @@ def backward(model: nn.Module, ids: Tensor, mask: Tensor, y: Tensor, dtype: torc
 @torch.inference_mode()
 def predict(model: Classifier, rows: list[list[int]], pad_id: int, dtype: torch.dtype, batch_size: int = 64) -> Tensor:
     """Log-probabilities (N, K) for lists of ids, in float32."""
-    training, device = model.training, model.classifier.weight.device
+    device, out = model.classifier.weight.device, torch.empty(len(rows), model.classifier.out_features)
     model.eval()  # no dropout
-    out = torch.empty(len(rows), model.classifier.out_features)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for some in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+    for some in by_length(rows, batch_size):
         ids, mask = pad([rows[i] for i in some], pad_id)  # (B, T), (B, T)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(ids.to(device), mask.to(device))  # (B, K)
         out[some] = logits.log_softmax(-1).cpu()
-    model.train(training)
     return out
 
 
 def evaluate(predicted: Tensor, y: Tensor, K: int) -> dict:
     """Confusion matrix and what follows from it, from classes (N,) and (N,).
 
-    confusion[i][j]: texts of class i that were taken for j. precision, recall and f1, one per class, are 0 where they
-    would be 0 / 0; the last class counts as "positive" where there are two, and else the mean over classes is taken.
+    confusion[i][j]: texts of class i that were taken for j. precision, recall and f1, which are 0 where they would be
+    0 / 0, are those of the last class, "positive", where there are two classes, and else the mean over classes.
 
     ##     precision = right / all that were called so        recall = right / all that are so
     ## F1 is their harmonic mean, at most twice the smaller. Accuracy, the share of all that is right, hides a rare
@@ -208,10 +192,9 @@ def evaluate(predicted: Tensor, y: Tensor, K: int) -> dict:
     right, called, are = confusion.diag().double(), confusion.sum(0), confusion.sum(1)  # (K,) each
     precision, recall = right / called.clamp(min=1), right / are.clamp(min=1)
     f1 = 2 * right / (called + are).clamp(min=1)
-    one = (lambda x: x[1].item()) if K == 2 else (lambda x: x.mean().item())
-    return {"accuracy": right.sum().item() / len(y), "precision": one(precision), "recall": one(recall), "f1": one(f1),
-            "confusion": confusion.tolist(), "per_class": {"precision": precision.tolist(), "recall": recall.tolist(),
-                                                           "f1": f1.tolist()}}
+    of = slice(1, 2) if K == 2 else slice(None)
+    return {"accuracy": right.sum().item() / len(y), "precision": precision[of].mean().item(),
+            "recall": recall[of].mean().item(), "f1": f1[of].mean().item(), "confusion": confusion.tolist()}
 
 
 def bag_of_words(data: list[tuple[list[list[int]], Tensor]], V: int, K: int) -> tuple[Tensor, Tensor]:
@@ -224,7 +207,7 @@ def bag_of_words(data: list[tuple[list[list[int]], Tensor]], V: int, K: int) -> 
         sets = [sorted(set(row)) for row in rows]  # whether a token is there, not how often
         ids = torch.tensor([i for some in sets for i in some])
         bags.append((ids, torch.tensor([0, *map(len, sets)])[:-1].cumsum(0)))  # all tokens, where each text begins
-    best = None
+    found = []  # (how many are right, log-probabilities on validation and test)
     for penalty in (0.3, 1.0, 3.0, 10.0):
         W = torch.zeros(V, K, requires_grad=True)  # [CLS], which every text has, serves as bias
         optimizer = torch.optim.LBFGS([W], max_iter=200, line_search_fn="strong_wolfe")
@@ -239,10 +222,8 @@ def bag_of_words(data: list[tuple[list[list[int]], Tensor]], V: int, K: int) -> 
 
         optimizer.step(closure)
         val, test = (F.embedding_bag(ids, W.detach(), starts, mode="sum").log_softmax(-1) for ids, starts in bags[1:])
-        right = (val.argmax(-1) == data[1][1]).sum()
-        if best is None or right > best[0]:
-            best = right, val, test
-    return best[1:]
+        found.append(((val.argmax(-1) == data[1][1]).sum().item(), val, test))
+    return max(found, key=lambda row: row[0])[1:]
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -254,11 +235,9 @@ ALL_MATRICES = {"bert": ["query", "key", "value", "attention.output.dense", "int
                 "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]}
 
 
-def classify(args, parser) -> None:
+def classify(args) -> None:
     """Print label and probability for each text of the command line, by the model in --out."""
-    if not all(text.strip() for text in args.text):
-        raise utils.InputError("a text to classify is empty; give words, each text in quotes.")
-    model, tokenizer, saved = load_trained(args, parser, SCRIPT, Classifier)
+    model, tokenizer, saved = load_trained(args, SCRIPT, Classifier)
     longest = min(saved["options"]["max_length"], model.config["n_positions"])
     rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.text]
     for text, row in zip(args.text, predict(model, rows, tokenizer.pad, torch.float32).exp()):
@@ -279,10 +258,9 @@ def main() -> None:
     add("--adversarial", type=utils.number(float, "[0, inf)"), help="how far each text's word vectors are pushed to "
         "where the loss is larger, to learn there too: a step takes twice as long; 0: not at all; without it "
         + ", ".join(f"{recipe['adversarial']:g} ({method})" for method, recipe in RECIPES.items()))
-    args = utils.parse_args(parser)
+    args = parse(parser, RECIPES)
     if args.text:
-        return classify(args, parser)
-    fill(args, RECIPES[args.method])
+        return classify(args)
 
     # texts and model
     data = load_data(args.data)
@@ -295,7 +273,6 @@ def main() -> None:
     train_rows, val_rows, test_rows = ([tokenizer.encode(text, max_length=longest, special=False).ids
                                         for text in part.texts] for part in data[:3])
     y, val_y, test_y = (part.y for part in data[:3])
-    step_model = torch.compile(model) if args.compile else model
 
     # sanity numbers before training
     shares = " / ".join(f"{(part.y == K - 1).float().mean():.1%}" for part in data[:3])
@@ -310,16 +287,16 @@ def main() -> None:
 
     def learn(rows: list[int]) -> Tensor:
         ids, mask = (part.to(args.device) for part in pad([train_rows[i] for i in rows], tokenizer.pad))  # (B, T) each
-        return backward(step_model, ids, mask, y[rows].to(args.device), args.dtype, args.adversarial)
+        return backward(model, ids, mask, y[rows].to(args.device), args.dtype, args.adversarial)
 
     def validate() -> dict[str, float]:
         log_p = predict(model, val_rows, tokenizer.pad, args.dtype)
         return {"val_loss": F.nll_loss(log_p, val_y).item(),
                 "val_accuracy": (log_p.argmax(-1) == val_y).float().mean().item()}
 
-    history, metrics = train(args, SCRIPT, "SEQ_CLS", "val_accuracy", model, tokenizer, lengths,
-                             learn, validate, "validation {val_loss:.4f}, {val_accuracy:.2%} right",
-                             labels=data.labels, stand_in=data.stand_in)
+    history, metrics = fit(args, SCRIPT, "SEQ_CLS", "val_accuracy", model, tokenizer, lengths, learn, validate,
+                           "validation {val_loss:.4f}, {val_accuracy:.2%} right", labels=data.labels,
+                           stand_in=data.stand_in)
 
     # report
     after = load_result(folder, vars(args), args.out, Classifier, data.labels)[0].to(args.device)  # as anybody would
@@ -335,10 +312,6 @@ def main() -> None:
     for name, (on_val, on_test) in table.items():
         print(f"{name:18}{on_val['accuracy']:10.2%}{on_test['accuracy']:16.2%}{on_test['precision']:12.2%}"
               f"{on_test['recall']:9.2%}{on_test['f1']:8.2%}")
-    print("\ntest texts of each class (rows), by what they were taken for (columns):")
-    print(" " * 12 + "".join(f"{name:>12.11}" for name in data.labels))
-    for name, row in zip(data.labels, table[args.method][1]["confusion"]):
-        print(f"{name:>12.11}" + "".join(f"{n:12,}" for n in row))
     p, guess = results[args.method][1].exp().max(-1)
     print("\nthe most confident mistakes:")
     for i in torch.where(guess != test_y, p, 0).topk(min(5, int((guess != test_y).sum()))).indices.tolist():

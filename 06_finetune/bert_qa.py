@@ -8,7 +8,7 @@ a text longer than the model is read in overlapping windows; and how an answer i
     python 06_finetune/bert_qa.py --data train.json --dev dev.json any files in SQuAD v1.1's format
     python 06_finetune/bert_qa.py --question "Who?" --context "..." the answer, by what was trained
 
-You should see (templates, three seeds, two cores, about 200 s): exact match 96 ± 2 %; word overlap alone 4 %.
+You should see (templates, seed 0, two cores, minutes): exact match 99 %, F1 99 %; word overlap alone 0 and 14 %.
 Writes to outputs/qa/: adapter/ (--method lora, PEFT's format) or model/ (a folder that transformers opens),
 predictions.json, checkpoint.pt, metrics.json, history.png. Left out: questions without an answer (SQuAD 2.0).
 """
@@ -20,7 +20,6 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +29,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from bert import Spans, download_all
+from bert import Spans, by_length, download_all
 from bert_train import (
-    Data, batches, fill, load_result, load_set, load_trained, new_parser, place, prepare, report, train)
+    Data, batches, fit, load_result, load_set, load_trained, new_parser, parse, place, prepare, report)
 from wordpiece import Encoding, WordPiece, pad
 
 # Shapes: B batch (windows), T time (tokens in a window, padding included)
@@ -79,29 +78,19 @@ def download_squad() -> Data:
 
 def read_squad(path: Path) -> list[Question]:
     """The questions of a JSON file: data -> paragraphs -> context and qas. Raises utils.InputError for another one."""
+    found = {}
     try:
-        articles = json.loads(path.read_bytes())["data"]
-        found = [Question(qa["id"], i, paragraph["context"], qa["question"], [a["text"] for a in qa["answers"]],
-                          qa["answers"][0]["answer_start"] if qa["answers"] else -1)
-                 for i, article in enumerate(articles) for paragraph in article["paragraphs"]
-                 for qa in paragraph["qas"]]
-    except OSError as error:
-        raise utils.InputError(f"{path} cannot be read ({error.strerror}); give SQuAD v1.1's train-v1.1.json, or "
-                               "templates.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise utils.InputError(f"{path} is not in the format of SQuAD v1.1 ({type(error).__name__}: {error!s:.60}); "
-                               "give its train-v1.1.json or dev-v1.1.json.") from error
-    for q in found:
-        if not all(isinstance(some, str) for some in (q.id, q.context, q.question, *q.answers)) or not (
-                type(q.start) is int and q.start >= 0 and q.answers and q.answers[0]
-                and q.context[q.start :].startswith(q.answers[0])):
-            raise utils.InputError(f"{path}, question {q.id!r:.60}: its first answer does not stand in its context at "
-                                   "answer_start; give a file of SQuAD v1.1 (2.0 has questions without an answer).")
-    if len({q.id for q in found}) < len(found):
-        raise utils.InputError(f"{path} has an id that two questions share; give each question an id of its own.")
-    if not found:
-        raise utils.InputError(f"{path} has no questions; give SQuAD v1.1's train-v1.1.json, or templates.")
-    return found
+        for i, article in enumerate(json.loads(path.read_bytes())["data"]):
+            for paragraph, qa in ((paragraph, qa) for paragraph in article["paragraphs"] for qa in paragraph["qas"]):
+                answers, context = qa["answers"], paragraph["context"]
+                if not answers or not context[answers[0]["answer_start"] :].startswith(answers[0]["text"]):
+                    raise ValueError(f"question {qa['id']} has no answer, or it does not stand at answer_start")
+                found[qa["id"]] = Question(qa["id"], i, context, qa["question"], [some["text"] for some in answers],
+                                           answers[0]["answer_start"])
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise utils.InputError(f"{path} is not in the format of SQuAD v1.1 ({type(error).__name__}: {error!s:.99}); "
+                               "give its train-v1.1.json or dev-v1.1.json, or templates.") from error
+    return list(found.values())
 
 
 def split(found: list[Question], test: list[Question] | None, name: str) -> Data:
@@ -120,66 +109,37 @@ def split(found: list[Question], test: list[Question] | None, name: str) -> Data
 # ---------------------------------------------------------------------------------------------- the stand-in
 # What is said of a person, | between the ways to say it, and to ask for it. The last way to ask is kept from training.
 FACTS = {
-    "town": ("{name} was born in {value}.|{value} is where {name} was born.|In {value}, {name} saw the light of day.",
+    "town": ("{name} was born in {value}.|In {value}, {name} first saw the light of day.",
              "Where was {name} born?|What is the birthplace of {name}?|Which town does {name} come from?"),
-    "year": ("{name} was born in {value}.|It was in {value} that {name} was born.|The birth of {name} fell in {value}.",
-             "When was {name} born?|What is the year of birth of {name}?|In which year did {name} come to life?"),
-    "job": ("{name} worked as a {value} for many years.|As a {value}, {name} was well known.|The work of a {value} was "
-            "what {name} did best.",
+    "year": ("{name} came into the world in {value}.|It was in {value} that {name} was born.",
+             "When was {name} born?|What is the year of birth of {name}?|How early did {name} come to life?"),
+    "job": ("{name} worked as a {value} for many years.|As a {value}, {name} was well known.",
             "What did {name} do for a living?|What was the job of {name}?|By what trade did {name} earn money?"),
-    "instrument": ("{name} played the {value} every evening.|On the {value} nobody was better than {name}.|The sound "
-                   "of the {value} made {name} happy, who had learned to play it.",
-                   "Which instrument did {name} play?|What did {name} play?|On what did {name} make music?"),
-    "spouse": ("{name} married {value} after a short time.|{value} became the wife or husband of {name}.|At a wedding "
-               "in May, {name} and {value} were joined for life.",
+    "spouse": ("{name} married {value} after a short time.|In May, {name} and {value} were joined for life.",
                "Who was married to {name}?|Whom did {name} marry?|What is the name of the spouse of {name}?"),
-    "pet": ("{name} kept a {animal} called {value}.|{value} was the name of the {animal} that {name} kept.|With "
-            "{value}, a {animal}, {name} went for long walks.",
-            "What was the pet of {name} called?|What is the name of the animal that {name} kept?|To which name did "
-            "{name}'s animal answer?"),
-    "firm": ("{name} was employed by {value} at that time.|{value} had {name} on its list of workers.|The wages of "
-             "{name} came from {value}, which paid well.",
-             "For which company did {name} work?|Who employed {name}?|Who paid the wages of {name}?"),
-    "dish": ("{name} liked {value} best of all.|There was nothing like {value} for {name}.|Given the choice, {name} "
-             "would always eat {value}.",
+    "dish": ("{name} liked {value} best of all.|Given the choice, {name} would always eat {value}.",
              "What was the favourite dish of {name}?|What did {name} like to eat?|Which food did {name} prefer?"),
 }
-FILLERS = ("In {year} a storm kept everyone in {town} indoors.|The road to {town} was closed until {year}.|{firm} "
-           "opened a branch in {town} in {year}.|A {job} and a {animal} were seen in {town}.|Old people in {town} "
-           "still speak of the winter of {year}.|The {instrument} was seldom heard before {year}.")
-WORDS = {
-    "job": "baker,painter,miller,teacher,doctor,sailor,farmer,printer,weaver,lawyer,tailor,carpenter,judge,clerk,"
-           "gardener,butcher,barber,mason,nurse,porter,hunter,potter,saddler,brewer",
-    "instrument": "violin,piano,flute,trumpet,guitar,harp,cello,organ,drum,clarinet,accordion,lute,oboe,banjo,viola,"
-                  "trombone,mandolin,bassoon",
-    "animal": "dog,cat,goat,parrot,donkey,horse,rabbit,pig,goose,sheep,hen,fox",
-    "taste": "salted,roasted,cold,sweet,sour,fried,smoked,baked,spiced,boiled,dried,stewed",
-    "food": "plums,beans,eel,mutton,cabbage,pears,herring,dumplings,mushrooms,trout,onions,barley,rice,figs,duck,"
-            "lentils,apples,cheese",
-}
-SYLLABLES = ("ba bel cor da den el fa gar ho ir jun ka lo mar n\u00e9 or pe quin ra sol ta ul vor wen yl zan \u00f6st "
-             "l\u00fck").split()
+JOBS = ("baker,painter,miller,teacher,doctor,sailor,farmer,printer,weaver,lawyer,tailor,carpenter,judge,clerk,mason,"
+        "gardener,butcher,barber,nurse,porter,hunter,potter,saddler,brewer")
+DISHES = ("salted plums,roasted eel,cold mutton,sweet cabbage,sour pears,fried herring,smoked trout,baked onions,"
+          "spiced barley,boiled rice,dried figs,stewed duck,cold lentils,sour apples,fried cheese,boiled beans,"
+          "baked beets,smoked ham,sweet porridge,roasted nuts,spiced cake,dried cod,salted butter,stewed quinces")
+SYLLABLES = "ba bel cor da den el fa gar ho ir jun ka lo mar ne or pe quin ra sol ta ul vor wen yl zan l\u00fck".split()
 
 
-def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0) -> Data:
-    """Passages about people, with four questions each; sizes: passages for training, validation, test.
+def template_passages() -> Data:
+    """Passages about people, with four questions each: 300 for training, 75 for validation, 75 for the test.
 
     ## Where the answer stands says nothing: people, facts and sentences come in random order. Its kind says too little.
-    ## The same facts are told of everybody in a passage, so that there are several towns, years or jobs. The first of
-    ## them is the correct one in 43 of 100 cases. What is left is to find the sentence about the person and the fact
-    ## asked for, though it may speak of "she". No name occurs in two passages, and each part has trades, years and
-    ## dishes of its own: nothing that was learned by heart helps.
+    ## The same facts are told of everybody in a passage, so that there are several towns, years or jobs. What is left
+    ## is to find the sentence about the person and the fact asked for, though it may speak of "she". No name occurs in
+    ## two passages, and each part has trades, years and dishes of its own: what was learned by heart does not help.
     """
-    draw, seen, parts = random.Random(seed), set(), []
-    lists = {kind: words.split(",") for kind, words in WORDS.items()} | {"year": list(map(str, range(1500, 2000)))}
+    draw, seen, parts = random.Random(0), set(), []
+    lists = {"job": JOBS.split(","), "dish": DISHES.split(","), "year": [str(year) for year in range(1500, 2000)]}
     for words in lists.values():
         draw.shuffle(words)
-
-    def choose(text: str) -> str:
-        return draw.choice(text.split("|"))
-
-    def capital(text: str) -> str:
-        return text[0].upper() + text[1:] + " "
 
     def invent() -> str:
         while (name := "".join(draw.choices(SYLLABLES, k=draw.choice((2, 2, 3)))).capitalize()) in seen:
@@ -187,43 +147,24 @@ def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0
         seen.add(name)
         return name
 
-    for part, passages in enumerate(sizes):
-        a, b = [(0, 4), (4, 5), (5, 6)][part]  # sixths of each list
+    for part, (passages, a, b) in enumerate(((300, 0, 4), (75, 4, 5), (75, 5, 6))):  # a to b: sixths of each list
         own = {kind: words[a * len(words) // 6 : b * len(words) // 6] for kind, words in lists.items()}
         found = []
         for passage in range(passages):
-            def value(kind: str) -> str:
-                if kind == "firm":
-                    return draw.choice(("{} & Sons", "{} Ltd.", "the {} Works", "{}-{}")).format(invent(), invent())
-                if kind == "dish":
-                    return f"{draw.choice(own['taste'])} {draw.choice(own['food'])}"
-                if kind == "spouse":
-                    return f"{invent()} {invent()}"
-                return draw.choice(own[kind]) if kind in own else invent()
-
             context, asked = "", []  # asked: (name, fact, value, where it begins)
             told = draw.sample(sorted(FACTS), draw.choice((2, 3)))  # of everybody in this passage
             for _ in range(draw.choice((2, 2, 3)) if passage % 10 else 9):  # one in ten is long: several windows
                 first, last, pronoun = invent(), invent(), draw.choice(("she", "he"))
                 for i, fact in enumerate(draw.sample(told, len(told))):
                     name = f"{first} {last}" if i == 0 else draw.choice((last, pronoun, pronoun))
-                    sentence = choose(FACTS[fact][0]).replace("{animal}", draw.choice(own["animal"]))
-                    if name == pronoun and re.search(r"(of|for|than|and|made|had) \{name\}", sentence):
-                        name = last  # not "the birth of she"
-                    sentence = sentence.replace("{name}", name)
-                    before, after = sentence.split("{value}")
-                    answer = value(fact)
-                    start = len(context) + len(before)
-                    context += capital(before + answer + after)
-                    asked.append((draw.choice((f"{first} {last}", last)), fact, context[start : start + len(answer)],
-                                  start))
-                if draw.random() < 0.3:
-                    kinds = ("year", "town", "firm", "job", "animal", "instrument")
-                    context += capital(choose(FILLERS).format(**{kind: value(kind) for kind in kinds}))
-            for i, (name, fact, answer, start) in enumerate(draw.sample(asked, 4)):
+                    value = draw.choice(own[fact]) if fact in own else invent()
+                    before, after = draw.choice(FACTS[fact][0].split("|")).replace("{name}", name).split("{value}")
+                    asked.append((draw.choice((f"{first} {last}", last)), fact, value, len(context + before)))
+                    context += before[0].upper() + before[1:] + value + after + " "
+            for i, (name, fact, value, start) in enumerate(draw.sample(asked, 4)):
                 ways = FACTS[fact][1].split("|")
-                question = draw.choice(ways[:-1] if part == 0 else ways).format(name=name)
-                found.append(Question(f"{part}-{passage}-{i}", passage, context.strip(), question, [answer], start))
+                question = draw.choice(ways[:-1] if part == 0 else ways).replace("{name}", name)
+                found.append(Question(f"{part}-{passage}-{i}", passage, context.strip(), question, [value], start))
         parts.append(found)
     return Data(*parts, "templates", "SQuAD")
 
@@ -253,41 +194,27 @@ def f1_score(answer: str, truth: str) -> float:
 
 def evaluate(answers: dict[str, str], questions: list[Question]) -> dict[str, float]:
     """Exact match (EM) and F1 in percent, the best over each question's truths; no answer counts 0."""
-    em, f1 = 0, 0.0
-    for q in questions:
-        if q.id in answers:
-            em += any(normalise(answers[q.id]) == normalise(truth) for truth in q.answers)
-            f1 += max(f1_score(answers[q.id], truth) for truth in q.answers)
+    em = sum(any(normalise(answers[q.id]) == normalise(truth) for truth in q.answers)
+             for q in questions if q.id in answers)
+    f1 = sum(max(f1_score(answers[q.id], truth) for truth in q.answers) for q in questions if q.id in answers)
     return {"em": 100 * em / len(questions), "f1": 100 * f1 / len(questions)}
 
 
 def overlap_answer(question: str, context: str) -> str:
-    """Guess with no model: from the sentence that has most of the question's words, what is new in it.
+    """Guess with no model: from the sentence that has most of the question's words, what is not in the question.
 
-    ## The answer is one of the sentence's runs of words that are not in the question: the one with the most capitals
-    ## and digits at the beginnings of its first three words, since people ask for names and numbers. Of equals it is
-    ## the shorter one. In spirit this is the sliding window of Rajpurkar et al. 2016, section 5.1.
+    ## In spirit this is the sliding window of Rajpurkar et al. 2016, section 5.1.
     """
     asked = set(normalise(question).split())
     best = max(re.split(r"(?<=[.!?]) +", context),  # the first of equals
                key=lambda sentence: len(asked & set(normalise(sentence).split())))
-    runs, run = [], []
-    for word in [*best.rstrip(".!?").split(), ""]:
-        if word and normalise(word) not in asked and normalise(word):
-            run.append(word)
-        elif run:
-            runs.append(run)
-            run = []
-    return " ".join(max(runs, default=[best], key=lambda run: (
-        sum(word[0].isupper() or word[0].isdigit() for word in run[:3]), -len(run)))).strip(",;:")
+    return " ".join(word for word in best.split() if normalise(word) not in asked)
 
 
 # ---------------------------------------------------------------------------------------------- windows and spans
 class Window(NamedTuple):
     question: int  # which one it belongs to
     encoding: Encoding
-    first: int  # the first token of the context ...
-    last: int  # ... and the last
     target: tuple[int, int]  # the answer's first and last token; (0, 0), that is [CLS], where it is not in this window
 
 
@@ -297,23 +224,14 @@ def make_windows(questions: list[Question], tokenizer: WordPiece, max_length: in
     ## The data say where the answer stands in characters, while the network points at tokens. Offsets lead from one to
     ## the other, and back: the answer that is given is cut out of the text, with its capitals, accents and spaces.
     """
-    windows, offsets = [], functools.lru_cache(1)(lambda text: tokenizer.encode_text(text, special=False)[1])
+    windows, places = [], functools.lru_cache(1)(lambda text: tokenizer.encode_text(text, special=False)[1])
     for n, q in enumerate(questions):
-        begin, end = q.start, q.start + len(q.answers[0])
-        ## Characters at an answer's ends of which no token is made, such as spaces, can't be pointed at.
-        mine = [place for place in offsets(q.context) if place[1] > begin and place[0] < end]
-        begin, end = (max(begin, mine[0][0]), min(end, mine[-1][1])) if mine else (-1, -1)
-        try:
-            encodings = tokenizer.windows(q.question, q.context, max_length, stride, special=False)
-        except utils.InputError as error:
-            raise utils.InputError(f"question {q.id!r:.60}: {error} (--max-length and --stride)") from error
-        for encoding in encodings:
-            first, last = encoding.types.index(1), len(encoding.ids) - 2
-            places, target = encoding.offsets[first : last + 1], (0, 0)
-            if places and places[0][0] <= begin and end <= places[-1][1]:
-                target = (next(first + i for i, place in enumerate(places) if place[1] > begin),
-                          next(last - i for i, place in enumerate(reversed(places)) if place[0] < end))
-            windows.append(Window(n, encoding, first, last, target))
+        end = q.start + len(q.answers[0])
+        whole = sum(a < end and b > q.start for a, b in places(q.context))  # tokens of the answer
+        for encoding in tokenizer.windows(q.question, q.context, max_length, stride, special=False):
+            inside = [t for t, (a, b) in enumerate(encoding.offsets) if encoding.types[t] and a < end and b > q.start]
+            target = (inside[0], inside[-1]) if 0 < len(inside) == whole else (0, 0)
+            windows.append(Window(n, encoding, target))
     return windows
 
 
@@ -321,9 +239,7 @@ def collate(windows: list[Window], pad_id: int) -> tuple[Tensor, Tensor, Tensor,
     """ids, mask, types, and which tokens may be an answer's: (B, T) each."""
     ids, mask = pad([w.encoding.ids for w in windows], pad_id)
     types = pad([w.encoding.types for w in windows], 0)[0]
-    t = torch.arange(ids.shape[1])
-    first, last = (torch.tensor(ends)[:, None] for ends in zip(*((w.first, w.last) for w in windows)))  # (B, 1) each
-    return ids, mask, types, (first <= t) & (t <= last)
+    return ids, mask, types, (types > 0) & (F.pad(types, (0, 1))[:, 1:] > 0)  # all of the context but the last [SEP]
 
 
 def loss_of(start: Tensor, end: Tensor, allowed: Tensor, targets: Tensor) -> Tensor:
@@ -351,37 +267,27 @@ def span_scores(start: Tensor, end: Tensor, allowed: Tensor, longest: int) -> Te
 
 
 @torch.inference_mode()
-def find_spans(model: Spans, windows: list[Window], pad_id: int, dtype: torch.dtype, longest: int, k: int = 1,
-               batch_size: int = 32) -> Iterator[tuple[Window, list[tuple[float, int, int]]]]:
-    """Yield (window, its k best answers as (score, first character, end)).
+def answer(model: Spans, questions: list[Question], windows: list[Window], pad_id: int, dtype: torch.dtype,
+           longest: int, batch_size: int = 32) -> dict[str, str]:
+    """The best answer of all its windows for each question, by the question's id.
 
     ## The loss compares scores only within a window. So the score of [CLS], which means "not here", is subtracted from
     ## each: what is left can be compared with what other windows say (Devlin et al. 2019, section 4.3).
     """
-    training, device = model.training, model.qa_outputs.weight.device
+    device, best = model.qa_outputs.weight.device, {}  # question -> (score, first character, end)
     model.eval()  # no dropout
-    order = sorted(windows, key=lambda w: len(w.encoding.ids))
-    for some in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+    for rows in by_length([w.encoding.ids for w in windows], batch_size):
+        some = [windows[i] for i in rows]
         ids, mask, types, allowed = (part.to(device) for part in collate(some, pad_id))  # (B, T) each
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             start, end = model(ids, mask, types)  # (B, T) each
         start, end = start - start[:, :1], end - end[:, :1]
-        flat = span_scores(start, end, allowed, longest).flatten(1).cpu()  # (B, longest * T)
-        for window, row in zip(some, flat):
-            best, T, places = row.topk(min(k, len(row))), ids.shape[1], window.encoding.offsets
-            found = [(score, places[i % T][0], places[i % T + i // T][1])
-                     for score, i in zip(best.values.tolist(), best.indices.tolist()) if score > -math.inf]
-            yield window, found
-    model.train(training)
-
-
-def answer(model: Spans, questions: list[Question], windows: list[Window], pad_id: int, dtype: torch.dtype,
-           longest: int) -> dict[str, str]:
-    """The best answer of all its windows for each question, by the question's id."""
-    best: dict[int, tuple[float, int, int]] = {}
-    for window, found in find_spans(model, windows, pad_id, dtype, longest):
-        best[window.question] = max([*found, best.get(window.question, (-math.inf, 0, 0))])
-    return {q.id: q.context[best[n][1] : best[n][2]] for n, q in enumerate(questions)}
+        scores, at = span_scores(start, end, allowed, longest).flatten(1).cpu().max(1)  # (B,) each
+        for w, score, i in zip(some, scores.tolist(), at.tolist()):
+            t, T, places = i % ids.shape[1], ids.shape[1], w.encoding.offsets
+            if score > best.get(w.question, (-math.inf,))[0]:
+                best[w.question] = score, places[t][0], places[t + i // T][1]
+    return {q.id: q.context[slice(*best[n][1:])] if n in best else "" for n, q in enumerate(questions)}
 
 
 def forward(model: torch.nn.Module, ids: Tensor, mask: Tensor, types: Tensor, allowed: Tensor, targets: Tensor,
@@ -401,23 +307,13 @@ QUERY_AND_VALUE = {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}
 SQUAD_LIMIT = 2000  # questions of SQuAD's 87,599 that are learned from without --limit
 
 
-def ask(args, parser) -> None:
-    """Print the best answers to --question from --context, by the model in --out."""
-    model, tokenizer, saved = load_trained(args, parser, SCRIPT, Spans)
-    options = saved["options"]
-    asked = Question("", 0, args.context, args.question, ["?"], 0)
-    windows = make_windows([asked], tokenizer, min(options["max_length"], model.config["n_positions"]),
-                           options["stride"])
-    best = {}  # (first character, end) -> score; where windows overlap, the better one
-    for _, found in find_spans(model, windows, tokenizer.pad, torch.float32, options["max_answer"], k=10**9):
-        for score, begin, end in found:
-            best[begin, end] = max(score, best.get((begin, end), -math.inf))
-    if not best:
-        raise utils.InputError(f"--context {args.context!r:.60} has no words; give the text with the answer.")
-    total = torch.tensor(list(best.values())).logsumexp(0)
-    print(f"{len(windows)} windows; the likeliest of all spans up to {options['max_answer']} tokens:")
-    for begin, end in sorted(best, key=best.get, reverse=True)[:3]:
-        print(f"{math.exp(best[begin, end] - total):7.1%}  {args.context[begin:end]}   (characters {begin} to {end})")
+def ask(args) -> None:
+    """Print the best answer to --question from --context, by the model in --out."""
+    model, tokenizer, saved = load_trained(args, SCRIPT, Spans)
+    options, asked = saved["options"], [Question("", 0, args.context, args.question, ["?"], 0)]
+    windows = make_windows(asked, tokenizer, min(options["max_length"], model.config["n_positions"]), options["stride"])
+    said = answer(model, asked, windows, tokenizer.pad, torch.float32, options["max_answer"])[""]
+    print(f"read in {len(windows)} windows; the answer: {said}")
     utils.stand_in_notice(f"a model that learned from {options['data']}", saved["stand_in"])
 
 
@@ -434,14 +330,11 @@ def main() -> None:
     add("--stride", type=utils.count, default=64, help="tokens that a window has in common with the next; should be "
         "longer than answers are")
     add("--max-answer", type=utils.count, default=30, help="tokens in an answer at most")
-    args = utils.parse_args(parser)
-    if (args.question is None) != (args.context is None) or args.question == "" or args.context == "":
-        raise utils.InputError("--question and --context go together, and neither may be empty; without both, train.")
-    if args.question:
-        return ask(args, parser)
-    if args.dev and args.data in (None, *SETS):
-        raise utils.InputError("--dev goes with --data PATH; squad and templates have a test set of their own.")
-    fill(args, RECIPES[args.method])
+    args = parse(parser, RECIPES)
+    if (args.question is None) != (args.context is None) or args.dev and args.data in (None, *SETS):
+        raise utils.InputError("--question and --context go together, and --dev goes with --data PATH; give both.")
+    if args.question is not None:
+        return ask(args)
 
     # questions and model
     data = load_data(args.data, args.dev)
@@ -452,7 +345,6 @@ def main() -> None:
     questions = random.Random(args.seed).sample(data.train, min(limit, len(data.train)))
     longest = min(args.max_length, model.config["n_positions"])
     windows, val, test = (make_windows(some, tokenizer, longest, args.stride) for some in (questions, *data[1:3]))
-    step_model = torch.compile(model) if args.compile else model
 
     def collect(rows: list[int]) -> tuple[Tensor, ...]:
         some = [windows[i] for i in rows]
@@ -460,7 +352,7 @@ def main() -> None:
                                                        torch.tensor([w.target for w in some])))  # (B, 2)
 
     def learn(rows: list[int]) -> Tensor:
-        loss = forward(step_model, *collect(rows), args.dtype)
+        loss = forward(model, *collect(rows), args.dtype)
         loss.backward()
         return loss.detach()
 
@@ -472,19 +364,19 @@ def main() -> None:
     lengths = [len(w.encoding.ids) for w in windows]
     rows = batches(lengths, args.batch_size, torch.Generator().manual_seed(args.seed))[0]
     ids, mask, _, allowed, _ = batch = collect(rows)
-    first, names = windows[rows[0]], [tokenizer.names[i] for i in windows[rows[0]].encoding.ids]
+    first, last = windows[rows[0]].target
+    names = [tokenizer.names[i] for i in windows[rows[0]].encoding.ids]
     print(f"{args.model}, on {data.label}: {len(questions):,} / {len(data.val):,} / {len(data.test):,} questions in "
-          f"{len(windows):,} / {len(val):,} / {len(test):,} windows; "
-          f"{len({w.question for w in windows if w.target != (0, 0)}):,} training questions have their whole answer in "
-          f"some window\na batch, {tuple(ids.shape)}, {1 - mask.float().mean():.1%} padding; its first "
-          f"window:\n{' '.join(names[:40])} ...  -> {' '.join(names[first.target[0] : first.target[1] + 1])}")
+          f"{len(windows):,} / {len(val):,} / {len(test):,} windows\na batch, {tuple(ids.shape)}, "
+          f"{1 - mask.float().mean():.1%} padding; its first window:\n{' '.join(names)}  -> "
+          f"{' '.join(names[first : last + 1])}")
     with torch.inference_mode():
         before = forward(model.eval(), *batch, args.dtype)
     print(f"before training: loss {before:.4f} on this batch; guessing uniformly, mean ln of the tokens to choose "
           f"from: {(allowed.sum(1) + 1).log().mean():.4f}")
 
-    history, metrics = train(args, SCRIPT, "QUESTION_ANS", "val_f1", model, tokenizer, lengths,
-                             learn, validate, "validation EM {val_em:.2f}  F1 {val_f1:.2f}", stand_in=data.stand_in)
+    history, metrics = fit(args, SCRIPT, "QUESTION_ANS", "val_f1", model, tokenizer, lengths, learn, validate,
+                           "validation EM {val_em:.2f}  F1 {val_f1:.2f}", stand_in=data.stand_in)
 
     # report
     after = load_result(folder, vars(args), args.out, Spans)[0].to(args.device)  # as anybody would load it
@@ -506,10 +398,7 @@ def main() -> None:
            ["val_em", "val_f1"], "percent", "predictions.json")
 
 
-## Try this. Each was run once (templates, seed 0, one core of an AMD EPYC), test EM and F1; as it is: 96.3 and 96.8.
-##   --epochs 2      91.7 and 92.0   half of the steps, and most of it is there
-##   --limit 500     85.0 and 86.4   learned from 500 questions
-##   --lr 2e-5       62.0 and 67.0   the rate usual for BERT, which is wider and saw more questions
+## Try this: --epochs 1, --limit 300, or --lr 2e-5, the rate usual for BERT, which is wider and saw more questions.
 
 if __name__ == "__main__":
     utils.run(main, go_on="--resume")

@@ -12,7 +12,7 @@ over parts of a batch; train.py, which teaches GPT-2, has both.
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,26 +53,36 @@ def heads(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if name in names)
 
 
-def freeze(model: nn.Module, method: str, rank: int, alpha: float, targets: list[str], dtype: torch.dtype) -> None:
-    """Leave in training what the method trains. rank, alpha, targets, dtype: of LoRA alone, see lora.add_lora.
+def prepare(args, data: Data, kind: type, targets: dict[str, list[str]], **more
+            ) -> tuple[nn.Module, WordPiece, Path, Data]:
+    """(model, tokenizer, folder, data): args.model with a new head, ready for args.method.
+
+    kind, more: see bert.open_bert; targets: a family's layers that get adapters without --lora-targets. args.model and
+    args.data get their names where they were left open, and the new data knows of a model that is a stand-in.
 
     ## full: every weight. head: the head alone, on a frozen encoder, which shows how far its old knowledge goes.
     ## (Dropout stays on inside, so that a text looks a little different every time.) lora: the head, and small matrices
     ## beside the frozen ones (lora.py).
     """
-    if method != "full":
-        model.requires_grad_(False)
-    if method == "lora":
+    torch.manual_seed(args.seed)
+    folder, args.model = find_bert(args.model)
+    model, tokenizer, config = open_bert(folder, args.model, kind, dropout=args.dropout, **more)
+    model.requires_grad_(args.method == "full")
+    if args.method == "lora":
         try:
-            add_lora(model, rank, alpha, 0.0, targets)
+            add_lora(model, args.lora_rank, args.lora_alpha, 0.0, args.lora_targets or targets[config["model_type"]])
         except ValueError as error:
             raise utils.InputError(str(error)) from error
     for name in heads(model):
         if isinstance(model.get_submodule(name), LoRA):
             raise utils.InputError(f"--lora-targets takes in {name}, which is trained whole; leave it out.")
         model.get_submodule(name).requires_grad_()
-    if method == "lora":  # not with `head`, which writes the frozen weights out again
-        shrink(model, dtype)
+    if args.method == "lora":  # not with `head`, which writes the frozen weights out again
+        shrink(model, args.dtype)
+    args.data = args.data or data.name
+    if "stand_in" in config:
+        data = data._replace(stand_in=f"MiniLM{f' on {data.stand_in}' if data.stand_in else ''}")
+    return model.to(args.device), tokenizer, folder, data
 
 
 def shrink(model: nn.Module, dtype: torch.dtype) -> None:
@@ -83,24 +93,6 @@ def shrink(model: nn.Module, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.to(dtype)
-
-
-def prepare(args, data: Data, kind: type, targets: dict[str, list[str]], **more
-            ) -> tuple[nn.Module, WordPiece, Path, Data]:
-    """(model, tokenizer, folder, data): args.model with a new head, ready to be trained as args.method says.
-
-    kind, more: see bert.open_bert; targets: a family's layers that get adapters without --lora-targets. args.model and
-    args.data get their names where they were left open, and the new data knows of a model that is a stand-in.
-    """
-    torch.manual_seed(args.seed)
-    folder, args.model = find_bert(args.model)
-    model, tokenizer, config = open_bert(folder, args.model, kind, dropout=args.dropout, **more)
-    freeze(model, args.method, args.lora_rank, args.lora_alpha, args.lora_targets or targets[config["model_type"]],
-           args.dtype)
-    args.data = args.data or data.name
-    if "stand_in" in config:
-        data = data._replace(stand_in=f"MiniLM{f' on {data.stand_in}' if data.stand_in else ''}")
-    return model.to(args.device), tokenizer, folder, data
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -120,8 +112,8 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
-def make_optimizers(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """One AdamW: the head has a rate of its own, and vectors (biases, norms) and tables are not decayed.
+def make_optimizer(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW: the head has a rate of its own, and vectors (biases, norms) and tables are not decayed.
 
     ## The head starts at random and has far to go. What lies under it is good as it is, and should move only a little.
     """
@@ -130,76 +122,65 @@ def make_optimizers(model: nn.Module, lr: float, head_lr: float, weight_decay: f
         if p.requires_grad:
             decay = weight_decay if p.dim() > 1 and "embeddings" not in name else 0.0
             groups.setdefault((head_lr if name.startswith(new) else lr, decay), []).append(p)
-    return [torch.optim.AdamW([{"params": some, "lr": peak, "peak": peak, "weight_decay": decay}
-                               for (peak, decay), some in groups.items()], fused=p.device.type in ("cpu", "cuda"))]
+    return torch.optim.AdamW([{"params": some, "lr": peak, "peak": peak, "weight_decay": decay}
+                              for (peak, decay), some in groups.items()], fused=p.device.type in ("cpu", "cuda"))
 
 
-def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], lengths: list[int],
-        backward: Callable[[list[int]], Tensor], evaluate: Callable[[], dict[str, float]], epochs: int, batch_size: int,
-        warmup: float, grad_clip: float, seed: int, first_epoch: int = 0, seconds: float = 0.0) -> Iterator[dict]:
-    """Train; pause after each epoch and yield its figures, evaluate()'s among them, to be printed and saved.
+def fit(args, script: str, task: str, goal: str, model: nn.Module, tokenizer: WordPiece, lengths: list[int],
+        backward: Callable[[list[int]], Tensor], evaluate: Callable[[], dict[str, float]], line: str,
+        **more) -> tuple[list[dict], dict]:
+    """Train as the options args say, from the start or from where a stopped run saved last: (history, metrics).
 
     lengths: tokens of each of the N rows. backward: gets row numbers, adds the gradients of their loss to those of the
-    parameters, and returns that loss (). warmup: share of the steps. first_epoch, seconds: what a stopped run has done.
-    Raises utils.InputError when loss or weights become nan.
+    parameters, and returns that loss (). After each epoch evaluate() gives figures; `line` is printed with them, and
+    checkpoint.pt is written, with `more` in it. Where the figure `goal` is the best so far, save_result writes the
+    result. Training stops early by args.patience. Raises utils.InputError when loss or weights become nan.
     """
+    options = {name: value for name, value in vars(args).items()
+               if name not in ("out", "device", "resume", "text", "question", "context")}
+    path, history, best = args.out / "checkpoint.pt", [], {"epoch": 0, goal: -1.0}
+    optimizer = make_optimizer(model, args.lr, args.head_lr, args.weight_decay)
+    if args.resume:
+        saved = utils.load_checkpoint(path, script, options)
+        if saved["lengths"] != lengths:
+            raise utils.InputError(f"{path} is of a run on other texts; start anew without --resume.")
+        load_trainable(model, saved["trained"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history, best = saved["history"], saved["best"]
+        torch.set_rng_state(saved["random_state"])
+        print(f"resumed after epoch {len(history)} and {history[-1]['seconds']:.0f} s of training")
     trained = [p for p in model.parameters() if p.requires_grad]
-    generator, per_epoch = torch.Generator().manual_seed(seed), math.ceil(len(lengths) / batch_size)
-    first, steps, start = first_epoch * per_epoch, epochs * per_epoch, time.perf_counter()
-    for epoch in range(epochs):
-        order = batches(lengths, batch_size, generator)
-        if epoch < first_epoch:
+    n, whole = utils.count_parameters(model), sum(p.numel() for p in model.parameters())
+    generator, per_epoch = torch.Generator().manual_seed(args.seed), math.ceil(len(lengths) / args.batch_size)
+    first, steps = len(history) * per_epoch, args.epochs * per_epoch
+    start, seconds = time.perf_counter(), history[-1]["seconds"] if history else 0.0
+    print(f"{args.method}: {n:,} trained parameters of {whole:,} ({n / whole:.4%}); {args.dtype} on "
+          f"{args.device.type}; {steps:,} steps\n")
+    for epoch in range(args.epochs):
+        order = batches(lengths, args.batch_size, generator)
+        if epoch < len(history):
             continue  # seen before the run was stopped; drawn again so that the draws after them stay the same
+        if epoch - best["epoch"] >= args.patience:
+            break  # early stopping
         begun, losses = time.perf_counter(), []
         model.train()
         for step, rows in enumerate(order, epoch * per_epoch):
             loss = backward(rows)
-            nn.utils.clip_grad_norm_(trained, grad_clip)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * schedule(step, steps, int(warmup * steps))
-                optimizer.step()
-                optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
+            nn.utils.clip_grad_norm_(trained, args.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, steps, int(args.warmup * steps))
+            optimizer.step()
+            optimizer.zero_grad()  # now: an evaluation has no need of gradients, and large models have large ones
             losses.append(loss)
             if not loss.is_cuda or step % 10 == 0:  # looking at the loss makes a GPU wait
-                utils.progress(step + 1 - first, steps - first, start, f"loss {loss:.3f}", "texts", batch_size)
+                utils.progress(step + 1 - first, steps - first, start, f"loss {loss:.3f}", "texts", args.batch_size)
         train_loss = torch.stack(losses).mean().item()  # waits for a GPU to finish
         seconds += time.perf_counter() - begun
         row = {"step": step + 1, "seconds": seconds, "epoch": epoch + 1, "train_loss": train_loss} | evaluate()
         if not math.isfinite(sum(row.values())) or not all(p.isfinite().all() for p in trained):
             raise utils.InputError(f"loss or weights became nan in epoch {epoch + 1}, of which nothing was saved; "
                                    "start again with a smaller --lr.")
-        yield row
-
-
-def train(args, script: str, task: str, goal: str, model: nn.Module, tokenizer: WordPiece, lengths: list[int],
-          backward: Callable, evaluate: Callable, line: str, **more) -> tuple[list[dict], dict]:
-    """Run fit as the options args say, from the start or where a stopped run saved last: (history, metrics).
-
-    After each epoch it prints `line` with the row's figures and writes checkpoint.pt, with `more` in it; where the
-    figure `goal` is the best so far it also writes the result, as save_result does. It stops early by args.patience.
-    """
-    options = {name: value for name, value in vars(args).items()
-               if name not in ("out", "device", "compile", "resume", "text", "question", "context")}
-    path, history, best = args.out / "checkpoint.pt", [], {"epoch": 0, goal: -1.0}
-    optimizers = make_optimizers(model, args.lr, args.head_lr, args.weight_decay)
-    if args.resume:
-        saved = utils.load_checkpoint(path, script, options)
-        if saved["lengths"] != lengths:
-            raise utils.InputError(f"{path} is of a run on other texts; start anew without --resume.")
-        load_trainable(model, saved["trained"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        history, best = saved["history"], saved["best"]
-        torch.set_rng_state(saved["random_state"])
-        print(f"resumed after epoch {len(history)} and {history[-1]['seconds']:.0f} s of training")
-    trained, whole = utils.count_parameters(model), sum(p.numel() for p in model.parameters())
-    print(f"{args.method}: {trained:,} trained parameters of {whole:,} ({trained / whole:.4%}); {args.dtype} on "
-          f"{args.device.type}; {args.epochs * math.ceil(len(lengths) / args.batch_size):,} steps\n")
-    rows = fit(model, optimizers, lengths, backward, evaluate, args.epochs, args.batch_size, args.warmup,
-               args.grad_clip, args.seed, len(history), history[-1]["seconds"] if history else 0.0)
-    while len(history) < args.epochs and len(history) - best["epoch"] < args.patience:  # early stopping
-        history.append(row := next(rows))
+        history.append(row)
         print(f"epoch {{epoch:2}}  {{seconds:4.0f}} s  train {{train_loss:.4f}}  {line}".format(**row).ljust(79),
               flush=True)
         if row[goal] > best[goal]:
@@ -207,12 +188,10 @@ def train(args, script: str, task: str, goal: str, model: nn.Module, tokenizer: 
             save_result(model, tokenizer, args, task)  # before the checkpoint: if a kill comes between, this is redone
         utils.write_atomically(path, torch.save, {
             "script": script, "options": options, "torch": str(torch.__version__), "lengths": lengths,
-            "history": history, "best": best, "trained": trainable_state(model),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "history": history, "best": best, "trained": trainable_state(model), "optimizer": optimizer.state_dict(),
             "random_state": torch.get_rng_state(), **more})  # of the CPU: on a GPU dropout goes on with other numbers
-    return history, {"best_epoch": best["epoch"], "trained_parameters": trained,
-                     "peak_memory_bytes": peak_memory(args.device)} | {
-                         name: value for name, value in best.items() if name.startswith("val_")}
+    return history, {"best_epoch": best["epoch"], "trained_parameters": n, "peak_memory_bytes": peak_memory(args.device)
+                     } | {name: value for name, value in best.items() if name.startswith("val_")}
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -240,12 +219,8 @@ def load_result(folder: Path, options: dict, out: Path, kind: type, labels: list
     return model.eval(), tokenizer
 
 
-def load_trained(args, parser, script: str, kind: type) -> tuple[nn.Module, WordPiece, dict]:
-    """(model, tokenizer, checkpoint) of the run in args.out. Raises utils.InputError for options of training."""
-    for name, value in vars(args).items():
-        if value != parser.get_default(name) and name not in ("text", "question", "context", "out", "device", "dtype"):
-            raise utils.InputError(f"--{name.replace('_', '-')} is for training; leave it out, or name with --out the "
-                                   "run that you want to use.")
+def load_trained(args, script: str, kind: type) -> tuple[nn.Module, WordPiece, dict]:
+    """(model, tokenizer, checkpoint) of the run in args.out."""
     saved = utils.load_checkpoint(args.out / "checkpoint.pt", script)
     options = saved["options"]
     folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
@@ -256,16 +231,13 @@ def load_trained(args, parser, script: str, kind: type) -> tuple[nn.Module, Word
 
 def report(args, script: str, data: Data, model: nn.Module, history: list[dict], metrics: dict, curves: list[str],
            y: str, *files: str) -> None:
-    """Write metrics.json and history.png, and print what was written and what it cost."""
-    memory = metrics["peak_memory_bytes"]
-    print(f"\n{history[-1]['seconds']:.0f} s of training, "
-          + (f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not known"))
+    """Write metrics.json and history.png, and print what was written."""
     remove(model)  # the adapters: metrics.json counts the parameters of the model that they adapt
     utils.save_metrics(args, script, data, model.requires_grad_(), metrics, history, model=args.model)
     utils.plot_history(args.out / "history.png", history, curves, f"{args.method}: {args.model}, on {data.label}",
                        "epoch", y)
     files = ("adapter/" if args.method == "lora" else "model/", "checkpoint.pt", *files, "metrics.json", "history.png")
-    print(f"wrote {', '.join(files)} to {args.out}")
+    print(f"\nwrote {', '.join(files)} to {args.out}")
     utils.stand_in_notice(f"{args.model} on {data.name}", data.stand_in)
 
 
@@ -292,28 +264,28 @@ def place(text: str) -> str:
 def new_parser(doc: str, script: str, recipes: dict[str, dict], things: str, targets: str, **defaults):
     """A parser with the options that both scripts have, which speak of `things` and of LoRA's usual targets.
 
-    recipes: method -> the values of options that are not given and differ by method, see fill.
+    recipes: method -> the values of options that are not given and differ by method, see parse.
     """
-    parser = utils.parser(doc, script, "device", "seed", "dtype", "compile", "resume")
+    parser = utils.parser(doc, script, "device", "seed", "dtype", "resume")
     add = parser.add_argument
 
-    def by_method(name: str) -> str:
-        return "without it " + ", ".join(f"{recipe[name]:g} ({method})" for method, recipe in recipes.items()
-                                         if name in recipe)
+    def by_method(text: str, name: str) -> str:
+        values = [f"{recipe[name]:g} ({method})" for method, recipe in recipes.items() if name in recipe]
+        return f"{text}; without it {', '.join(values)}"
 
     add("--method", choices=recipes, help="full: every weight; lora: adapters and the head; head: the head alone")
     add("--model", type=place, help=f"{', '.join(FILES)}, stand-in, or a folder with config.json, model.safetensors "
         "and vocab.txt; without it minilm, or the stand-in if that is out of reach")
     add("--limit", type=utils.count, help=f"learn from so many {things}, drawn at random")
-    add("--epochs", type=utils.count, help=f"passes over the training {things}; {by_method('epochs')}")
+    add("--epochs", type=utils.count, help=by_method(f"passes over the training {things}", "epochs"))
     add("--batch-size", type=utils.count, help="rows per step; larger is steadier, and learns less per row")
-    add("--lora-rank", type=utils.count, help=f"rank of each change; parameters grow with it; {by_method('lora_rank')}")
-    add("--lora-alpha", type=utils.positive, help=f"the change counts alpha / rank times; {by_method('lora_alpha')}")
+    add("--lora-rank", type=utils.count, help=by_method("rank of each change; parameters grow with it", "lora_rank"))
+    add("--lora-alpha", type=utils.positive, help=by_method("the change counts alpha / rank times", "lora_alpha"))
     add("--lora-targets", nargs="+", help="layers that get adapters, by the end of their names, as query value, or "
         f"q_lin v_lin in DistilBERT; without it {targets}")
     add("--dropout", type=utils.share, default=0.1, help="share of activations zeroed while training")
-    add("--lr", type=utils.positive, help=f"AdamW's peak learning rate; {by_method('lr')}")
-    add("--head-lr", type=utils.positive, help=f"the head's; {by_method('head_lr')}")
+    add("--lr", type=utils.positive, help=by_method("AdamW's peak learning rate", "lr"))
+    add("--head-lr", type=utils.positive, help=by_method("the head's", "head_lr"))
     add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.01,
         help="each step takes lr times this of every trained matrix, but no table's")
     add("--warmup", type=utils.share, default=0.1, help="share of the steps in which the learning rate rises from zero")
@@ -323,12 +295,11 @@ def new_parser(doc: str, script: str, recipes: dict[str, dict], things: str, tar
     return parser
 
 
-def fill(args, recipe: dict) -> None:
-    """Give the options that are None the recipe's values. Raises utils.InputError for one of LoRA's without LoRA."""
-    for name in ("lora_rank", "lora_alpha", "lora_targets"):
-        if args.method != "lora" and getattr(args, name) is not None:
-            raise utils.InputError(f"--{name.replace('_', '-')} is for --method lora, not for {args.method}; leave it "
-                                   "out.")
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def parse(parser, recipes: dict[str, dict]):
+    """The values of all options. Raises utils.InputError for one of LoRA's without LoRA."""
+    parser.set_defaults(**recipes[parser.parse_args().method])
+    args = utils.parse_args(parser)
+    if args.method != "lora" and (args.lora_rank or args.lora_alpha or args.lora_targets):
+        raise utils.InputError("--lora-rank, --lora-alpha and --lora-targets are for --method lora, not for "
+                               f"{args.method}; leave them out.")
+    return args

@@ -5,7 +5,6 @@ pieces that are; what two texts in one sequence, padding, and a text that is too
 
     python 06_finetune/wordpiece.py "some text"                    the tokens of BERT, DistilBERT and MiniLM (uncased)
     python 06_finetune/wordpiece.py "a question" --pair "a text"   two texts in one sequence
-    python 06_finetune/wordpiece.py --file data/sst2/train.tsv     count the tokens of a file
     python 06_finetune/wordpiece.py --data novel.txt               learn a vocabulary from a text (pydocs: the manual)
 
 You should see: "Tokenization" as "token", "##ization", and a word in Ethiopic script as [UNK].
@@ -17,7 +16,6 @@ import functools
 import json
 import re
 import sys
-import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -40,13 +38,14 @@ SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 ## text. [PAD] fills up the shorter sequences of a batch. [MASK] hid the words that BERT had to guess in pre-training.
 ## [UNK] stands for a word that no pieces make.
 SPECIAL = PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
-SPECIALS = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
 LONGEST = 100  # characters: a longer word is [UNK], as in BERT's code
 SAMPLE = "Tokenization isn't magic: na\u00efve caf\u00e9s, unbelievably, \u4f60\u597d \u1230\u120b\u121d!"
 
 
 # ---------------------------------------------------------------------------------------------- text to words
-CHUNK = re.compile(r"[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # no white space in it
+NAMES, SPACES = "|".join(map(re.escape, SPECIAL)), r"\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+CHUNK = re.compile(f"[^{SPACES}]+")
+CHUNK_OR_SPECIAL = re.compile(rf"({NAMES})|(?:[^{SPACES}[]|(?!{NAMES})\[)+")  # a chunk ends before a special token
 
 
 def any_of(table: str) -> re.Pattern:
@@ -61,12 +60,10 @@ CHINESE = any_of("3400-4dbf 4e00-9fff f900-faff 20000-2a6df 2a700-2b81f 2b920-2c
 ## Unicode says what is a mark and what is punctuation, and says it of more characters each year. The tokenizers library
 ## has kept to the tables of Unicode 8 (2015), in which these ranges hold nothing but letters and holes. Python goes
 ## with the times, so they are named here; so are four characters that have changed their kind.
-ORDINARY = any_of(
-    "5c8-5c9 61d 7fd 890-8e2 9fd-9fe a76 afa-aff b53-b55 c04-c3c c77 c84 d00 d3b-d3c d81 eba ece 1715 180f-1886 "
-    "1abf-1af0 1b4e-1b4f 1b7d-1b7f 1df6-1dfb 2e43-2e63 a82c a8c5 a8ff a9bd 105c9-105e4 10d24-10f89 11070-11074 "
-    "110c2-110cd 111cf 1123e-11241 1133b 11383-1145e 11660-1166c 116b9 1182f-11fff 12ff1-1612f 16d68-16f4f 16fe2-16ff1 "
-    "1cf00-1d128 1d250-1d281 1e000-1e6f5 1e944-1e95f"
-)
+ORDINARY = any_of("""5c8-5c9 61d 7fd 890-8e2 9fd-9fe a76 afa-aff b53-b55 c04-c3c c77 c84 d00 d3b-d3c d81 eba ece 1715
+180f-1886 1abf-1af0 1b4e-1b4f 1b7d-1b7f 1df6-1dfb 2e43-2e63 a82c a8c5 a8ff a9bd 105c9-105e4 10d24-10f89 11070-11074
+110c2-110cd 111cf 1123e-11241 1133b 11383-1145e 11660-1166c 116b9 1182f-11fff 12ff1-1612f 16d68-16f4f 16fe2-16ff1
+1cf00-1d128 1d250-1d281 1e000-1e6f5 1e944-1e95f""")
 ORDERED = any_of("8d4-8e1 1dfb 11442 11446 11c3f 1e000-1e02a 1e944-1e94a")  # its table of marks' order is Unicode 9's
 CHANGED = {"\u166d": "punctuation", "\U000111c9": "punctuation", "\u1734": "mark", "\U0001171e": "mark"}
 
@@ -75,15 +72,10 @@ CHANGED = {"\u166d": "punctuation", "\U000111c9": "punctuation", "\u1734": "mark
 def kind(c: str) -> str:
     """What BERT takes a character for: "none" (it goes), "mark", "punctuation", "chinese", or "" for all others.
 
-    Raises utils.InputError for a lone surrogate.
-
     ## Every symbol of ASCII counts as punctuation, also $ and ^, which Unicode files under other signs. Chinese is
     ## written without spaces, so each of its characters is a word of its own; Japanese syllables and Korean are not.
     """
     category = unicodedata.category(c)
-    if category == "Cs":
-        raise utils.InputError(f"the text holds U+{ord(c):04X}, half of a surrogate pair and no character; read the "
-                               "text as UTF-8, or remove it.")
     if c in CHANGED or c in "\t\n\r" or ORDINARY.match(c):
         return CHANGED.get(c, "")
     if category in ("Cc", "Cf", "Co") or c == "\ufffd":  # control, format, private use; "here a character was lost"
@@ -130,11 +122,8 @@ def cut(chunk: str, lowercase: bool) -> Iterator[tuple[str, list[int]]]:
     """
     spots = []  # (character, place)
     for place, c in enumerate(chunk):
-        what = kind(c)
-        if what == "chinese":
-            spots += [(" ", place), (c, place), (" ", place)]
-        elif what != "none":
-            spots.append((c, place))
+        if kind(c) != "none":
+            spots += [(" ", place), (c, place), (" ", place)] if kind(c) == "chinese" else [(c, place)]
     if lowercase and not chunk.isascii():
         spots = strip_accents(spots)
     word, places = "", []
@@ -162,52 +151,43 @@ class Encoding(NamedTuple):
 class WordPiece:
     """Encode with the tokens of a vocab.txt, in the order of their ids.
 
-    Raises utils.InputError where they are no vocabulary of BERT's kind. path: what to call it in such messages.
+    Raises utils.InputError where the special ones are not all among them.
     """
 
-    def __init__(self, names: list[str], lowercase: bool = True, path: Path | str = "the vocabulary"):
-        advice = "take the file from where the model's weights are from."
+    def __init__(self, names: list[str], lowercase: bool = True):
         self.names, self.lowercase = names, lowercase
         self.vocab = {name: i for i, name in enumerate(names)}
-        missing = [name for name in SPECIAL if name not in self.vocab]
-        if missing:
-            raise utils.InputError(f"{path} has no line {missing[0]}, which every vocabulary of BERT's has; {advice}")
-        if len(self.vocab) < len(names):
-            i = next(i for i, name in enumerate(names) if self.vocab[name] != i)
-            raise utils.InputError(f"{path} has {names[i]!r:.80} twice, in lines {i + 1:,} and "
-                                   f"{self.vocab[names[i]] + 1:,}; {advice}")
+        for name in SPECIAL:
+            if name not in self.vocab:
+                raise utils.InputError(f"the vocabulary has no {name}, which every one of BERT's has; take vocab.txt "
+                                       "from where the model's weights are from.")
         self.pad, self.unk, self.cls, self.sep, self.mask = (self.vocab[name] for name in SPECIAL)
         self.longest = max(map(len, names))
-        self.cache: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
+        ## Words repeat themselves, so each chunk is cut once and remembered. Without the limit a server would fill its
+        ## memory in the end.
+        self.remembered = functools.lru_cache(1_000_000)(self.encode_chunk)
 
     @classmethod
-    def load(cls, path: Path | str, lowercase: bool | None = None) -> "WordPiece":
+    def load(cls, path: Path | str) -> "WordPiece":
         """Read vocab.txt, given by its path or its folder's. Raises utils.InputError where it can't be used.
 
-        lowercase: whether capitals and accents go; None: as tokenizer_config.json beside it says, or else yes.
+        Whether capitals and accents go, tokenizer_config.json beside it says; they do if there is none.
         """
-        path = Path(path)
-        path = path / "vocab.txt" if path.is_dir() else path
+        path = Path(path) / "vocab.txt" if Path(path).is_dir() else Path(path)
+        config, config_path = {}, path.with_name("tokenizer_config.json")
         try:
             names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            config_path = path.with_name("tokenizer_config.json")
-            config = json.loads(config_path.read_bytes()) if config_path.exists() and lowercase is None else {}
-        except OSError as error:
-            raise utils.InputError(f"{error.filename or path} cannot be read ({error.strerror}); put the model's "
-                                   "vocab.txt there.") from error
-        except UnicodeDecodeError as error:
-            raise utils.InputError(f"{path} is not UTF-8 text; put the model's vocab.txt there.") from error
-        except (ValueError, RecursionError) as error:
-            raise utils.InputError(f"{config_path} is not JSON, or was cut short; put the model's own there, or delete "
-                                   "it.") from error
-        config = config if isinstance(config, dict) else {}
-        if lowercase is None:
-            lowercase = config.get("do_lower_case") is not False
+            if config_path.exists():
+                config = dict(json.loads(config_path.read_bytes()))
+        except (OSError, RecursionError, TypeError, ValueError) as error:
+            raise utils.InputError(f"{path} or the tokenizer_config.json beside it can't be read "
+                                   f"({type(error).__name__}); put the model's own there.") from error
+        lowercase = config.get("do_lower_case") is not False
         ## In BERT accents go where capitals go, and each Chinese character is a word. A model may have it otherwise.
         if config.get("strip_accents") not in (None, lowercase) or not config.get("tokenize_chinese_chars", True):
             raise utils.InputError(f"{config_path}: strip_accents or tokenize_chinese_chars is not as in BERT, which "
                                    "is not supported here; take another model.")
-        return cls(names, lowercase, path)
+        return cls(names, lowercase)
 
     def save(self, folder: Path | str) -> None:
         """Write vocab.txt, and in tokenizer_config.json whether capitals go."""
@@ -253,56 +233,27 @@ class WordPiece:
 
     def encode_text(self, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, offsets) of a text, without [CLS] and [SEP]; see encode."""
-        ids, offsets, cache = [], [], self.cache
-        start, parts = 0, SPECIALS.split(text) if special else [text]
-        for n, part in enumerate(parts):
-            if n % 2:  # what the pattern itself matched
-                ids.append(self.vocab[part])
-                offsets.append((start, start + len(part)))
-            else:
-                for match in CHUNK.finditer(part):
-                    ## Words repeat themselves, so each chunk is cut once and remembered.
-                    known = cache.get(match[0])
-                    if known is None:
-                        known = cache[match[0]] = self.encode_chunk(match[0])
-                    at = start + match.start()
-                    ids += known[0]
-                    offsets += [(at + a, at + b) for a, b in known[1]]
-            start += len(part)
-        if len(cache) > 1_000_000:
-            cache.clear()  # a server would otherwise fill its memory in the end
+        ids, offsets = [], []
+        for match in (CHUNK_OR_SPECIAL if special else CHUNK).finditer(text):
+            chunk, at = match[0], match.start()
+            found, places = ([self.vocab[chunk]], [(0, len(chunk))]) if match.lastindex else self.remembered(chunk)
+            ids += found
+            offsets += [(at + a, at + b) for a, b in places]
         return ids, offsets
 
     def tokens(self, text: str, special: bool = True) -> list[str]:
         """The pieces as they stand in vocab.txt, without [CLS] and [SEP]."""
         return [self.names[i] for i in self.encode_text(text, special)[0]]
 
-    def encode(self, text: str, pair: str | None = None, max_length: int | None = None,
-               special: bool = True) -> Encoding:
-        """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to max_length tokens in all.
+    def encode(self, text: str, max_length: int | None = None, special: bool = True) -> Encoding:
+        """[CLS] text [SEP], cut to max_length tokens in all.
 
         special: whether the text "[SEP]" becomes the token, as in transformers by default. Use special=False for what
-        others wrote: where a text ends is not for strangers to say. Raises utils.InputError for a lone surrogate, and
-        for a max_length that leaves no room.
-
-        ## Of two texts the longer one is cut first, until both are equally long; from there on both alike. A question
-        ## shorter than half the room thus stays whole.
+        others wrote: where a text ends is not for strangers to say.
         """
-        texts = [self.encode_text(part, special) for part in (text, pair) if part is not None]
-        if max_length is not None:
-            room = max_length - len(texts) - 1
-            if room < 0:
-                raise utils.InputError(f"max_length {max_length} leaves no room beside [CLS] and [SEP]; make it "
-                                       "larger.")
-            lengths = [len(ids) for ids, _ in texts]
-            if len(lengths) == 1:
-                lengths = [room]
-            elif sum(lengths) > room:
-                short = min(min(lengths), room // 2)
-                longer = lengths[0] > lengths[1]  # where the first is; of two alike the second counts as longer
-                lengths = [room - short, short] if longer else [short, room - short]
-            texts = [(ids[:n], offsets[:n]) for (ids, offsets), n in zip(texts, lengths)]
-        return self.join(*texts)
+        ids, offsets = self.encode_text(text, special)
+        room = None if max_length is None else max(0, max_length - 2)
+        return self.join((ids[:room], offsets[:room]))
 
     def windows(self, text: str, pair: str, max_length: int, stride: int, special: bool = True) -> list[Encoding]:
         """[CLS] text [SEP] a part of pair [SEP], in as many windows as it takes, of max_length tokens at most.
@@ -333,15 +284,10 @@ class WordPiece:
         return Encoding(ids, types, offsets)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Tokens with spaces between words: not the text, for that is lost. Raises utils.InputError for a strange id.
+        """Tokens with spaces between words: not the text, for that is lost.
 
         ## Where the very characters matter, as in an answer, cut them out of the text at the tokens' offsets.
         """
-        ids = list(map(int, ids))
-        stranger = next((i for i in ids if not 0 <= i < len(self.names)), None)
-        if stranger is not None:
-            raise utils.InputError(f"token id {stranger} is not in the vocabulary of {len(self.names):,}; use the "
-                                   "vocab.txt that belongs to the model.")
         return " ".join(self.names[i] for i in ids).replace(" ##", "")
 
 
@@ -408,48 +354,22 @@ def train_wordpiece(text: str, vocab_size: int, lowercase: bool = True) -> list[
 
 
 # ---------------------------------------------------------------------------------------------- which vocabulary
-def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[WordPiece, str]:
-    """The tokenizer that --data asks for, and its name; one learned here is written to out."""
+def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[WordPiece, str, str]:
+    """The tokenizer that --data asks for, its name, and what it stands in for; one learned here is written to out."""
     if data and (Path(data).is_dir() or Path(data).name == "vocab.txt"):
-        return WordPiece.load(data), data
+        return WordPiece.load(data), data, ""
     if data in (None, "minilm"):
         try:
-            return WordPiece.load(utils.download([URL], utils.DATA_DIR / "minilm" / "vocab.txt", SHA256)), "minilm"
+            path = utils.download([URL], utils.DATA_DIR / "minilm" / "vocab.txt", SHA256)
+            return WordPiece.load(path), "minilm", ""
         except ConnectionError as error:
             if data:  # asked for by name: never replaced by something else
                 raise
             print(error)
-        data = "pydocs"
-        utils.stand_in_notice("a vocabulary learned from Python's manual", "BERT")
-    text, start = read_text(data), time.perf_counter()
-    tokenizer = WordPiece(train_wordpiece(text, vocab_size))
-    seconds = time.perf_counter() - start
+    tokenizer = WordPiece(train_wordpiece(read_text(data or "pydocs"), vocab_size))
     tokenizer.save(out)
-    print(f"learned {len(tokenizer.names):,} tokens from {len(text):,} characters in {seconds:.1f} s, the last:",
-          ", ".join(tokenizer.names[-8:]))
-    print(f"wrote {out / 'vocab.txt'}\n")
-    return tokenizer, data
-
-
-def show(tokenizer: WordPiece, text: str, pair: str | None) -> None:
-    """Print every step from text to ids and back."""
-    print(f"{text!r}\n\n1. cut into words, and 2. each word into the longest pieces that fit, with ids:")
-    for chunk in CHUNK.findall(text):
-        for word, _ in cut(chunk, tokenizer.lowercase):
-            ids = [i for i, _ in tokenizer.pieces(word)]
-            print(f"   {word!r:18} {' '.join(tokenizer.names[i] for i in ids):28} {ids}")
-    encoding = tokenizer.encode(text, pair, special=False)
-    print("\n3. with the special tokens: id, which text, and the characters that each token stands for")
-    for i, kind_of_text, (start, end) in zip(*encoding):
-        source = (text, pair)[kind_of_text][start:end]
-        print(f"   {tokenizer.names[i]:14} {i:6} {kind_of_text:3} {f'{start}-{end}' * (end > 0):>9}  "
-              f"{repr(source) * (end > 0)}")
-    print(f"\n4. decoded: {tokenizer.decode(encoding.ids)}")
-    ids, mask = pad([encoding.ids, tokenizer.encode("a short one").ids], tokenizer.pad)
-    print(f"\n5. padded, in a batch with a short one: ids {tuple(ids.shape)}, {int(mask.sum())} of them tokens")
-    written = f"{CLS} and {SEP} written by a user"
-    print(f"\n{written!r} as tokens: {tokenizer.tokens(written)}\n{' ' * len(repr(written))} as plain text: "
-          f"{tokenizer.tokens(written, special=False)}")
+    print(f"wrote {out / 'vocab.txt'}; the last tokens learned: {', '.join(tokenizer.names[-8:])}")
+    return tokenizer, data or "pydocs", "" if data else "BERT"
 
 
 def main() -> None:
@@ -457,27 +377,27 @@ def main() -> None:
     add = parser.add_argument
     add("text", nargs="?", default=SAMPLE, help="what to encode")
     add("--pair", help="a second text for the same sequence")
-    add("--file", help="count the tokens of this text file (or pydocs), line by line")
     add("--data", help="minilm, a folder with vocab.txt or that file, or what to learn a vocabulary from: pydocs or a "
         "text file; without it minilm, or pydocs if that is out of reach")
     add("--vocab-size", type=utils.count, default=2000, help="tokens to learn, with --data pydocs or a text; more make "
         "a text shorter, and a model's embedding larger")
     args = utils.parse_args(parser)
-    if args.file and (args.pair or args.text != SAMPLE):
-        raise utils.InputError("--file counts a file's tokens; leave out the text and --pair.")
-    tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)
+    tokenizer, name, stand_in = get_tokenizer(args.data, args.vocab_size, args.out)
+    notice = "a vocabulary learned from Python's manual"
+    utils.stand_in_notice(notice, stand_in)
     print(f"{name}: {len(tokenizer.names):,} tokens, {'without' if tokenizer.lowercase else 'with'} capitals\n")
-    if not args.file:
-        show(tokenizer, args.text, args.pair)
-    else:
-        lines, start = read_text(args.file).split("\n"), time.perf_counter()
-        rows = [tokenizer.encode_text(line)[0] for line in lines]
-        seconds, n = time.perf_counter() - start, sum(map(len, rows))
-        unknown = sum(row.count(tokenizer.unk) for row in rows)
-        print(f"{args.file}: {len(lines):,} lines, {n:,} tokens, {unknown:,} of them {UNK}, the longest line "
-              f"{max(map(len, rows))}; {len(tokenizer.cache):,} different chunks; {seconds:.2f} s")
-    if args.data is None and name != "minilm":
-        utils.stand_in_notice("a vocabulary learned from Python's manual", "BERT")
+    print(f"{args.text!r}\n\n1. cut into words, and 2. each word into the longest pieces that fit, with ids:")
+    for chunk in CHUNK.findall(args.text):
+        for word, _ in cut(chunk, tokenizer.lowercase):
+            ids = [i for i, _ in tokenizer.pieces(word)]
+            print(f"   {word!r:18} {' '.join(tokenizer.names[i] for i in ids):28} {ids}")
+    texts = [text for text in (args.text, args.pair) if text is not None]
+    encoding = tokenizer.join(*(tokenizer.encode_text(text, special=False) for text in texts))
+    print("\n3. with the special tokens: id, which text, and the characters that each token stands for")
+    for i, which, (start, end) in zip(*encoding):
+        print(f"   {tokenizer.names[i]:14} {i:6} {which:3} {texts[which][start:end]!r}")
+    print(f"\n4. decoded: {tokenizer.decode(encoding.ids)}")
+    utils.stand_in_notice(notice, stand_in)
 
 
 if __name__ == "__main__":

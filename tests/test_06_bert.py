@@ -218,7 +218,7 @@ def test_minilm_s_hidden_states_and_embeddings_equal_the_reference(minilm):
     (ours, tokenizer, config), theirs, fast = minilm
     for texts in ([*bert.SENTENCES.splitlines(), "", "Caf\u00e9 na\u00efve, 2024: unbelievable!"], ["long " * 300]):
         batch = fast(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-        ids, mask = wordpiece.pad([tokenizer.encode(text, max_length=256).ids for text in texts], tokenizer.pad)
+        ids, mask = wordpiece.pad([tokenizer.encode(text, 256).ids for text in texts], tokenizer.pad)
         assert torch.equal(ids, batch["input_ids"]) and torch.equal(mask.long(), batch["attention_mask"])
         expected = theirs(**batch).last_hidden_state
         assert close(ours(ids, mask)[mask], expected[mask], 1e-4)
@@ -322,22 +322,19 @@ def config_text(family="bert", **changes):
 
 @pytest.mark.parametrize("text, words", [
     (None, ["FileNotFoundError"]), ("", ["JSONDecodeError"]), ("[" * 100_000, ["RecursionError"]),
-    ("[]", ["model_type", "None"]), ("null", ["model_type", "None"]),
-    (config_text(model_type="gpt2"), ["model_type", "'gpt2'", "bert and distilbert"]),
-    (config_text(model_type="roberta"), ["'roberta'"]), (config_text(model_type=["bert"]), ["['bert']"]),
+    ("[]", ["TypeError"]), ("null", ["TypeError"]), ("{}", ["KeyError: 'model_type'"]),
+    (config_text(model_type="gpt2"), ["'gpt2'", "BERT or DistilBERT"]),
+    (config_text(model_type="roberta"), ["'roberta'"]), (config_text(model_type=["bert"]), ["TypeError"]),
     (config_text(hidden_act="gelu_new"), ["hidden_act", "'gelu'"]),
     (config_text(hidden_act="relu"), ["hidden_act"]), (config_text("distilbert", activation="relu"), ["activation"]),
     (config_text(position_embedding_type="relative_key"), ["position_embedding_type"]),
     (config_text(is_decoder=True), ["is_decoder"]), (config_text(add_cross_attention=True), ["add_cross_attention"]),
-    (config_text(hidden_dropout_prob=1.0), ["hidden_dropout_prob"]),
-    (config_text(hidden_dropout_prob="x" * 1000), ["hidden_dropout_prob"]),
     (config_text(layer_norm_eps=0), ["layer_norm_eps"]), (config_text(layer_norm_eps=math.nan), ["layer_norm_eps"]),
-    (config_text(id2label={"0": "a", "2": "c"}), ["id2label", "'1'"]),
+    (config_text(id2label={"0": "a", "2": "c"}), ["KeyError: '1'"]), (config_text(id2label=[7]), ["TypeError"]),
     ('{"model_type": "bert"}', ["hidden_size", "None"]), ('{"model_type": "distilbert"}', ["dim", "None"]),
-    *[(config_text(**{name: value}), [name, "positive whole number"]) for name in set(BERT) - {"layer_norm_eps"}
-      for value in ("2", 0, -1, True, 2.0, [1], 2**24)],
-    *[(config_text("distilbert", **{name: value}), [name, "positive whole number"]) for name in DISTIL
-      for value in ("2", 0, None)],
+    *[(config_text(**{name: value}), [name]) for name in set(BERT) - {"layer_norm_eps"}
+      for value in ("2" * 999, 0, -1, True, 2.0, [1], 2**24)],
+    *[(config_text("distilbert", **{name: value}), [name]) for name in DISTIL for value in ("2", 0, None)],
 ])
 def test_configs_that_are_refused(tmp_path, text, words):
     path = tmp_path / "config.json"
@@ -356,22 +353,18 @@ def without(name):
 
 
 @pytest.mark.parametrize("edit, config, words", [
-    (without("embeddings.LayerNorm.bias"), {}, ["lacks embeddings.LayerNorm.bias", "Bert with 2 layers"]),
-    (without("encoder.layer.1.attention.self.query.bias"), {}, ["lacks encoder.layer.1.attention.self.query.bias"]),
-    (lambda state: state | {"encoder.layer.2.output.dense.bias": torch.ones(3)}, {}, ["no use for"]),
-    (lambda state: state | {"\x1b[2J" * 99: torch.ones(3)}, {}, ["\\x1b[2J", "no use for"]),
-    (lambda state: {f"bert.bert.{name}": t for name, t in state.items()}, {}, ["lacks embeddings.word_embeddings"]),
-    (lambda state: {f"distilbert.{name}": t for name, t in state.items()}, {}, ["lacks embeddings.word_embeddings"]),
-    (lambda state: state | {"bert.pooler.dense.bias": torch.ones(16)}, {}, ["both", "'pooler.dense.bias'"]),
-    (lambda state: state | {"embeddings.LayerNorm.beta": torch.ones(16)}, {}, ["both", "LayerNorm.beta"]),
+    (without("embeddings.LayerNorm.bias"), {}, ["'embeddings.LayerNorm.bias' is missing in the file and (16,) in a"]),
+    (without("encoder.layer.1.attention.self.query.bias"), {}, ["'encoder.layer.1.attention.self.query.bias' is miss"]),
+    (lambda state: state | {"encoder.layer.2.output.dense.bias": torch.ones(3)}, {}, ["(3,) in the file and missing"]),
+    (lambda state: state | {"\x1b[2J" * 99: torch.ones(3)}, {}, ["\\x1b[2J", "and missing in"]),
+    (lambda state: {f"bert.bert.{name}": t for name, t in state.items()}, {}, ["and missing in"]),
+    (lambda state: {f"distilbert.{name}": t for name, t in state.items()}, {}, ["and missing in"]),
     (lambda state: state | {"embeddings.LayerNorm.bias": torch.ones(17)}, {}, ["LayerNorm.bias", "(17,)", "(16,)"]),
-    (lambda state: state | {"embeddings.LayerNorm.bias": torch.ones(16).int()}, {}, ["LayerNorm.bias", "int32"]),
-    (without("pooler.dense.bias"), {}, ["lacks pooler.dense.bias"]),
-    (without("pooler.dense.weight"), {}, ["lacks pooler.dense.weight"]),
-    (dict, {"n_layer": 1}, ["encoder.layer.1", "no use for"]), (dict, {"n_layer": 3}, ["39 tensors", "3 layers"]),
-    (dict, {"n_layer": 2**24 - 1}, ["39 tensors"]), (dict, {"n_embd": 32}, ["word_embeddings", "(29, 16)", "(29, 32)"]),
+    (dict, {"n_layer": 1}, ["encoder.layer.1", "and missing in"]),
+    (dict, {"n_layer": 3}, ["'encoder.layer.2", "is missing in"]),
+    (dict, {"n_embd": 32}, ["is (16,) in the file and (32,) in"]),
     (dict, {"n_types": 3}, ["token_type_embeddings", "(2, 16)", "(3, 16)"]),
-    (dict, {"model_type": "distilbert", "n_types": 0}, ["lacks transformer.layer.0"]),
+    (dict, {"model_type": "distilbert", "n_types": 0}, ["missing in"]),
 ])
 def test_weights_that_are_refused(tmp_path, edit, config, words):
     path = tmp_path / "model.safetensors"
@@ -383,7 +376,7 @@ def test_weights_that_are_refused(tmp_path, edit, config, words):
 def test_a_head_of_other_classes_is_refused(tmp_path):
     save(make_theirs("bert", "ForSequenceClassification"), tmp_path, vocab=True)
     assert bert.load_bert(str(tmp_path), bert.Classifier)[2]["labels"] == LABELS
-    with refused("classifier.weight", "(3, 24)", "(2, 24)"):
+    with refused("'classifier.bias' is (3,) in the file and (2,) in"):
         bert.load_bert(str(tmp_path), bert.Classifier, labels=["no", "yes"])
 
 
@@ -393,8 +386,6 @@ def test_load_bert_reads_a_folder_and_refuses_what_does_not_fit(tmp_path):
     model, tokenizer, config = bert.load_bert(str(tmp_path), dropout=0.3)
     assert config["name"] == str(tmp_path) and model.dropout.p == 0.3 and len(tokenizer.names) == 31
     assert "stand_in" not in config and not model.training
-    with refused("names no classes"):
-        bert.load_bert(str(tmp_path), bert.Classifier)
     with refused("model nowhere is no folder", "minilm, bert-base-uncased"):
         bert.load_bert("nowhere")
     (tmp_path / "vocab.txt").write_text((tmp_path / "vocab.txt").read_text() + "".join(f"w{i}\n" for i in range(7)))
@@ -412,9 +403,11 @@ def hub(tmp_path, monkeypatch):
     for name, (place, files) in bert.FILES.items():
         family = "distilbert" if name.startswith("distil") else "bert"
         save(make_theirs(family), tmp_path / "made" / name, vocab=True)
-        for file in files:
-            served["/" + place + file] = (tmp_path / "made" / name / file).read_bytes()
-        hashes = {file: hashlib.sha256(served["/" + place + file]).hexdigest() for file in files}
+        hashes = {}
+        for file in (*files, "vocab.txt"):
+            served["/" + place + file] = data = (tmp_path / "made" / name / file).read_bytes()
+            hashes[file] = hashlib.sha256(data).hexdigest()
+        monkeypatch.setattr(bert, "SHA256", hashes.pop("vocab.txt"))  # the same for all three
         monkeypatch.setitem(bert.FILES, name, (place, hashes))
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -458,7 +451,6 @@ def test_the_stand_in_comes_only_where_minilm_can_t_be_reached(hub, tmp_path, mo
     monkeypatch.setattr(bert, "STAND_IN", bert.STAND_IN | {"n_layer": 1, "n_embd": 32})
     monkeypatch.setattr(bert, "STAND_IN_VOCAB", 400)
     monkeypatch.setattr(bert, "STAND_IN_STEPS", 2)
-    monkeypatch.setattr(bert.pretrain, "__defaults__", (2, None))
     hub[0].clear()
     for name in bert.FILES:
         with refused("could not be downloaded", "--model stand-in"):
@@ -483,7 +475,7 @@ def test_the_stand_in_comes_only_where_minilm_can_t_be_reached(hub, tmp_path, mo
     weights_path = tmp_path / "data" / "minilm" / "model.safetensors"
     weights_path.parent.mkdir(exist_ok=True)
     shutil.copy(tmp_path / "made" / "minilm" / "model.safetensors", weights_path)
-    with refused("vocab.txt could not be downloaded"):  # half there is no reason to fall back
+    with refused("config.json could not be downloaded"):  # half there is no reason to fall back
         bert.load_bert()
     weights_path.write_bytes(b"damaged")
     with refused("minilm", "not the expected file"):
@@ -513,20 +505,20 @@ def run_main(monkeypatch, capsys, *options):
     return status, capsys.readouterr().out
 
 
-def test_the_script_shows_shapes_and_the_nearest_sentences(tmp_path, monkeypatch, capsys):
+def test_the_script_shows_padding_and_the_nearest_sentences(tmp_path, monkeypatch, capsys):
     save(make_theirs(max_position_embeddings=60), tmp_path, vocab=True)
-    (tmp_path / "lines.txt").write_text("aa b\n\nc d e\nf f\n")
+    (tmp_path / "lines.txt").write_text("aa b\n\nc d e\nf f\ng g\n")
     options = ["--out", tmp_path, "--model", tmp_path, "--sentences", tmp_path / "lines.txt", "--query", "c d e"]
-    status, out = run_main(monkeypatch, capsys, *options, "--top-k", 2)
-    assert status == 0 and "109,482,240" in out and "encoder.layer.0.attention.self.query" in out
+    status, out = run_main(monkeypatch, capsys, *options)
+    assert status == 0 and out.count("[CLS]") == 2
     assert float(re.search(r"alone: the first one's vectors differ by (\S+)", out)[1]) < 1e-5
     assert re.findall(r"^ +(-?\d\.\d{3})  (.*)$", out, re.MULTILINE)[0] == ("1.000", "c d e")
-    assert len(re.findall(r"^ +-?\d\.\d{3}  ", out, re.MULTILINE)) == 2
-    for more, words in ((["--query", " "], "--query"), (["--steps", 3], "--steps"),
-                        (["--sentences", tmp_path / "none"], "none"), (["--model", tmp_path / "no"], "no folder")):
+    assert len(re.findall(r"^ +-?\d\.\d{3}  ", out, re.MULTILINE)) == 3
+    for more, words in ((["--query", " "], "--query"), (["--sentences", tmp_path / "none"], "none"),
+                        (["--model", tmp_path / "no"], "no folder")):
         status, _ = run_main(monkeypatch, capsys, *options, *more)
         assert status.startswith("error: ") and words in status and "\n" not in status
-    assert run_main(monkeypatch, capsys, *options, "--top-k", 0)[0] == 2  # argparse's own
+
 
 def test_the_models_can_be_imported_without_argparse_requests_and_matplotlib(tmp_path):
     """By a program of somebody else: nothing comes along that a model has no need of, and nothing global changes."""

@@ -10,7 +10,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import REAL, ROOT, call_main, chapter, refusal
+from conftest import REAL, ROOT, call_main, chapter
 
 import utils
 
@@ -168,13 +168,6 @@ def test_special_tokens_in_a_text_count_only_where_that_is_allowed(small):
     assert (plain, offsets) == (expected.ids, expected.offsets)
 
 
-def test_a_full_cache_is_emptied_and_changes_nothing(small):
-    ours = wordpiece.WordPiece(small[0].names)
-    before = ours.encode("some words, again some words")
-    ours.cache.update(dict.fromkeys(range(1_000_001), ([], [])))
-    assert ours.encode("some words, again some words") == before and not ours.cache
-
-
 # ---------------------------------------------------------------------------------------------- sequences
 def as_encoding(theirs, *texts, **options):
     found = theirs(*texts, return_offsets_mapping=True, **options)
@@ -184,18 +177,12 @@ def as_encoding(theirs, *texts, **options):
 def test_pairs_and_truncation(small):
     ours, theirs, _ = small
     assert ours.encode("") == as_encoding(theirs, "")
-    assert ours.encode("a", "").ids == theirs.backend_tokenizer.encode("a", "").ids  # transformers sees no pair here
     words = "one two three four five six seven".split()
     for n, m in itertools.product(range(1, 8, 2), repeat=2):
         a, b = " ".join(words[:n]), " ".join(words[:m])
-        assert ours.encode(a, b) == as_encoding(theirs, a, b)
-        for length in range(3, 30):
-            cut = {"truncation": "longest_first", "max_length": length}
-            assert ours.encode(a, b, length) == as_encoding(theirs, a, b, **cut), (n, m, length)
-            assert ours.encode(a, max_length=length) == as_encoding(theirs, a, **cut)
-            assert len(ours.encode(a, b, length).ids) <= length
-    with pytest.raises(utils.InputError, match="max_length 2 leaves no room"):
-        ours.encode("a", "b", 2)
+        assert ours.join(ours.encode_text(a), ours.encode_text(b)) == as_encoding(theirs, a, b)
+        for length in range(2, 30):
+            assert ours.encode(a, length) == as_encoding(theirs, a, truncation=True, max_length=length)
 
 
 def test_windows(small):
@@ -238,15 +225,6 @@ def test_decode(small):
         ids = r.choices(range(len(ours.names)), k=20)
         ids[0] = ours.cls
         assert ours.decode(ids) == decoder.decode([ours.names[i] for i in ids])
-    for i in (-1, len(ours.names)):
-        with pytest.raises(utils.InputError, match=f"token id {i} is not in the vocabulary"):
-            ours.decode([1, i])
-
-
-def test_a_lone_surrogate_is_said(small):
-    for text in ("\ud800", "a \udcff b"):
-        with pytest.raises(utils.InputError, match="half of a surrogate pair"):
-            small[0].encode(text)
 
 
 # ---------------------------------------------------------------------------------------------- real texts
@@ -260,10 +238,8 @@ def test_sst2(minilm):
         texts += [line.rsplit("\t", 1)[0] for line in lines]
     assert len(texts) == 6920 + 872 + 1821
     same(ours, theirs, texts)
-    found = theirs(texts[:500], texts[500:1000], truncation=True, max_length=48)
-    for i, (ids, types) in enumerate(zip(found["input_ids"], found["token_type_ids"])):
-        encoding = ours.encode(texts[i], texts[500 + i], 48)
-        assert (encoding.ids, encoding.types) == (ids, types)
+    found = theirs(texts[:500], truncation=True, max_length=20)
+    assert [ours.encode(text, 20).ids for text in texts[:500]] == found["input_ids"]
 
 
 def test_pydocs(small):
@@ -333,10 +309,8 @@ def test_what_was_learned_can_write_every_word_of_its_text(small):
 
 # ---------------------------------------------------------------------------------------------- files that are wrong
 @pytest.mark.parametrize("lines, words", [
-    (None, "cannot be read"), (b"\xff\xfe", "is not UTF-8"), (b"", r"has no line \[PAD\]"),
-    ("\n".join(wordpiece.SPECIAL[:4]).encode(), r"has no line \[MASK\]"),
-    ("\n".join([*wordpiece.SPECIAL, "a", "b", "a"]).encode(), "has 'a' twice, in lines 6 and 8"),
-    (b"<html>not found</html>", r"has no line \[PAD\]"),
+    (None, "can't be read"), (b"\xff\xfe", "can't be read"), (b"", r"has no \[PAD\]"),
+    ("\n".join(wordpiece.SPECIAL[:4]).encode(), r"has no \[MASK\]"), (b"<html>not found</html>", r"has no \[PAD\]"),
 ])
 def test_wrong_files_get_one_sentence(tmp_path, lines, words):
     if lines is not None:
@@ -361,14 +335,14 @@ def test_a_cased_vocabulary_is_known_by_its_config(tmp_path):
     for lowercase in (True, False):
         wordpiece.WordPiece(names, lowercase).save(tmp_path)
         assert wordpiece.WordPiece.load(tmp_path).lowercase is lowercase
-        assert wordpiece.WordPiece.load(tmp_path, lowercase=True).tokens("A") == ["a"]
         theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
         assert wordpiece.WordPiece.load(tmp_path).encode("A \u00c9").ids == theirs("A \u00c9")["input_ids"]
-    for text, words in (("{", "is not JSON"), ('{"strip_accents": false}', "strip_accents or"),
+    for text, words in (("{", "beside it can't be read"), ("7", "beside it can't be read"),
+                        ('{"strip_accents": false}', "strip_accents or"),
                         ('{"do_lower_case": false, "strip_accents": true}', "strip_accents or"),
                         ('{"tokenize_chinese_chars": false}', "or tokenize_chinese_chars")):
         (tmp_path / "tokenizer_config.json").write_text(text)
-        with pytest.raises(utils.InputError, match=f"tokenizer_config.json.* {words}"):
+        with pytest.raises(utils.InputError, match=f"tokenizer_config.json.*{words}"):
             wordpiece.WordPiece.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"strip_accents": null, "tokenize_chinese_chars": true}')
     assert wordpiece.WordPiece.load(tmp_path).lowercase
@@ -381,28 +355,22 @@ def test_the_script_learns_shows_and_counts(tmp_path):
     options = ["na\u00efve tests", "--pair", "of two", "--data", "pydocs", "--vocab-size", 400, "--out", tmp_path]
     out = subprocess.run([sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}).stdout
-    assert "learned 400 tokens" in out and "'na\\xefve tests'" in out and "[SEP]" in out and "STAND-IN" not in out
+    assert "pydocs: 400 tokens" in out and "'na\\xefve tests'" in out and "[SEP]" in out and "STAND-IN" not in out
     ids = oracle(tmp_path / "vocab.txt")("na\u00efve tests", "of two")["input_ids"]
     assert [int(row.split()[1]) for row in re.findall(r"^   \S+ +\d+ +[01] .*$", out, re.M)] == ids
-    text = tmp_path / "text.txt"
-    text.write_text("one two\n" * 100)
-    out = call_main(wordpiece, "--file", text, "--data", tmp_path)
-    n = 100 * len(oracle(tmp_path / "vocab.txt")("one two", add_special_tokens=False)["input_ids"])
-    assert f"101 lines, {n} tokens, 0 of them [UNK]" in out
 
 
 @pytest.mark.parametrize("options, words", [
     (["--data", "/no/such/file"], "/no/such/file cannot be read"),
-    (["--data", "EMPTY_FOLDER"], "vocab.txt cannot be read"),
+    (["--data", "EMPTY_FOLDER"], "vocab.txt or .* can't be read"),
     (["--data", "pydocs", "--vocab-size", 12], "vocab_size 12 must be at least"),
     (["--data", "pydocs", "--out", "/dev/null/x"], "cannot write"),
-    (["\udcff", "--data", "VOCAB"], "U\\+DCFF"),
-    (["--file", "LATIN", "--data", "VOCAB"], "is not UTF-8"),
+    (["--data", "LATIN"], "is not UTF-8"),
 ])
-def test_bad_options_get_one_sentence(small, tmp_path, options, words):
+def test_bad_options_get_one_sentence(tmp_path, options, words):
     (tmp_path / "LATIN").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "EMPTY_FOLDER").mkdir()
-    options = [{"VOCAB": small[2], "LATIN": tmp_path / "LATIN", "EMPTY_FOLDER": tmp_path / "EMPTY_FOLDER"}.get(o, o)
+    options = [{"LATIN": tmp_path / "LATIN", "EMPTY_FOLDER": tmp_path / "EMPTY_FOLDER"}.get(o, o)
                for o in options]
     with pytest.raises(utils.InputError, match=words):
         call_main(wordpiece, *options, *([] if "--out" in options else ["--out", tmp_path / "o"]))
@@ -414,8 +382,6 @@ def test_stand_in_only_where_the_real_vocabulary_is_out_of_reach(tmp_path, monke
     assert call_main(wordpiece, "--out", tmp_path / "o", "--vocab-size", 300).count("STAND-IN") == 2
     with pytest.raises(ConnectionError, match="could not be downloaded"):
         call_main(wordpiece, "--data", "minilm")
-    for ignored in ("--file", "x.txt", "--pair", "y"), ("some text", "--file", "x.txt"):
-        assert "leave out the text and --pair" in refusal(wordpiece, *ignored)
     (tmp_path / "minilm").mkdir(exist_ok=True)
     (tmp_path / "minilm" / "vocab.txt").write_text("corrupt")
     with pytest.raises(utils.InputError, match="not the expected file"):
