@@ -8,7 +8,7 @@ a text longer than the model is read in overlapping windows; and how an answer i
     python 06_finetune/bert_qa.py --data train.json --dev dev.json any files in SQuAD v1.1's format
     python 06_finetune/bert_qa.py --question "Who?" --context "..." the answer, by what was trained
 
-You should see (templates, seed 0, two cores, minutes): exact match 99 %, F1 99 %; word overlap alone 0 and 14 %.
+You should see (templates, seed 0, minutes): exact match 99 % and F1 99 %; word overlap alone 0 % and 14 %.
 Writes to outputs/qa/: adapter/ (--method lora, PEFT's format) or model/ (a folder that transformers opens),
 predictions.json, checkpoint.pt, metrics.json, history.png. Left out: questions without an answer (SQuAD 2.0).
 """
@@ -398,7 +398,9 @@ def main() -> None:
            ["val_em", "val_f1"], "percent", "predictions.json")
 
 
-## Try this: --epochs 1, --limit 300, or --lr 2e-5, the rate usual for BERT, which is wider and saw more questions.
+## Try this. Each was run once (templates, seed 0, one core), test EM and F1; as it is: 99.0 and 99.1.
+##   --epochs 1      43.0 and 45.2   a quarter of the steps is far too few
+##   --limit 300     45.7 and 47.8   and so is a quarter of the questions, read four times
 
 if __name__ == "__main__":
     utils.run(main, go_on="--resume")
