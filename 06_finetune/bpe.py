@@ -3,14 +3,14 @@
 You learn here: why tokens are neither characters nor words; how 256 bytes and a ranked list of 50,000 merges cover
 every text there is; how the merges are found by counting; and why a text from a user must not contain <|endoftext|>.
 
-    python 06_finetune/bpe.py "some text"                       GPT-2's own tokens (vocab.json, merges.txt: 1.5 MB)
-    python 06_finetune/bpe.py --file data/tinyshakespeare.txt   count the tokens of a file
-    python 06_finetune/bpe.py --data novel.txt                  learn a vocabulary from a text (pydocs: Python's manual)
+    python 06_finetune/bpe.py "some text"         GPT-2's own tokens (vocab.json, merges.txt: 1.5 MB)
+    python 06_finetune/bpe.py --data novel.txt    learn a vocabulary from a text (pydocs: Python's manual)
 
 You should see (one core of an AMD EPYC, Python 3.11): " tokenization" takes 11 merges to become " token", "ization";
-Tiny Shakespeare 301,966 + 36,059 tokens in 0.4 to 0.7 s; --data pydocs 1,743 merges from 465,126 characters in 0.6 s.
+--data pydocs 1,743 merges from 465,126 characters in 0.6 s.
 Writes: with --data pydocs or a text, vocab.json and merges.txt in outputs/, which transformers' GPT2Tokenizer opens.
-Left out on purpose: normalisation and dropout of merges; padding; offsets into the text.
+Left out on purpose: normalisation and dropout of merges; padding; offsets into the text. Letters that Unicode gained
+after this Python was made are cut as signs; others may cut them as letters.
 """
 
 import functools
@@ -30,24 +30,12 @@ import utils
 # No tensors here: ids are lists of int. A piece is what the pattern cuts out, a token what has an id.
 
 URL = "https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
-SHA256 = {
-    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
+SHA256 = {"vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+          "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"}
 END = "<|endoftext|>"  # stood between two documents in GPT-2's training; id 50256
+LEARNED = "a vocabulary learned from Python's manual"  # the stand-in
 SAMPLE = "Hello world! We're testing tokenization in 2024: na\u00efve \u4f60\u597d \U0001f642"
 
-# Letters and numbers that Unicode 15.0 to 16.0 added, in hexadecimal: Python 3.11 to 3.13 do not know all of them. With
-# these every text is cut as by tokenizers 0.23 (Unicode 16). A Python that knows newer ones may cut there elsewhere.
-NEW_LETTERS = (
-    "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e "
-    "11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d "
-    "16d40-16d6c 18cff 1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af"
-)
-NEW_NUMBERS = (
-    "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 "
-    "1e5f1-1e5fa"
-)
 
 
 # ---------------------------------------------------------------------------------------------- text to pieces
@@ -66,12 +54,8 @@ def pattern() -> re.Pattern:
     ## Planes 4 to 16 hold no letters: unassigned, tags, private use. Leaving them out saves three quarters of the time.
     categories = "".join(map(unicodedata.category, map(chr, range(0x40000))))  # two letters for each code point
 
-    def ranges(kind: str, new: str) -> str:
-        runs = [(run.start() // 2, run.end() // 2 - 1) for run in re.finditer(f"(?:{kind}.)+", categories)]
-        runs += [(int(run.split("-")[0], 16), int(run.split("-")[-1], 16)) for run in new.split()]
-        return "".join(f"{chr(first)}-{chr(last)}" for first, last in runs)
-
-    L, N = ranges("L", NEW_LETTERS), ranges("N", NEW_NUMBERS)
+    L, N = ("".join(f"{chr(run.start() // 2)}-{chr(run.end() // 2 - 1)}"
+                    for run in re.finditer(f"(?:{kind}.)+", categories)) for kind in "LN")
     # Python's \s also holds \x1c to \x1f, the separators of old tape formats; Unicode's White_Space does not.
     S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+")
@@ -97,61 +81,42 @@ def utf8(piece: str) -> bytes:
 
 # ---------------------------------------------------------------------------------------------- pieces to tokens
 class Tokenizer:
-    """Encode and decode with a vocabulary {token: id} and merges [(left, right), ...], both in byte symbols.
+    """Encode and decode with a vocabulary {token: id} and merges [(left, right), ...], both in byte symbols."""
 
-    Raises utils.InputError where the two are no byte-level BPE vocabulary with <|endoftext|>, or do not fit each other.
-    vocab_path and merges_path: what to call them in such messages.
-    """
-
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], vocab_path: Path | str = "the vocabulary",
-                 merges_path: Path | str = "the list of merges"):
-        advice = "take both files from the same place, such as GPT-2's."
-        numbers = isinstance(vocab, dict) and all(type(i) is int for i in vocab.values())
-        if not numbers or sorted(vocab.values()) != list(range(len(vocab))):
-            raise utils.InputError(f"{vocab_path} must map tokens to the ids 0, 1, 2 ..., each once; {advice}")
-        missing = [symbol for symbol in [*BYTE, END] if symbol not in vocab]
-        if missing:
-            raise utils.InputError(f"{vocab_path} lacks {missing[0]!r}, which every byte-level BPE has; {advice}")
-        for left, right in merges:
-            stranger = next((token for token in (left, right, left + right) if token not in vocab), None)
-            if stranger is not None:
-                raise utils.InputError(f"{merges_path} merges {left!r} and {right!r}, but {vocab_path} lacks "
-                                       f"{stranger!r}; {advice}")
-        unmade = vocab.keys() - BYTE.keys() - {END} - {left + right for left, right in merges}
-        if unmade:
-            raise utils.InputError(f"{vocab_path} holds {len(unmade):,} tokens that no line of {merges_path} makes, "
-                                   f"such as {min(unmade)!r}; {advice}")
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
         self.vocab, self.merges = vocab, merges
         self.byte_id = [vocab[SYMBOL[byte]] for byte in range(256)]
         self.rank = {(vocab[left], vocab[right]): rank for rank, (left, right) in enumerate(merges)}
         self.made = [vocab[left + right] for left, right in merges]  # rank of a merge -> id of what it makes
         self.bytes = {i: bytes(BYTE[symbol] for symbol in token) for token, i in vocab.items()}
-        self.cache: dict[str, list[int]] = {}
+        ## Text repeats itself: Tiny Shakespeare is 297,833 pieces, 15,057 of them different. Merge each once.
+        self.remembered = functools.lru_cache(1_000_000)(self.encode_piece)
 
     @classmethod
     def from_files(cls, vocab_path: Path | str, merges_path: Path | str) -> "Tokenizer":
         """Read GPT-2's two files. Raises utils.InputError for one that is missing, damaged, or unfit for the other."""
-        texts = []
-        for path in (vocab_path, merges_path):
-            try:
-                texts.append(Path(path).read_text(encoding="utf-8"))
-            except OSError as error:
-                raise utils.InputError(f"{path} cannot be read ({error.strerror}); put GPT-2's file there.") from error
-            except UnicodeDecodeError as error:
-                raise utils.InputError(f"{path} is not UTF-8 text; put GPT-2's file there.") from error
+        advice = "take both files from the same place, such as GPT-2's."
+        text, merges = read_text(vocab_path), []
         try:
-            vocab = json.loads(texts[0])
+            vocab = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise utils.InputError(f"{vocab_path} is not JSON, or was cut short; put GPT-2's file there.") from error
-        merges = []
-        for number, line in enumerate(texts[1].split("\n"), 1):
+            raise utils.InputError(f"{vocab_path} is not JSON, or was cut short; {advice}") from error
+        for number, line in enumerate(read_text(merges_path).splitlines(), 1):
             pair = tuple(line.split(" "))
             if line and not (number == 1 and line.startswith("#version")):  # "#" may also begin a merge
                 if len(pair) != 2 or not all(pair):
                     raise utils.InputError(f"{merges_path}, line {number}: {line[:40]!r} is not two symbols with a "
-                                           "space between them; put GPT-2's file there.")
+                                           f"space between them; {advice}")
                 merges.append(pair)
-        return cls(vocab, merges, vocab_path, merges_path)
+        numbers = isinstance(vocab, dict) and all(type(i) is int for i in vocab.values())
+        if not numbers or sorted(vocab.values()) != list(range(len(vocab))):
+            raise utils.InputError(f"{vocab_path} must map tokens to the ids 0, 1, 2 ..., each once; {advice}")
+        made = {*BYTE, END, *map("".join, merges)}
+        wrong = made ^ vocab.keys() | {symbol for pair in merges for symbol in pair} - made
+        if wrong:
+            raise utils.InputError(f"{vocab_path} and {merges_path} don't fit each other: {min(wrong)!r} is in one of "
+                                   f"them only; {advice}")
+        return cls(vocab, merges)
 
     def save(self, folder: Path | str) -> None:
         """Write vocab.json and merges.txt in GPT-2's format, byte for byte the originals if those were read."""
@@ -167,52 +132,34 @@ class Tokenizer:
         ## With special=False it is seven ordinary tokens. Use that for text that others wrote: the one id tells the
         ## model that a document is over and what stood before no longer matters, which is not for strangers to say.
         """
-        ids, find, cache = [], pattern().findall, self.cache
+        ids, remembered = [], self.remembered
         for part, document in enumerate(text.split(END) if special else [text]):
             if part:
                 ids.append(self.vocab[END])
-            for piece in find(document):
-                ## Text repeats itself: Tiny Shakespeare is 297,833 pieces, 15,057 of them different. Merge each once.
-                known = cache.get(piece)
-                if known is None:
-                    known = cache[piece] = self.encode_piece(piece)
-                ids += known
-        if len(cache) > 1_000_000:
-            cache.clear()  # a server would otherwise fill its memory in the end
+            for piece in pattern().findall(document):
+                ids += remembered(piece)
         return ids
 
     def encode_piece(self, piece: str) -> list[int]:
         """Ids of one piece: its bytes, merged until no pair in it is in the list."""
         ids = [self.byte_id[byte] for byte in utf8(piece)]
-        for _ in self.merge(ids):
+        for _, ids in self.merge(ids):
             pass
-        return [i for i in ids if i is not None]
+        return ids
 
-    def merge(self, ids: list[int | None]) -> Iterator[int]:
-        """Merge ids in place, one pair after another; a hole (None) is left beside each. Yields each merge's rank.
+    def merge(self, ids: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """Merge ids, one pair after another. Yields each merge's rank, and the ids after it.
 
-        ## The rule: of all neighbours, merge the pair that stands first in the list of merges (the leftmost, if it
-        ## occurs twice), and begin again. So the text is put together in the order in which training found the pairs.
-        ## Looking at all n pairs each time takes up to n^2 steps: 10^10 if the piece is a run of 100,000 letters. A
-        ## heap hands out the lowest rank in log n steps instead, and `before` and `after` step over the holes.
+        ## The rule: of all neighbours, merge the pair that stands first in the list of merges, wherever it occurs, and
+        ## begin again. So the text is put together in the order in which training found the pairs.
+        ## Each round looks at the whole piece. Pieces are words, so that costs nothing; but 20,000 letters in a row without
+        ## a space may take seconds, and whoever expects them keeps the pairs in a heap.
         """
-        n, rank = len(ids), self.rank
-        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-        heap = [(rank[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in rank]
-        heapify(heap)
-        while heap:
-            lowest, i = heappop(heap)
-            j = after[i]
-            if j == n or rank.get((ids[i], ids[j])) != lowest:
-                continue  # out of date: one of the two was merged with its other neighbour
-            ids[i], ids[j] = self.made[lowest], None
-            after[i] = after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            for k in (before[i], i):  # the merged token's new pairs: with what stands before it, and after it
-                if k >= 0 and after[k] < n and (ids[k], ids[after[k]]) in rank:
-                    heappush(heap, (rank[ids[k], ids[after[k]]], k))
-            yield lowest
+        while pairs := [pair for pair in zip(ids, ids[1:]) if pair in self.rank]:
+            pair = min(pairs, key=self.rank.get)
+            rank = self.rank[pair]
+            ids = replace_pair(ids, pair, self.made[rank])
+            yield rank, ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for. Raises utils.InputError for an id that is not in the vocabulary."""
@@ -302,7 +249,7 @@ def load_gpt2() -> Tokenizer:
     return Tokenizer.from_files(*(utils.download([URL + name], folder / name, SHA256[name]) for name in SHA256))
 
 
-def read_text(path: str) -> str:
+def read_text(path: Path | str) -> str:
     """A UTF-8 text file, or `pydocs`, the manual inside Python. Raises utils.InputError for anything else."""
     if path == "pydocs":
         from pydoc_data.topics import topics
@@ -328,13 +275,13 @@ def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[Tokeniz
                 raise
             print(error)
         data = "pydocs"
-        utils.stand_in_notice("a vocabulary learned from Python's manual", "GPT-2")
+        utils.stand_in_notice(LEARNED, "GPT-2")
     text, start = read_text(data), time.perf_counter()
     tokenizer = Tokenizer(*train_bpe(text, vocab_size))
     seconds = time.perf_counter() - start
     tokenizer.save(out)
     print(f"learned {len(tokenizer.merges):,} merges from {len(text):,} characters in {seconds:.1f} s, the first:",
-          ", ".join(repr(tokenizer.decode([256 + i])) for i in range(min(12, len(tokenizer.vocab) - 257))))
+          ", ".join(repr(tokenizer.decode([256 + i])) for i in range(min(12, len(tokenizer.merges)))))
     print(f"wrote {out / 'vocab.json'} and {out / 'merges.txt'}\n")
     return tokenizer, data
 
@@ -342,7 +289,7 @@ def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[Tokeniz
 def show(tokenizer: Tokenizer, text: str) -> None:
     """Print every step from text to ids and back."""
     write = lambda some: "".join(SYMBOL[byte] for byte in some)  # noqa: E731
-    row = lambda ids: " ".join(write(tokenizer.bytes[i]) for i in ids if i is not None)  # noqa: E731
+    row = lambda ids: " ".join(write(tokenizer.bytes[i]) for i in ids)  # noqa: E731
 
     print(f"{text!r}\n\n1. cut into pieces, as bytes written in symbols, and 2. merged into tokens with ids:")
     pieces = pattern().findall(text)
@@ -352,22 +299,19 @@ def show(tokenizer: Tokenizer, text: str) -> None:
     longest = max(pieces, key=len, default="")
     print(f"\n   {longest!r}, merge by merge (the pair that stands first in merges.txt goes first):")
     ids = [tokenizer.byte_id[byte] for byte in utf8(longest)]
-    for rank in tokenizer.merge(ids):
-        print(f"   merge {rank:6,}: {row(ids)}")
+    for rank, merged in tokenizer.merge(ids):
+        print(f"   merge {rank:6,}: {row(merged)}")
     ids = tokenizer.encode(text)
     back = tokenizer.decode(ids)
     print(f"\n3. {len(text)} characters, {len(utf8(text))} bytes, {len(ids)} tokens: {ids}")
     print(f"4. decoded: {'the same text' if back == text else repr(back)}\n")
     print(f"{END} as a token: {tokenizer.encode(END)}, as plain text: {tokenizer.encode(END, special=False)}")
-    broken = tokenizer.byte_id[0xE4]
-    print(f"the first byte of a three-byte character, alone: id {broken}, decoded {tokenizer.decode([broken])!r}")
 
 
 def main() -> None:
     parser = utils.parser(__doc__, __file__)
     add = parser.add_argument
     add("text", nargs="?", default=SAMPLE, help="what to encode")
-    add("--file", help="count the tokens of this text file (or pydocs), first 90 %% and last 10 %%")
     add("--data", help="gpt2, a folder with vocab.json and merges.txt, or what to learn a vocabulary from: pydocs or a "
         "text file; without it gpt2, or pydocs if that is out of reach")
     add("--vocab-size", type=utils.count, default=2000, help="tokens to learn; more make a text shorter, and a model's "
@@ -376,17 +320,9 @@ def main() -> None:
 
     tokenizer, name = get_tokenizer(args.data, args.vocab_size, args.out)
     print(f"{name}: {len(tokenizer.vocab):,} tokens, {len(tokenizer.merges):,} merges\n")
-    if not args.file:
-        show(tokenizer, args.text)
-    else:
-        text, start = read_text(args.file), time.perf_counter()
-        n = int(0.9 * len(text))
-        counts = [len(tokenizer.encode(part)) for part in (text[:n], text[n:])]
-        seconds, each = time.perf_counter() - start, len(text) / max(1, sum(counts))
-        print(f"{args.file}: {len(text):,} characters, {counts[0]:,} tokens in the first 90 % and {counts[1]:,} in the "
-              f"last 10 %, {each:.2f} characters per token; {seconds:.2f} s")
+    show(tokenizer, args.text)
     if args.data is None and name != "gpt2":
-        utils.stand_in_notice("a vocabulary learned from Python's manual", "GPT-2")
+        utils.stand_in_notice(LEARNED, "GPT-2")
 
 
 if __name__ == "__main__":
