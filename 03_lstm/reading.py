@@ -1,0 +1,416 @@
+"""How people write series down: separators, decimal commas, dates of all kinds, holes, several series in one file.
+
+You learn here: to let a file's content say what it is, and to refuse where it could be two things.
+
+    from reading import read_table; table = read_table(Path("my.csv"))
+
+Left out on purpose: Excel's own files, dates and hours in columns of their own, dates without a constant step.
+"""
+
+import calendar
+import csv
+import io
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import utils
+
+# Shapes: N rows, C channels (columns)
+
+MISSING = {"", "-", "--", ".", "?", "na", "n/a", "#n/a", "nan", "nil", "none", "null"}  # there is no number
+DATE_NAMES = {"date", "time", "datetime", "timestamp", "datum", "ds"}  # preferred where several columns hold dates
+ROW_NAMES = {"", "index", "id", "no", "row", "rownames", "unnamed: 0", "x"}  # of columns that may count the rows
+FEW = 0.25  # share of a column that is filled without being asked
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+DAYS = ("%Y-%m-%d %Y/%m/%d %Y.%m.%d %d.%m.%Y %d/%m/%Y %m/%d/%Y %d-%m-%Y %m-%d-%Y %d.%m.%y %d/%m/%y %m/%d/%y "
+        "%b-%d-%Y %d-%b-%Y %d-%b-%y %d/%b/%Y").split() + [
+    "%d %b %Y", "%d %B %Y", "%b %d %Y", "%b %d, %Y", "%B %d, %Y", "%a %b %d %Y"]
+CLOCKS = ["", " %H:%M", " %H:%M:%S", "T%H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p", " %H"]
+MONTHS = ["%Y-%m", "%Y/%m", "%YM%m", "%Y:%m", "%m/%Y", "%m.%Y", "%m-%Y", "%b %Y", "%b-%Y", "%B %Y", "%Y %b", "%Y-%b",
+          "%b-%y", "%b %y"]
+DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+
+
+class Step(NamedTuple):
+    """What lies between two rows. A month is no number of days, and a business day may be three days long."""
+    unit: str  # "time", "weekdays" or "months"
+    size: timedelta | int  # of "months": how many
+    day: int = 1  # of "months": the day on which all rows lie, 31 for month ends
+
+    @property
+    def name(self) -> str:
+        if self.unit == "months":
+            return {1: "month", 3: "quarter", 12: "year"}.get(self.size, f"{self.size} months")
+        return "business day" if self.unit == "weekdays" else {
+            timedelta(minutes=1): "minute", HOUR: "hour", DAY: "day", 7 * DAY: "week"}.get(self.size, str(self.size))
+
+    def count(self, date: datetime) -> float:
+        """Steps from a fixed beginning to a date; no whole number where the date lies between two steps."""
+        if self.unit == "months":
+            off = min(self.day, calendar.monthrange(date.year, date.month)[1]) != date.day
+            return (12 * date.year + date.month - 1) / self.size + 0.5 * off
+        if self.unit == "weekdays":
+            return 5 * (date.toordinal() // 7) + (date.toordinal() - 1) % 7 if date.weekday() < 5 else 0.5
+        return (date - datetime(1970, 1, 1, tzinfo=date.tzinfo)) / self.size
+
+    def after(self, date: datetime, k: int) -> datetime:
+        """The date k steps later: a month end stays a month end, and a Friday is followed by a Monday."""
+        if self.unit == "time":
+            return date + k * self.size
+        if self.unit == "weekdays":
+            weeks, day = divmod(date.weekday() + k, 5)
+            return date + timedelta(days=7 * weeks + day - date.weekday())
+        year, month = divmod(12 * date.year + date.month - 1 + k * self.size, 12)
+        return date.replace(year=year, month=month + 1, day=min(self.day, calendar.monthrange(year, month + 1)[1]))
+
+    def period(self, rows: int) -> int:
+        """Rows after which a pattern is expected back: a day, week or year; an hour or minute in few rows."""
+        if self.unit == "weekdays":
+            return 5
+        if self.unit == "months":
+            return 12 // self.size if 12 % self.size == 0 else 1
+        cycles = [DAY, HOUR, timedelta(minutes=1)] if self.size < DAY else [(7 if self.size < 7 * DAY else 364) * DAY]
+        return next((c // self.size for c in cycles if not c % self.size and c // self.size <= max(rows // 4, 1)), 1)
+
+
+class Table(NamedTuple):
+    values: Tensor  # (N, C) float64, in the file's units
+    columns: list[str]
+    dates: list[datetime]  # N of them, one step apart
+    name: str  # "etth1", "station" or the file's name
+    source: str  # what read_series takes to read it again: one of SETS, or the file's path
+    stand_in: str = ""  # the series in whose place it stands, such as "ETTh1"
+    ends: tuple[int, int, int] | None = None  # rows at which training, validation and test end; None: 60, 80, 100 %
+    step: Step = Step("time", HOUR)
+    period: int = 24  # rows after which a pattern is expected to come back
+    said: tuple[str, ...] = ()  # what was understood of the file, in sentences
+
+
+# ---------------------------------------------------------------------------------------------- dates
+def find_step(dates: list[datetime]) -> Step:
+    """The step that most rows are apart. dates: rising."""
+    usual = Counter(after - before for before, after in zip(dates, dates[1:])).most_common(1)[0][0]
+    day = max(date.day for date in dates)
+    if usual >= 28 * DAY and all(date.day == min(day, calendar.monthrange(date.year, date.month)[1]) for date in dates):
+        months = [12 * date.year + date.month for date in dates]
+        return Step("months", Counter(np.diff(months).tolist()).most_common(1)[0][0], 31 if {
+            date.day for date in dates} - {28, 29, 30, 31} == set() and day > 28 else day)
+    weekdays = usual == DAY and len(dates) > 10 and all(date.weekday() < 5 for date in dates)
+    return Step("weekdays" if weekdays else "time", usual)
+
+
+def regular(dates: list[datetime]) -> bool:
+    """Whether the dates rise, or fall, in steps of one size, with few gaps: what a wrong reading of a date seldom does."""
+    try:
+        dates = dates[::-1] if dates[0] > dates[-1] else dates
+        step = find_step(dates)
+        counts = np.array([step.count(date) for date in dates])
+    except (IndexError, TypeError, ZeroDivisionError):
+        return False
+    jumps = np.diff(counts)
+    return step.size != timedelta(0) and bool((jumps > 0).all()) and (jumps != 1).mean() < 0.2 and not (
+        abs(counts - counts.round()) > 1e-6).any()
+
+
+def decimal_years(years: list[float]) -> list[datetime]:
+    """R's own way: 1949.083 is February 1949, 1960.25 the second quarter."""
+    parts = round(1 / (years[1] - years[0]))  # rows in a year
+    if parts in (1, 2, 3, 4, 6, 12):
+        months = [round(year * parts) * 12 // parts for year in years]
+        return [datetime(month // 12, month % 12 + 1, 1) for month in months]
+    return [datetime(int(year), 1, 1) + timedelta(days=round(year % 1 * (365 + calendar.isleap(int(year)))))
+            for year in years]
+
+
+def readers(cell: str) -> Iterator[tuple[str, Callable[[str], datetime]]]:
+    """Ways to read a date that fit one cell, by name. Of several, the rest of the column decides."""
+    form = lambda name: (name, lambda cell: datetime.strptime(cell, name))  # noqa: E731
+    if cell.isdecimal():
+        if 8 < len(cell) < 14:
+            unit = 1000 if len(cell) > 11 else 1
+            yield (f"{'milli' * (unit > 1)}seconds since 1970",
+                   lambda cell: datetime(1970, 1, 1) + timedelta(seconds=int(cell) / unit))
+        yield from [form(DIGITS[len(cell)])] if len(cell) in DIGITS else []
+    elif re.fullmatch(r"\d{4}[ :./-]?Q[1-4]|Q[1-4][ :./-]?\d{4}", cell, re.I):
+        def quarter(cell: str) -> datetime:
+            number, year = sorted(map(int, re.findall(r"\d+", cell)))
+            return datetime(year, 3 * number - 2, 1)
+        yield "quarters", quarter
+    elif re.fullmatch(r"\d{4}[ -]?W\d\d?(-\d)?", cell):
+        yield "weeks", lambda cell: datetime.fromisocalendar(*(*map(int, re.findall(r"\d+", cell)), 1)[:3])
+    else:
+        for name, way in [("ISO 8601", datetime.fromisoformat), *map(form, [
+                day + clock for clock in CLOCKS for day in DAYS] + MONTHS)]:
+            try:
+                yield name, way if way(cell) else way
+            except ValueError:
+                pass
+
+
+def read_dates(cells: list[str], form: str | None = None) -> dict[str, list[datetime]]:
+    """All different ways to read a column as dates, by name; empty where there is none. form: as for strptime."""
+    ## The longest cell as well: 2010-01-01 may stand for midnight among cells that have a time.
+    ways = dict([(form, lambda cell: datetime.strptime(cell, form))] if form else [
+        way for cell in (max(cells, key=len), cells[-1]) for way in readers(cell)])
+    found = {}
+    for name, way in ways.items():
+        try:
+            dates = [way(cell) for cell in cells]
+        except (ValueError, OverflowError):
+            continue
+        if dates not in found.values():
+            found[name] = dates
+    if not found and len(cells) > 2 and all(re.fullmatch(r"(1[5-9]|20)\d\d(\.\d*)?", cell) for cell in cells):
+        years = list(map(float, cells))
+        found = {"decimal years": decimal_years(years)} if years[0] < years[-1] else {}
+    return found
+
+
+def pick_dates(header: list[str], columns: list[tuple[str, ...]], name: str, form: str | None) -> tuple[int, str, list]:
+    """The column of dates, how it was read, and its dates. Raises utils.InputError where there is none, or two ways."""
+    names, found = [column.lower() in DATE_NAMES for column in header], {}
+    for j in sorted(range(len(header)), key=lambda j: not names[j]):
+        cells = [cell.strip() for cell in columns[j]]
+        if not all(cells) or not read_dates(cells[:3] + cells[-3:], form):
+            continue
+        ways = read_dates(cells, form)
+        ## 2944 people may be called a year, and 1262304000 euros a second: numbers have to follow each other as dates do.
+        plain = {way: dates for way, dates in ways.items() if regular(sorted(set(dates)))}
+        if cells[0].replace(".", "").isdecimal() and "." not in (form or "") and not plain and not names[j]:
+            continue
+        ways = plain or ways
+        if len(ways) > 1:
+            a, b = list(ways)[:2]
+            raise utils.InputError(f"{name}: column {header[j]!r}, {cells[0]!r}, can be read as {a} and as {b}; say "
+                                   f"which by --date-format {a!r}, for example.")
+        for way, dates in ways.items():
+            found[j] = way, dates
+        if found and (names[j] or not cells[0].isdecimal()):
+            return j, *found[j]
+    if found:
+        return (j := min(found)), *found[j]
+    j = names.index(True) if True in names else 0
+    cells = [cell.strip() for cell in columns[j]]
+    good = next((way for _, way in readers(max(cells[:9], key=len))), None)
+    for i, cell in enumerate(cells):
+        try:
+            good and good(cell)
+        except (ValueError, OverflowError):
+            return j, "", [i, cell]  # the caller knows its line
+    raise utils.InputError(f"{name}: no column holds dates; {header[j]!r} begins with {cells[0]!r}; name their form by "
+                           "--date-format, for example %d/%m/%Y.")
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
+
+
+def number(cell: str, decimal: str = ".") -> float:
+    """The number in a cell; NaN where it says that there is none. Raises ValueError for anything else."""
+    cell = re.sub(r"[\s$€£%]", "", cell).lower().replace("\u2212", "-")  # U+2212 is the typographer's minus
+    if cell in MISSING:
+        return float("nan")
+    cell = cell.translate(str.maketrans(",.", ".,")) if decimal == "," else cell
+    cell = cell.replace(",", "") if THOUSANDS.fullmatch(cell) else cell
+    return float(cell.replace("_", "?"))  # 1_000 is a number in Python alone
+
+
+def numbers(cells: tuple[str, ...], decimal: str) -> tuple[np.ndarray, list[int]]:
+    """(N,) float64, NaN where a cell holds no number; and the rows of cells that hold something else."""
+    values, wrong = np.full(len(cells), np.nan), []
+    for i, cell in enumerate(cells):
+        try:
+            values[i] = number(cell, decimal)
+        except ValueError:
+            wrong.append(i)
+    return np.where(np.isfinite(values), values, np.nan), wrong
+
+
+# ---------------------------------------------------------------------------------------------- the file
+def read_cells(path: Path, name: str) -> tuple[list[str], dict[int, list[str]], str]:
+    """Header, rows by their line in the file, and the separator. Raises utils.InputError for what is no such table."""
+    try:
+        text = path.read_bytes()
+        text = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        tables = {}
+        for separator in ",;\t| ":
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+            rows = {reader.line_num: row for row in reader if "".join(row).strip()}  # blank lines carry nothing
+            if len(rows) < 3:
+                raise utils.InputError(f"{name} has {len(rows)} lines; give a header and some hundred rows at least.")
+            width, *others = map(len, rows.values())
+            usual = Counter(others).most_common(1)[0][0]
+            tables[separator] = (width if usual in (width, width + 1) else 0), rows
+            if width > 1 and usual == width:
+                break
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise utils.InputError(f"{name} is no CSV in UTF-8 ({error}); convert it, for example with iconv.") from error
+    separator = max(tables, key=lambda separator: tables[separator][0])
+    rows = tables[separator][1]
+    header = [cell.strip() for cell in rows.pop(next(iter(rows)))]
+    if len(header) < 2:
+        raise utils.InputError(f"{name} has one column, {header[0]!r}; give a date column and numeric columns, "
+                               "separated by commas, semicolons or tabs.")
+    if Counter(map(len, rows.values())).most_common(1)[0][0] == len(header) + 1:
+        header.insert(0, "")  # R's write.table gives its row names no name
+    for column, count in Counter(header).items():
+        if column and not any(map(str.isalpha, column)):
+            raise utils.InputError(f"{name}: {column!r} in line 1 is no name; the first line has to name the columns.")
+        if column and count > 1:
+            raise utils.InputError(f"{name}: line 1 names {column!r} {count} times; give every column its own name.")
+    for line, row in rows.items():
+        if len(row) != len(header):
+            raise utils.InputError(f"{name}: line {line} has {len(row)} cells, but line 1 names {len(header)} columns; "
+                                   "correct the line.")
+    return header, rows, separator
+
+
+def read_table(path: Path, name: str | None = None, *, columns: list[str] | None = None, where: list[str] = (),
+               date_format: str | None = None, fill: bool = False, period: int | None = None) -> Table:
+    """Read a text file of one column of dates and some of numbers: see 03_lstm/README.md for what is understood.
+
+    columns: those to keep, in this order; where: rows to keep, as column=value; fill: holes of any size. Raises
+    utils.InputError, with line and column or count, for whatever a forecaster could silently learn nonsense from.
+    """
+    name = name or path.name
+    header, rows, separator = read_cells(path, name)
+    for condition in where:
+        column, _, value = condition.partition("=")
+        if column not in header:
+            raise utils.InputError(f"--where {condition}: {name} has the columns {', '.join(header)}.")
+        there = Counter(row[header.index(column)].strip() for row in rows.values())
+        if there[value] < 3:
+            raise utils.InputError(f"--where {condition}: column {column} holds {', '.join(list(there)[:9])}.")
+        rows = {line: row for line, row in rows.items() if row[header.index(column)].strip() == value}
+    cells, lines = list(zip(*rows.values())), list(rows)  # columns of cells
+    place, way, dates = pick_dates(header, cells, name, date_format)
+    if not way:
+        i, cell = dates
+        raise utils.InputError(f"{name}: line {lines[i]}, column {header[place]}: {cell!r} is no date like the others; "
+                               "correct it, or name the form by --date-format.")
+    if len({date.tzinfo is None for date in dates}) > 1:
+        raise utils.InputError(f"{name}: some dates have a time zone and others have none; write all in the same way.")
+    said = [f"{name}: separator {separator!r}, dates in column {header[place]!r} read as {way}"]
+    order = slice(None, None, -1) if dates[0] > dates[-1] and sorted(dates, reverse=True) == dates else slice(None)
+    said += ["newest first: turned round"] if order.step else []
+    dates, lines = dates[order], lines[order]
+
+    ## A column of numbers is one in which most cells are numbers; then the others are mistakes, and are named.
+    sample = [cell.strip() for column in cells[:place] + cells[place + 1 :] for cell in column[:200]]
+    commas = [cell for cell in sample if re.fullmatch(r"[-+]?[\d.]*,\d+", cell)]
+    decimal = "," if commas and (separator != "," or not all(map(THOUSANDS.fullmatch, commas))) else "."
+    said[0] += f", decimal {decimal!r}" if decimal == "," else ""
+    kept, dropped, texts = {}, {}, []
+    if unknown := [column for column in columns or () if column not in header or column == header[place]]:
+        raise utils.InputError(f"--columns {unknown[0]}: {name} has {', '.join(header[:place] + header[place + 1 :])}.")
+    for j, column in enumerate(header):
+        if j == place or columns and column not in columns:
+            continue
+        values, wrong = numbers(cells[j][order], decimal)
+        early = values[: int(0.6 * len(values))]
+        if np.isnan(values).sum() == len(values) > len(wrong) or not column and len(wrong) == len(values):
+            reason = "empty"
+        elif 2 * len(wrong) > len(values) - np.isnan(values).sum() + len(wrong) and not columns:
+            reason = "text"
+            texts.append(column)
+        elif wrong:
+            raise utils.InputError(f"{name}: line {lines[wrong[0]]}, column {column!r}: {cells[j][order][wrong[0]]!r} "
+                                   f"is no number ({len(wrong):,} such cells); correct it or choose --columns.")
+        elif not columns and column.lower() in ROW_NAMES and (abs(np.diff(values)) == 1).all():
+            reason = "it counts the rows"
+        elif not columns and not column:
+            reason = "it has no name"
+        elif not columns and len(early) and np.nanmin(early, initial=np.inf) >= np.nanmax(early, initial=-np.inf):
+            reason = f"constant, {early[0]:g}, in the first 60 % of rows"
+        else:
+            kept[column] = values
+            continue
+        dropped[column] = reason
+    check_dates(dates, lines, name, {column: [cell.strip() for cell in cells[header.index(column)][order]]
+                                     for column in (texts or dropped)})
+    if not kept:
+        raise utils.InputError(f"{name}: no column of changing numbers is left ("
+                               f"{', '.join(f'{c!r}: {why}' for c, why in dropped.items())}); name one by --columns.")
+    said += ["left out: " + ", ".join(f"{column!r} ({why})" for column, why in dropped.items())] if dropped else []
+    columns = list(columns or kept)
+    values = np.stack([kept[column] for column in columns], 1)  # (N, C)
+    step, dates, values, note = fill_holes(dates, lines, values, columns, name, fill)
+    said += [note] if note else []
+    period = period or step.period(len(dates))
+    said.append(f"{len(dates):,} rows of {len(columns)} columns, from {dates[0]} to {dates[-1]}, one per {step.name}; "
+                f"period {period} rows")
+    return Table(torch.from_numpy(values), columns, dates, name, str(path.resolve()), step=step, period=period,
+                 said=tuple(said))
+
+
+def check_dates(dates: list[datetime], lines: list[int], name: str, others: dict[str, list[str]]) -> None:
+    """Raise utils.InputError unless the dates rise. others: what may tell several series apart, (N,) cells each."""
+    for column, cells in others.items():
+        if len(set(dates)) < len(dates) == len(set(zip(cells, dates))):
+            values = list(dict.fromkeys(cells))
+            raise utils.InputError(f"{name} holds {len(values)} series below each other, told apart by column {column}; "
+                                   f"take one: --where {column!r}={values[0]!r}, or {', '.join(values[1:4])} ...")
+    for is_wrong, what, advice in (
+            (lambda step: step < timedelta(0), "not sorted: dates before the one above", "sort the rows by date"),
+            (lambda step: not step, "duplicate dates", "keep one row for each date, or take one series by --where")):
+        if wrong := [i for i, step in enumerate((b - a for a, b in zip(dates, dates[1:])), 1) if is_wrong(step)]:
+            raise utils.InputError(f"{name}: {what}: {len(wrong):,}, the first in line {lines[wrong[0]]} "
+                                   f"({dates[wrong[0]]}); {advice}.")
+
+
+def fill_holes(dates: list[datetime], lines: list[int], values: np.ndarray, columns: list[str], name: str,
+               fill: bool) -> tuple[Step, list[datetime], np.ndarray, str]:
+    """The step, dates without gaps, values (N, C) without holes, and a sentence on what was filled.
+
+    ## A straight line through a missing day teaches that such days exist, so many holes are refused unless asked for.
+    ## A line between two rows knows the later one. From the validation rows on, nobody could have known it: there the
+    ## value before stays.
+    """
+    step = find_step(dates)
+    counts = np.array([step.count(date) for date in dates])
+    counts -= counts[0]
+    where = counts.round().astype(int)
+    off = np.flatnonzero((abs(counts - where) > 1e-6) | (np.diff(where, prepend=-1) < 1))
+    if len(off):
+        raise utils.InputError(f"{name}: dates that don't follow the one before by a {step.name}, as most do: "
+                               f"{len(off):,}, the first in line {lines[off[0]]} ({dates[off[0]]}); bring all rows to "
+                               "equal distances.")
+    N = where[-1] + 1
+    if N > 10 * len(dates) + 1000:
+        raise utils.InputError(f"{name}: one row per {step.name} would be {N:,} rows, but there are {len(dates):,}.")
+    whole = np.full((N, len(columns)), np.nan)
+    whole[where] = values
+    holes, gaps = np.isnan(whole), N - len(dates)
+    empty = holes.sum(0) - gaps  # (C,) cells
+    parts = []
+    if gaps:
+        i = int(np.flatnonzero(np.diff(where) > 1)[0]) + 1
+        parts.append(f"gaps in the dates, else a {step.name} apart: {gaps:,} rows, the first before line {lines[i]} "
+                     f"({dates[i]})")
+    if empty.any():
+        i, j = np.argwhere(np.isnan(values))[0]
+        counted = ", ".join(f"{column} {count:,}" for column, count in zip(columns, empty) if count)
+        parts.append(f"cells that are empty, NaN or infinite: {empty.sum():,} ({counted}), the first in line "
+                     f"{lines[i]}, column {columns[j]}")
+    if parts and holes.mean(0).max() >= FEW and not fill:
+        raise utils.InputError(f"{name}: {'; '.join(parts)}: too many to pass over; cut them out, choose --columns, or "
+                               "have them filled by --fill.")
+    end = max(int(0.6 * N), 1)
+    for column, hole in zip(whole.T, holes.T):
+        known = np.flatnonzero(~hole)
+        column[hole] = np.interp(np.flatnonzero(hole), known, column[known])
+        for i in np.flatnonzero(hole[end:]) + end:
+            column[i] = column[i - 1]
+    dates = [step.after(dates[0], k) for k in range(N)] if gaps else dates
+    note = f"FILLED: {'; '.join(parts)}" if parts else ""
+    return step, dates, whole, note
