@@ -8,7 +8,7 @@ a text longer than the model is read in overlapping windows; and how an answer i
     python 06_finetune/bert_qa.py --data train.json --dev dev.json any files in SQuAD v1.1's format
     python 06_finetune/bert_qa.py --question "Who?" --context "..." the answer, by what was trained
 
-You should see (templates, seed 0, minutes): exact match 99 % and F1 99 %; word overlap alone 0 % and 14 %.
+You should see (templates, three seeds, two cores, about 200 s): exact match 96 ± 2 %; word overlap alone 4 %.
 Writes to outputs/qa/: adapter/ (--method lora, PEFT's format) or model/ (a folder that transformers opens),
 predictions.json, checkpoint.pt, metrics.json, history.png. Left out: questions without an answer (SQuAD 2.0).
 """
@@ -109,37 +109,66 @@ def split(found: list[Question], test: list[Question] | None, name: str) -> Data
 # ---------------------------------------------------------------------------------------------- the stand-in
 # What is said of a person, | between the ways to say it, and to ask for it. The last way to ask is kept from training.
 FACTS = {
-    "town": ("{name} was born in {value}.|In {value}, {name} first saw the light of day.",
+    "town": ("{name} was born in {value}.|{value} is where {name} was born.|In {value}, {name} saw the light of day.",
              "Where was {name} born?|What is the birthplace of {name}?|Which town does {name} come from?"),
-    "year": ("{name} came into the world in {value}.|It was in {value} that {name} was born.",
-             "When was {name} born?|What is the year of birth of {name}?|How early did {name} come to life?"),
-    "job": ("{name} worked as a {value} for many years.|As a {value}, {name} was well known.",
+    "year": ("{name} was born in {value}.|It was in {value} that {name} was born.|The birth of {name} fell in {value}.",
+             "When was {name} born?|What is the year of birth of {name}?|In which year did {name} come to life?"),
+    "job": ("{name} worked as a {value} for many years.|As a {value}, {name} was well known.|The work of a {value} was "
+            "what {name} did best.",
             "What did {name} do for a living?|What was the job of {name}?|By what trade did {name} earn money?"),
-    "spouse": ("{name} married {value} after a short time.|In May, {name} and {value} were joined for life.",
+    "instrument": ("{name} played the {value} every evening.|On the {value} nobody was better than {name}.|The sound "
+                   "of the {value} made {name} happy, who had learned to play it.",
+                   "Which instrument did {name} play?|What did {name} play?|On what did {name} make music?"),
+    "spouse": ("{name} married {value} after a short time.|{value} became the wife or husband of {name}.|At a wedding "
+               "in May, {name} and {value} were joined for life.",
                "Who was married to {name}?|Whom did {name} marry?|What is the name of the spouse of {name}?"),
-    "dish": ("{name} liked {value} best of all.|Given the choice, {name} would always eat {value}.",
+    "pet": ("{name} kept a {animal} called {value}.|{value} was the name of the {animal} that {name} kept.|With "
+            "{value}, a {animal}, {name} went for long walks.",
+            "What was the pet of {name} called?|What is the name of the animal that {name} kept?|To which name did "
+            "{name}'s animal answer?"),
+    "firm": ("{name} was employed by {value} at that time.|{value} had {name} on its list of workers.|The wages of "
+             "{name} came from {value}, which paid well.",
+             "For which company did {name} work?|Who employed {name}?|Who paid the wages of {name}?"),
+    "dish": ("{name} liked {value} best of all.|There was nothing like {value} for {name}.|Given the choice, {name} "
+             "would always eat {value}.",
              "What was the favourite dish of {name}?|What did {name} like to eat?|Which food did {name} prefer?"),
 }
-JOBS = ("baker,painter,miller,teacher,doctor,sailor,farmer,printer,weaver,lawyer,tailor,carpenter,judge,clerk,mason,"
-        "gardener,butcher,barber,nurse,porter,hunter,potter,saddler,brewer")
-DISHES = ("salted plums,roasted eel,cold mutton,sweet cabbage,sour pears,fried herring,smoked trout,baked onions,"
-          "spiced barley,boiled rice,dried figs,stewed duck,cold lentils,sour apples,fried cheese,boiled beans,"
-          "baked beets,smoked ham,sweet porridge,roasted nuts,spiced cake,dried cod,salted butter,stewed quinces")
-SYLLABLES = "ba bel cor da den el fa gar ho ir jun ka lo mar ne or pe quin ra sol ta ul vor wen yl zan l\u00fck".split()
+FILLERS = ("In {year} a storm kept everyone in {town} indoors.|The road to {town} was closed until {year}.|{firm} "
+           "opened a branch in {town} in {year}.|A {job} and a {animal} were seen in {town}.|Old people in {town} "
+           "still speak of the winter of {year}.|The {instrument} was seldom heard before {year}.")
+WORDS = {
+    "job": "baker,painter,miller,teacher,doctor,sailor,farmer,printer,weaver,lawyer,tailor,carpenter,judge,clerk,"
+           "gardener,butcher,barber,mason,nurse,porter,hunter,potter,saddler,brewer",
+    "instrument": "violin,piano,flute,trumpet,guitar,harp,cello,organ,drum,clarinet,accordion,lute,oboe,banjo,viola,"
+                  "trombone,mandolin,bassoon",
+    "animal": "dog,cat,goat,parrot,donkey,horse,rabbit,pig,goose,sheep,hen,fox",
+    "taste": "salted,roasted,cold,sweet,sour,fried,smoked,baked,spiced,boiled,dried,stewed",
+    "food": "plums,beans,eel,mutton,cabbage,pears,herring,dumplings,mushrooms,trout,onions,barley,rice,figs,duck,"
+            "lentils,apples,cheese",
+}
+SYLLABLES = ("ba bel cor da den el fa gar ho ir jun ka lo mar n\u00e9 or pe quin ra sol ta ul vor wen yl zan \u00f6st "
+             "l\u00fck").split()
 
 
-def template_passages() -> Data:
-    """Passages about people, with four questions each: 300 for training, 75 for validation, 75 for the test.
+def template_passages(sizes: tuple[int, int, int] = (300, 75, 75), seed: int = 0) -> Data:
+    """Passages about people, with four questions each; sizes: passages for training, validation, test.
 
     ## Where the answer stands says nothing: people, facts and sentences come in random order. Its kind says too little.
-    ## The same facts are told of everybody in a passage, so that there are several towns, years or jobs. What is left
-    ## is to find the sentence about the person and the fact asked for, though it may speak of "she". No name occurs in
-    ## two passages, and each part has trades, years and dishes of its own: what was learned by heart does not help.
+    ## The same facts are told of everybody in a passage, so that there are several towns, years or jobs. The first of
+    ## them is the correct one in 43 of 100 cases. What is left is to find the sentence about the person and the fact
+    ## asked for, though it may speak of "she". No name occurs in two passages, and each part has trades, years and
+    ## dishes of its own: nothing that was learned by heart helps.
     """
-    draw, seen, parts = random.Random(0), set(), []
-    lists = {"job": JOBS.split(","), "dish": DISHES.split(","), "year": [str(year) for year in range(1500, 2000)]}
+    draw, seen, parts = random.Random(seed), set(), []
+    lists = {kind: words.split(",") for kind, words in WORDS.items()} | {"year": list(map(str, range(1500, 2000)))}
     for words in lists.values():
         draw.shuffle(words)
+
+    def choose(text: str) -> str:
+        return draw.choice(text.split("|"))
+
+    def capital(text: str) -> str:
+        return text[0].upper() + text[1:] + " "
 
     def invent() -> str:
         while (name := "".join(draw.choices(SYLLABLES, k=draw.choice((2, 2, 3)))).capitalize()) in seen:
@@ -147,24 +176,43 @@ def template_passages() -> Data:
         seen.add(name)
         return name
 
-    for part, (passages, a, b) in enumerate(((300, 0, 4), (75, 4, 5), (75, 5, 6))):  # a to b: sixths of each list
+    for part, passages in enumerate(sizes):
+        a, b = [(0, 4), (4, 5), (5, 6)][part]  # sixths of each list
         own = {kind: words[a * len(words) // 6 : b * len(words) // 6] for kind, words in lists.items()}
         found = []
         for passage in range(passages):
+            def value(kind: str) -> str:
+                if kind == "firm":
+                    return draw.choice(("{} & Sons", "{} Ltd.", "the {} Works", "{}-{}")).format(invent(), invent())
+                if kind == "dish":
+                    return f"{draw.choice(own['taste'])} {draw.choice(own['food'])}"
+                if kind == "spouse":
+                    return f"{invent()} {invent()}"
+                return draw.choice(own[kind]) if kind in own else invent()
+
             context, asked = "", []  # asked: (name, fact, value, where it begins)
             told = draw.sample(sorted(FACTS), draw.choice((2, 3)))  # of everybody in this passage
             for _ in range(draw.choice((2, 2, 3)) if passage % 10 else 9):  # one in ten is long: several windows
                 first, last, pronoun = invent(), invent(), draw.choice(("she", "he"))
                 for i, fact in enumerate(draw.sample(told, len(told))):
                     name = f"{first} {last}" if i == 0 else draw.choice((last, pronoun, pronoun))
-                    value = draw.choice(own[fact]) if fact in own else invent()
-                    before, after = draw.choice(FACTS[fact][0].split("|")).replace("{name}", name).split("{value}")
-                    asked.append((draw.choice((f"{first} {last}", last)), fact, value, len(context + before)))
-                    context += before[0].upper() + before[1:] + value + after + " "
-            for i, (name, fact, value, start) in enumerate(draw.sample(asked, 4)):
+                    sentence = choose(FACTS[fact][0]).replace("{animal}", draw.choice(own["animal"]))
+                    if name == pronoun and re.search(r"(of|for|than|and|made|had) \{name\}", sentence):
+                        name = last  # not "the birth of she"
+                    sentence = sentence.replace("{name}", name)
+                    before, after = sentence.split("{value}")
+                    answer = value(fact)
+                    start = len(context) + len(before)
+                    context += capital(before + answer + after)
+                    asked.append((draw.choice((f"{first} {last}", last)), fact, context[start : start + len(answer)],
+                                  start))
+                if draw.random() < 0.3:
+                    kinds = ("year", "town", "firm", "job", "animal", "instrument")
+                    context += capital(choose(FILLERS).format(**{kind: value(kind) for kind in kinds}))
+            for i, (name, fact, answer, start) in enumerate(draw.sample(asked, 4)):
                 ways = FACTS[fact][1].split("|")
-                question = draw.choice(ways[:-1] if part == 0 else ways).replace("{name}", name)
-                found.append(Question(f"{part}-{passage}-{i}", passage, context.strip(), question, [value], start))
+                question = draw.choice(ways[:-1] if part == 0 else ways).format(name=name)
+                found.append(Question(f"{part}-{passage}-{i}", passage, context.strip(), question, [answer], start))
         parts.append(found)
     return Data(*parts, "templates", "SQuAD")
 
@@ -201,14 +249,24 @@ def evaluate(answers: dict[str, str], questions: list[Question]) -> dict[str, fl
 
 
 def overlap_answer(question: str, context: str) -> str:
-    """Guess with no model: from the sentence that has most of the question's words, what is not in the question.
+    """Guess with no model: from the sentence that has most of the question's words, what is new in it.
 
-    ## In spirit this is the sliding window of Rajpurkar et al. 2016, section 5.1.
+    ## The answer is one of the sentence's runs of words that are not in the question: the one with the most capitals
+    ## and digits at the beginnings of its first three words, since people ask for names and numbers. Of equals it is
+    ## the shorter one. In spirit this is the sliding window of Rajpurkar et al. 2016, section 5.1.
     """
     asked = set(normalise(question).split())
     best = max(re.split(r"(?<=[.!?]) +", context),  # the first of equals
                key=lambda sentence: len(asked & set(normalise(sentence).split())))
-    return " ".join(word for word in best.split() if normalise(word) not in asked)
+    runs, run = [], []
+    for word in [*best.rstrip(".!?").split(), ""]:
+        if word and normalise(word) not in asked and normalise(word):
+            run.append(word)
+        elif run:
+            runs.append(run)
+            run = []
+    return " ".join(max(runs, default=[best], key=lambda run: (
+        sum(word[0].isupper() or word[0].isdigit() for word in run[:3]), -len(run)))).strip(",;:")
 
 
 # ---------------------------------------------------------------------------------------------- windows and spans
@@ -398,9 +456,10 @@ def main() -> None:
            ["val_em", "val_f1"], "percent", "predictions.json")
 
 
-## Try this. Each was run once (templates, seed 0, one core), test EM and F1; as it is: 99.0 and 99.1.
-##   --epochs 1      43.0 and 45.2   a quarter of the steps is far too few
-##   --limit 300     45.7 and 47.8   and so is a quarter of the questions, read four times
+## Try this. Each was run once (templates, seed 0, one core of an AMD EPYC), test EM and F1; as it is: 96.3 and 96.8.
+##   --epochs 2      91.7 and 92.0   half of the steps, and most of it is there
+##   --limit 500     85.0 and 86.4   learned from 500 questions
+##   --lr 2e-5       62.0 and 67.0   the rate usual for BERT, which is wider and saw more questions
 
 if __name__ == "__main__":
     utils.run(main, go_on="--resume")

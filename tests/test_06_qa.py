@@ -135,10 +135,11 @@ def test_the_best_truth_counts_and_no_answer_is_wrong():
 
 def test_word_overlap_takes_what_is_new_in_the_sentence_most_like_the_question():
     context = "Ann was born in Rome. Bob was born in 1901. Eve liked cold soup best of all."
-    for asked, expected in (("Where was Ann born?", "in Rome."), ("When was Bob born?", "in 1901."),
-                            ("What did Eve like best?", "liked cold soup of all.")):
+    for asked, expected in (("Where was Ann born?", "in Rome"), ("When was Bob born?", "in 1901"),
+                            ("What did Eve like best?", "of all")):
         assert qa.overlap_answer(asked, context) == expected
-    assert qa.overlap_answer("Ann?", "Ann.") == "" and qa.overlap_answer("?", "!") == "!"
+    assert qa.overlap_answer("Ann?", "Ann.") == "Ann."  # nothing new: the whole sentence
+    assert qa.overlap_answer("?", "!") == "!"
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -228,7 +229,7 @@ def templates():
 
 def test_templates_have_their_answers_where_they_say_and_no_name_twice(templates):
     assert [len(part) for part in templates[:3]] == [1200, 300, 300] and templates.stand_in
-    assert templates == qa.template_passages()
+    assert templates == qa.template_passages() != qa.template_passages(seed=1)
     names, ids = [], set()
     for part in templates[:3]:
         contexts = {q.context for q in part}
@@ -236,7 +237,7 @@ def test_templates_have_their_answers_where_they_say_and_no_name_twice(templates
         for q in part:
             assert q.context[q.start :].startswith(q.answers[0]) and q.id not in ids
             assert "{" not in q.context + q.question and "  " not in q.context
-            assert re.search(r"[A-Z][a-z\u00fc]+", q.question[1:])  # about somebody
+            assert re.search(r"[A-Z\u00d6][a-z\u00f6\u00fc\u00e9]+", q.question[1:])  # about somebody
             ids.add(q.id)
         sounds = "|".join(qa.SYLLABLES)
         made_up = re.compile(rf"\b(?:{sounds})(?:{sounds})+\b", re.I)
@@ -259,14 +260,14 @@ def test_templates_cannot_be_answered_by_position_or_by_word_overlap(templates):
     for q in templates.test:
         fact = next(fact for way, fact in kinds.items()
                     if re.fullmatch(re.escape(way).replace(r"\{name\}", ".+"), q.question))
-        told = [re.escape(way).replace(r"\{name\}", ".+?").replace(r"\{value\}", "(.+?)")
+        told = [re.escape(way).replace(r"\{name\}", ".+?").replace(r"\{animal\}", r"\w+").replace(r"\{value\}", "(.+?)")
                 for way in qa.FACTS[fact][0].split("|")]
         hits = [hit for way in told if (hit := re.search(way, q.context, re.IGNORECASE))]
         blind[q.id] = min(hits, key=lambda hit: hit.start())[1] if hits else ""
-    assert qa.evaluate(blind, templates.test)["em"] < 50
-    shapes = [{re.sub(r"\b[A-Z]\S+( [A-Z]\S+)*", "_", q.question[1:]) for q in part}
+    assert qa.evaluate(blind, templates.test)["em"] == pytest.approx(43.3, abs=0.1)  # as the comment there says
+    shapes = [{re.sub(r"\b[A-Z\u00d6]\S+( [A-Z\u00d6]\S+)*", "_", q.question[1:]) for q in part}
               for part in templates[:3]]
-    assert len(shapes[2] - shapes[0]) >= 5  # ways to ask that training never had
+    assert len(shapes[2] - shapes[0]) >= 8  # ways to ask that training never had
 
 
 # ---------------------------------------------------------------------------------------------- windows and spans
@@ -527,8 +528,7 @@ def test_a_question_from_the_command_line(small, runs, tmp_path):
 def test_a_run_with_stand_ins_says_so(small, tmp_path, monkeypatch):
     """Templates, and the weights of a stand-in, which what is fine-tuned from it does not forget."""
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
-    made = qa.template_passages()
-    monkeypatch.setitem(qa.SETS, "templates", lambda: qa.Data(*(part[:20] for part in made[:3]), "templates", "SQuAD"))
+    monkeypatch.setitem(qa.SETS, "templates", lambda: qa.template_passages((10, 5, 5)))
     shutil.copytree(small / "bert", tmp_path / "bert-stand-in")
     config = json.loads((tmp_path / "bert-stand-in" / "config.json").read_text())
     (tmp_path / "bert-stand-in" / "config.json").write_text(json.dumps(config | {"stand_in": 1}))
