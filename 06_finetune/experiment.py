@@ -9,8 +9,8 @@ numbers matter; what pre-training was worth; and what BLEU, a score for text aga
 You should see (the stand-in on Tiny Shakespeare, two seeds, nats per token): full 3.74 ± 0.03, last block 4.18, LoRA
 4.81 at rank 1 and 4.58 at rank 64, from scratch 3.81. All tables stand in this chapter's README.md.
 Each run is train.py itself, started anew, since memory is counted by the process. Writes to outputs/: experiment.json
-and .png, with --only experiment_PART.json and, but for bleu, .png; scratch.png. Left out: a search for each row's best
-learning rate; what BLEU lacks, synonyms above all, and later scores have."""
+and .png, with --only experiment_PART.json and, but for bleu, .png. Left out: a search for each row's best learning
+rate; what BLEU lacks, synonyms above all, and later scores have."""
 import json
 import math
 import os
@@ -181,16 +181,13 @@ def mean_and_std(values: list[float]) -> dict[str, float]:
 
 
 def summary(name: str, options: list[str], runs: list[dict]) -> dict:
-    """Print and return a table's row, from train.py's metrics.json for each seed. The curve is that of the first."""
-    first = runs[0]["metrics"]
+    """Print and return a table's row, from train.py's metrics.json for each seed."""
     losses, bits, memory = ([run["metrics"][key] for run in runs]
                             for key in ("val_loss", "bits_per_character", "peak_memory_bytes"))
-    per_nat = first["before_bits_per_character"] / first["before_val_loss"]
     row = {"name": name, "options": options, "losses": losses, **mean_and_std(losses),
-           "bits_per_character": float(np.mean(bits)), "trained_parameters": first["trained_parameters"],
-           "peak_memory_bytes": max(memory), "seconds": float(np.median([run["seconds"] for run in runs])),
-           "curve": [[0, first["before_bits_per_character"]],
-                     *([h["step"], h["val_loss"] * per_nat] for h in runs[0]["history"])]}
+           "bits_per_character": float(np.mean(bits)), "peak_memory_bytes": max(memory),
+           "trained_parameters": runs[0]["metrics"]["trained_parameters"],
+           "seconds": float(np.median([run["seconds"] for run in runs]))}
     spread = f" ± {row['std']:.4f}" if len(losses) > 1 else ""
     print(f"  {name:46}{row['trained_parameters']:12,}  {row['mean']:.4f}{spread:10}  {row['bits_per_character']:9.4f}"
           f"  {row['peak_memory_bytes'] / 1e9:5.2f} GB{row['seconds']:9.1f}", flush=True)
@@ -267,11 +264,7 @@ def main() -> None:
                 record(part, summary(name, options, runs))
     if losses := {part: rows for part, rows in tables.items() if part != "bleu"}:
         draw_tables(losses, label, args.out / f"{stem}.png")
-    if "scratch" in tables:  # bits per character over steps, seed 0: fine-tuned from the base, and from nothing
-        curves = [{"step": step, row["name"]: bits} for row in tables["scratch"] for step, bits in row["curve"]]
-        names = [row["name"] for row in tables["scratch"]]
-        utils.plot_history(args.out / "scratch.png", curves, names, label, y="bits per character, validation")
-    print(f"\nwrote {stem}.json and pictures of what is in it to {args.out}")
+    print(f"\nwrote {stem}.json and a picture of what is in it to {args.out}")
     base.notice()
     utils.stand_in_notice(text.name, text.stand_in)
 

@@ -3,8 +3,7 @@
 You learn here: what OpenAI's weight files expect of a network, down to each tensor's name; why a cache of keys and
 values makes writing fast; how a token is drawn from scores.
 
-    python 06_finetune/gpt2.py                 the four sizes, and a text through a random network, shape by shape
-    python 06_finetune/gpt2.py --model DIR     the same for a folder with config.json and weights
+    python 06_finetune/gpt2.py    the four sizes, and a text through a random network, shape by shape
 
 You should see: gpt2 124,439,808, gpt2-medium 354,823,168, gpt2-large 774,030,080, gpt2-xl 1,557,611,200 parameters; and
 that reading a text at once and token by token gives the same scores, to 1e-6.
@@ -260,11 +259,10 @@ def read_model(path: Path, config: dict) -> GPT2:
         model = GPT2(config)
     ## transformers saves the same tensors under "transformer.", and older files hold each layer's causal mask.
     found = {name.removeprefix("transformer."): name for name in weights}
-    if len(found) < len(weights):
-        refuse('holds a tensor with and without "transformer."')
     masks = {f"h.{i}.attn.{name}" for i in range(layers) for name in ("bias", "masked_bias")}
     found = {short: name for short, name in found.items() if short not in masks}
-    head, needed = found.pop("lm_head.weight", None), model.state_dict()
+    found.pop("lm_head.weight", None)  # where it is there, it is wte.weight once more
+    needed = model.state_dict()
     for short in needed | found:
         if short not in found:
             refuse(f"lacks {short}, which a GPT-2 of {layers} layers needs")
@@ -273,8 +271,6 @@ def read_model(path: Path, config: dict) -> GPT2:
         given, shape = weights[found[short]], tuple(needed[short].shape)
         if given.shape != shape or not given.is_floating_point():
             refuse(f"holds {found[short]}, {tuple(given.shape)} of {given.dtype}, where {shape} of floats is needed")
-    if head and not torch.equal(weights[head], weights[found["wte.weight"]]):
-        refuse(f"holds a {head} other than wte.weight, and GPT-2 uses one for both")
     model.load_state_dict({short: weights[found[short]].float() for short in needed}, assign=True)
     return model.requires_grad_().eval()
 
@@ -301,30 +297,18 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < smallest, -math.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of tokens that sum to probability p or more: (..., V) -> same (Holtzman et al. 2020)."""
-    values, order = logits.sort(descending=True, stable=True)
-    probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones sum to already; 0 for the first
-    values = values.masked_fill(before >= p, -math.inf)
-    return torch.empty_like(logits).scatter_(-1, order, values)
-
-
-def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
-         generator: torch.Generator | None = None) -> int:
+def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None = None) -> int:
     """One token id from logits (V,). temperature 0 is greedy: always the likeliest."""
     if temperature < 1e-6:  # as good as 0, and dividing by it may overflow
         return logits.argmax().item()
     logits = logits / temperature  # below 1: sharper, safer; above 1: flatter, wilder
     logits = logits if top_k is None else keep_top_k(logits, top_k)
-    logits = logits if top_p is None else keep_top_p(logits, top_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).item()
 
 
 @torch.inference_mode()
 def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, stop: int | None = None, cache: bool = True,
-             generator: torch.Generator | None = None) -> Iterator[int]:
+             stop: int | None = None, cache: bool = True, generator: torch.Generator | None = None) -> Iterator[int]:
     """Yield up to `length` ids that continue ids (at least one), until `stop` is drawn.
 
     The cache changes the speed and, by rounding, the last digits of the scores.
@@ -342,7 +326,7 @@ def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0,
             memory = Cache(model)
         new = text[start + (memory.length if cache else 0) :]
         hidden = model.hidden(torch.tensor([new], device=device), memory)  # (1, T, C)
-        text.append(draw(model.logits(hidden[0, -1]).float(), temperature, top_k, top_p, generator))
+        text.append(draw(model.logits(hidden[0, -1]).float(), temperature, top_k, generator))
         if text[-1] == stop:
             return
         yield text[-1]
@@ -350,9 +334,7 @@ def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0,
 
 # ---------------------------------------------------------------------------------------------- as a script
 def main() -> None:
-    parser = utils.parser(__doc__, __file__)
-    parser.add_argument("--model", type=Path, help="a folder with config.json and weights; without it, random weights")
-    args = parser.parse_args()
+    utils.parser(__doc__, __file__).parse_args()
     print(f"{'':12} layers  heads  channels     parameters   float32")
     for name, size in SIZES.items():
         with torch.device("meta"):
@@ -361,10 +343,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     small = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 1000, "n_positions": 64}
-    model = read_model(args.model, read_config(args.model / "config.json")) if args.model else GPT2(small).eval()
-    B, T = 2, min(10, model.config["n_positions"])
-    ids = torch.randint(model.config["vocab_size"], (B, T))
-    print(f"\n{args.model or 'a small network with random weights'}: {B} texts of {T} tokens, {tuple(ids.shape)}")
+    model = GPT2(small).eval()
+    B, T = 2, 10
+    ids = torch.randint(1000, (B, T))
+    print(f"\na small network with random weights: {B} texts of {T} tokens, {tuple(ids.shape)}")
     show = lambda name: lambda _, x, y: print(f"  {name:16}{tuple(x[0].shape)!s:14} -> {tuple(y.shape)}")  # noqa: E731
     hooks = [layer.register_forward_hook(show(name)) for name, layer in model.named_modules()
              if name and (not name.startswith("h.") or name.startswith("h.0.")) and not isinstance(layer, nn.Dropout)]

@@ -6,7 +6,6 @@ GPT-2 can't be downloaded, how such files come to be: a small GPT-2 is pre-train
     python 06_finetune/load.py                               GPT-2 (downloaded once, 550 MB) and Tiny Shakespeare
     python 06_finetune/load.py --model stand-in              the small one, pre-trained here on Python's manual
     python 06_finetune/load.py --model DIR --data a.txt      your own files
-    python 06_finetune/load.py --model stand-in --steps 900  pre-train the stand-in anew
 
 You should see: 52 tensors with 3,737,088 numbers in the stand-in; 498,553 and 57,389 tokens of Tiny Shakespeare in its
 vocabulary of 2,000, and 301,966 and 36,059 in GPT-2's of 50,257. Pre-training takes 150 s on two CPU cores and ends at
@@ -34,15 +33,15 @@ from weights import open_weights
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
 
-HUB = "https://huggingface.co/openai-community/"
-GPT2_URL = HUB + "gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors"
+GPT2_URL = bpe.URL + "model.safetensors"
 GPT2_SHA256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-# The stand-in: GPT-2 in all but size
+# The stand-in: GPT-2 in all but size. To pre-train it anew, delete its folder.
 STAND_IN = {"vocab_size": 2000, "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
 STAND_IN_STEPS = 600
+SENTENCE = "To be, or not to be: that is the question."  # what main() encodes step by step
 
 
 class Base(NamedTuple):
@@ -74,20 +73,22 @@ class Data(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- models
-MODELS = (f"{', '.join(SIZES)}, stand-in, or a folder with config.json, model.safetensors, vocab.json, merges.txt; "
+MODELS = ("gpt2, stand-in, or a folder with config.json, model.safetensors, vocab.json, merges.txt of any size; "
           "without it gpt2, or the stand-in if that is out of reach")
 
 
 def find_base(name: str | None = None) -> Base:
-    """A pre-trained GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, stand-in, or a folder; None is gpt2, or the stand-in
-    where that can't be reached. Raises ConnectionError, and utils.InputError for what doesn't fit together."""
-    if name is None or name in SIZES:
-        size = name or "gpt2"
-        weights_here = (utils.DATA_DIR / size / "model.safetensors").exists()
+    """A pre-trained GPT-2: gpt2, stand-in, or a folder; None is gpt2, or the stand-in where that can't be reached.
+
+    Raises ConnectionError, and utils.InputError for what doesn't fit together."""
+    if name in (None, "gpt2"):
+        path = utils.DATA_DIR / "gpt2" / "model.safetensors"
+        here = path.exists()
         try:
-            path, config, tokenizer = download_weights(size), COMMON | SIZES[size], bpe.load_gpt2()
+            utils.download([GPT2_URL], path, GPT2_SHA256)
+            config, tokenizer = COMMON | SIZES["gpt2"], bpe.load_gpt2()
         except ConnectionError as error:
-            if name or weights_here:  # asked for by name, or half there: never replaced by something else
+            if name or here:  # asked for by name, or half there: never replaced by something else
                 raise ConnectionError(f"{error} Offline: --model stand-in.") from error
             print(error)
             return find_base("stand-in")
@@ -97,7 +98,7 @@ def find_base(name: str | None = None) -> Base:
             pretrain(path)
         if not path.is_dir():
             raise utils.InputError(f"{name} is no folder; give one with config.json, model.safetensors, vocab.json and "
-                                   f"merges.txt, or {', '.join(SIZES)} or stand-in.")
+                                   "merges.txt, or gpt2, or stand-in.")
         name = name if name == "stand-in" else str(path)  # absolute: an adapter's config names its base
         config = read_config(path / "config.json")
         tokenizer = Tokenizer.from_files(path / "vocab.json", path / "merges.txt")
@@ -107,26 +108,6 @@ def find_base(name: str | None = None) -> Base:
     base = Base(path, config, tokenizer, name or "gpt2", "GPT-2" if "stand_in" in config else "")
     base.notice()
     return base
-
-
-def download_weights(name: str) -> Path:
-    """The weights of one of the four sizes, from the hub. Raises ConnectionError where it can't be reached."""
-    path = utils.DATA_DIR / name / "model.safetensors"
-    if name == "gpt2":
-        return utils.download([GPT2_URL], path, GPT2_SHA256)
-    ## The hash of gpt2 stands above. For the larger ones we ask the hub for the hash that it keeps with the file: that
-    ## finds a broken download, though not a hub that was broken into.
-    if path.exists():
-        return path  # it was verified when it came
-    import requests
-    url = f"{HUB}{name}/resolve/main/model.safetensors"
-    try:
-        reply = requests.head(url, timeout=(10, 30), allow_redirects=False)
-        reply.raise_for_status()
-        sha256 = reply.headers["X-Linked-Etag"].strip('"')
-    except (requests.RequestException, KeyError) as error:
-        raise ConnectionError(f"{url} could not be asked for its hash ({type(error).__name__}).") from error
-    return utils.download([url], path, sha256)
 
 
 def save_result(model: GPT2, base: Base, out: Path, method: str) -> None:
@@ -215,14 +196,14 @@ def batches(ids: Tensor, block_size: int, batch_size: int, seed: int) -> Iterato
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
-def pretrain(folder: Path, steps: int = STAND_IN_STEPS) -> None:
+def pretrain(folder: Path) -> None:
     """Make a small GPT-2 from nothing and write it to folder, in the files that GPT-2 comes in.
 
     ## Pre-training is chapter 05's task, predict the next token of any text at hand, with the same windows and falling
     ## rate; but with GPT-2's network, with AdamW alone, and with dropout, for the manual is short and is read many
     ## times.
     """
-    text, T, B, lr = bpe.read_text("pydocs"), STAND_IN["n_positions"], 8, 2e-3
+    text, T, B, lr, steps = bpe.read_text("pydocs"), STAND_IN["n_positions"], 8, 2e-3, STAND_IN_STEPS
     n, dtype = int(0.9 * len(text)), utils.pick_dtype(torch.device("cpu"))
     tokenizer = Tokenizer(*bpe.train_bpe(text[:n], STAND_IN["vocab_size"]))
     train, val = (torch.tensor(tokenizer.encode(part)) for part in (text[:n], text[n:]))
@@ -258,15 +239,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", help=MODELS)
     add("--data", help=TEXTS)
-    add("--sentence", default="To be, or not to be: that is the question.", help="what to encode step by step")
-    add("--steps", type=utils.count, help=f"pre-train the stand-in anew, in so many steps, not {STAND_IN_STEPS}")
     args = utils.parse_args(parser)
-    if not args.sentence:
-        raise utils.InputError("--sentence is empty; give one of a few words.")
-    if args.steps:
-        if args.model != "stand-in":
-            raise utils.InputError("--steps goes with --model stand-in, which it makes anew.")
-        pretrain(utils.DATA_DIR / "gpt2-stand-in", args.steps)
     base = find_base(args.model)
 
     # the model: what is in its files
@@ -278,13 +251,13 @@ def main() -> None:
           f"network: {utils.count_parameters(model):,}\n")
 
     # a sentence: from characters to what the network reads
-    bpe.show(base.tokenizer, args.sentence)
-    ids = torch.tensor(base.tokenizer.encode(args.sentence, special=False))
+    bpe.show(base.tokenizer, SENTENCE)
+    ids = torch.tensor(base.tokenizer.encode(SENTENCE))
     with torch.inference_mode():
         log_p = model(ids[None])[0].log_softmax(-1)  # (T, V)
     write = lambda i: repr(base.tokenizer.decode([int(i)]))  # noqa: E731
     print("\nwhat the model expects after each token, and what it gives to the one that comes:")
-    for t in range(min(len(ids) - 1, 20)):
+    for t in range(len(ids) - 1):
         likely = ", ".join(f"{write(i)} {p.exp():.0%}" for p, i in zip(*log_p[t].topk(3)))
         print(f"  {write(ids[t]):12} -> {likely:44} {write(ids[t + 1]):>12} {log_p[t, ids[t + 1]].exp():7.2%}")
 

@@ -8,9 +8,9 @@ how tokens become characters while they arrive; how to read attention.
     python 06_finetune/load_model.py --model my_adapter/          an adapter in PEFT's format
     python 06_finetune/load_model.py --save merged/               write base and adapter as one model
 
-You should see: text as it is written, about 200 tokens per second with the stand-in, and a table of what each head
-looks at. Writes: outputs/attention.png; with --save a folder that transformers opens. Left out: beam search, several
-prompts at once, several adapters at once."""
+You should see: text as it is written, about 200 tokens per second with the stand-in. Writes: outputs/attention.png,
+what each head looks at; with --save a folder that transformers opens. Left out: beam search; several prompts or
+adapters at once."""
 import codecs
 import sys
 import time
@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe
 import utils
-from gpt2 import GPT2, SIZES, generate, read_model, save_model, shrink
+from gpt2 import GPT2, generate, read_model, save_model, shrink
 from load import Base, find_base
 from lora import merge, remove
 from peft_files import load_adapter, read_config
@@ -55,7 +55,7 @@ def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str
     ## it.
     named = read_config(config_path).get("base_model_name_or_path")
     base_name = base_name or str(named).removeprefix("openai-community/")
-    if base_name not in (*SIZES, "stand-in") and not Path(base_name).is_dir():
+    if base_name not in ("gpt2", "stand-in") and not Path(base_name).is_dir():
         raise utils.InputError(f"{name} is an adapter for {named!r}, and {base_name} is not here; give the folder of "
                                "its base (--base).")
     base = find_base(base_name)
@@ -79,20 +79,12 @@ def attention_weights(model: GPT2, ids: Tensor) -> Tensor:
     return torch.cat([block.attn.weights.float().cpu() for block in model.h])
 
 
-def where_heads_look(weights: Tensor) -> dict[str, Tensor]:
-    """Mean share of attention, (layers, A) each, that goes to the token itself, the one before, and the first of all.
+def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
+    """Heatmaps of one layer's heads: weights (layers, A, T, T), one row per token, one column per token looked at.
 
     ## Many heads of a trained GPT-2 rest on the first token, which carries nothing of interest: weights have to sum to
     ## 1, and a head that finds nothing to do has to put them somewhere (the attention sink, Xiao et al. 2023).
     """
-    T = weights.shape[-1]
-    rows = torch.arange(T)
-    previous = weights[..., rows[1:], rows[:-1]].sum(-1) / max(1, T - 1)
-    return {"itself": weights[..., rows, rows].mean(-1), "previous": previous, "first": weights[..., 0].mean(-1)}
-
-
-def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
-    """Heatmaps of one layer's heads: weights (layers, A, T, T), one row per token, one column per token looked at."""
     A, T = weights.shape[1], min(len(tokens), 40)
     columns = min(A, 4)
     rows = -(-A // columns)
@@ -114,15 +106,13 @@ def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, p
 def main() -> None:
     parser = utils.parser(__doc__, __file__, "device", "dtype", "seed")
     add = parser.add_argument
-    add("--model", help=f"{', '.join(SIZES)}, stand-in, or a folder with a model or an adapter; without it, what "
-        "train.py wrote last to --out")
+    add("--model", help="gpt2, stand-in, or a folder of a model or an adapter; without it, what train.py wrote last")
     add("--base", help="an adapter's base, where it is not what its config names")
     add("--prompt", default="\n", help="the text to continue")
     add("--length", type=utils.count, default=200, help="tokens to write at most")
     add("--temperature", type=utils.number(float, "[0, inf)"), default=0.8, help="0: always the likeliest; 1: as the "
         "model believes; above that: wilder")
     add("--top-k", type=utils.count, help="draw from the k likeliest only")
-    add("--top-p", type=utils.number(float, "(0, 1]"), help="draw from the likeliest that sum to p only")
     add("--no-cache", action="store_true", help="compute everything again for every token, to see the difference")
     add("--layer", type=utils.number(int, "[0, inf)"), default=0, help="whose heads are drawn")
     add("--save", type=Path, help="write the model, adapter merged in, to this folder")
@@ -130,9 +120,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device, dtype = args.device, args.dtype
     model, base, what = load_model(args.model or str(newest(args.out)), args.base)
-    layers, n_positions = model.config["n_layer"], model.config["n_positions"]
-    if args.layer >= layers:
-        raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {layers - 1}.")
+    if args.layer >= len(model.h):
+        raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {len(model.h) - 1}.")
     ids = base.tokenizer.encode(args.prompt, special=False)
     if not ids:
         raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
@@ -154,24 +143,17 @@ def main() -> None:
     written, start = [], time.perf_counter()
     generator = torch.Generator(device).manual_seed(args.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for i in generate(model, ids, args.length, args.temperature, args.top_k, args.top_p,
-                          base.tokenizer.vocab[bpe.END], not args.no_cache, generator):
+        for i in generate(model, ids, args.length, args.temperature, args.top_k, base.tokenizer.vocab[bpe.END],
+                          not args.no_cache, generator):
             written.append(i)
             print(text.decode(base.tokenizer.decode_bytes([i])), end="", flush=True)
         seconds = time.perf_counter() - start
         print(text.decode(b"", final=True))
         print(f"\n{len(written) / seconds:,.1f} tokens per second\n")
 
-        ## The text's first 128 tokens, of those that fit into the positions, read in one pass with all weights kept.
-        window = torch.tensor([(ids + written)[-n_positions:][:128]], device=device)  # (1, T)
+        ## The first 128 tokens of those that fit into the positions, read in one pass with all weights kept.
+        window = torch.tensor([(ids + written)[-model.config["n_positions"] :][:128]], device=device)  # (1, T)
         weights = attention_weights(model, window)
-    shares, T = where_heads_look(weights), window.shape[1]
-    even = where_heads_look((torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None])[None, None])
-    print(f"share of attention, over {T} tokens, that goes to ...\n{'':18}" + "".join(f"{name:>10}" for name in shares))
-    places = [(layer, head) for layer in range(layers) for head in range(weights.shape[1])]
-    for name, table, place in [(f"layer {p[0]}, head {p[1]}", shares, p) for p in places] + [
-            ("spread evenly", even, (0, 0))]:
-        print(f"{name:18}" + "".join(f"{share[place].item():10.1%}" for share in table.values()))
     tokens = [repr(base.tokenizer.decode([i]))[1:-1].replace(" ", "_") for i in window[0].tolist()]
     draw_attention(weights, tokens, args.layer, what, args.out / "attention.png")
     print(f"\nwrote {args.out / 'attention.png'}")

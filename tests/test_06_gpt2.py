@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import re
-import runpy
 import sys
 
 import pytest
@@ -470,14 +469,11 @@ def without(name):
     (change(**{"\x1b[2J" * 100: torch.ones(16)}), {}, ["\\x1b[2J", "no use"]),
     (lambda state: {f"transformer.transformer.{name}": t for name, t in state.items()}, {}, ["lacks wte.weight"]),
     (lambda state: {f"h.{name}": t for name, t in state.items()}, {}, ["lacks wte.weight"]),
-    (change(**{"transformer.wpe.weight": torch.ones(12, 16)}), {}, ["with and without", "transformer."]),
     (change(**{"ln_f.bias": torch.ones(17)}), {}, ["ln_f.bias", "(17,)", "(16,)"]),
     (change(**{"ln_f.bias": torch.ones(16).int()}), {}, ["ln_f.bias", "int32"]),
     (change(**{"ln_f.bias": torch.ones(16).to(torch.complex64)}), {}, ["ln_f.bias", "complex64"]),
     (lambda state: state | {"h.0.attn.c_attn.weight": state["h.0.attn.c_attn.weight"].T}, {},
      ["h.0.attn.c_attn.weight", "(48, 16)", "(16, 48)"]),
-    (change(**{"lm_head.weight": torch.zeros(29, 16)}), {}, ["lm_head.weight", "wte.weight"]),
-    (change(**{"lm_head.weight": torch.zeros(28, 16)}), {}, ["lm_head.weight", "wte.weight"]),
     (dict, {"n_layer": 1}, ["holds 'h.1.", "1 layers"]),
     (dict, {"n_layer": 3}, ["28 tensors", "3 layers"]),
     (dict, {"n_layer": 2**24 - 1}, ["28 tensors", "16777215 layers"]),  # and answers before it has built any
@@ -555,7 +551,7 @@ def test_texts_longer_than_the_positions(monkeypatch, n):
 
     def sampled(cache):
         generator = torch.Generator().manual_seed(3)
-        return list(gpt2.generate(ours, [5], 30, 0.9, top_k=9, top_p=0.9, cache=cache, generator=generator))
+        return list(gpt2.generate(ours, [5], 30, 0.9, top_k=9, cache=cache, generator=generator))
 
     assert sampled(True) == sampled(False)
 
@@ -593,51 +589,33 @@ def test_keep_top_k_equals_transformers(k):
     assert torch.equal(gpt2.keep_top_k(logits[3], k), expected[3])
 
 
-@pytest.mark.parametrize("p", [1e-9, 0.137, 0.5001, 0.8003, 0.9507, 0.99999])
-def test_keep_top_p_equals_transformers(p):
-    logits = random_logits()
-    before = logits.clone()
-    kept, expected = gpt2.keep_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits)
-    assert torch.equal(logits, before) and torch.equal(gpt2.keep_top_p(logits[3], p), kept[3])
-    # Of equal ones, which stay is a matter of taste; how many is not.
-    assert torch.equal(kept.sort().values, expected.sort().values)
-    assert torch.equal(kept[:20], expected[:20])
-    assert ((kept == logits) | (kept == -math.inf)).all()
-    probabilities, chosen = logits.softmax(-1), kept.isfinite()
-    sums = (probabilities * chosen).sum(-1)
-    least = probabilities.masked_fill(~chosen, math.inf).min(-1).values
-    assert (sums >= p - 1e-12).all() and (sums - least < p + 1e-12).all()  # enough, and not one too many
-
-
-@pytest.mark.parametrize("temperature, k, p", [(1.0, None, 1.0), (0.7, None, 1.0), (1.8, 6, 1.0), (0.5, None, 0.8),
-                                               (1.3, 9, 0.7), (0.9, 1000, 0.95)])
-def test_draw_draws_from_transformers_distribution(monkeypatch, temperature, k, p):
+@pytest.mark.parametrize("temperature, k", [(1.0, None), (0.7, None), (1.8, 6), (1.3, 9), (0.9, 1000)])
+def test_draw_draws_from_transformers_distribution(monkeypatch, temperature, k):
     seen = []
     monkeypatch.setattr(torch, "multinomial", lambda given, n, generator: seen.append(given) or given.argmax()[None])
     for logits in random_logits()[:20]:
         expected = transformers.TemperatureLogitsWarper(temperature)(None, logits[None])
         expected = transformers.TopKLogitsWarper(k)(None, expected) if k else expected
-        expected = transformers.TopPLogitsWarper(p)(None, expected) if p < 1 else expected
-        assert gpt2.draw(logits, temperature, k, p) == logits.argmax()
+        assert gpt2.draw(logits, temperature, k) == logits.argmax()
         assert close(seen[-1][None], expected.softmax(-1), 1e-12)
-        assert gpt2.draw(logits, 0, k, p) == logits.argmax()
+        assert gpt2.draw(logits, 0, k) == logits.argmax()
     assert len(seen) == 20  # none at temperature 0
 
 
 def test_frequencies_of_draw_follow_the_softmax():
     logits, n = torch.tensor([1.0, -1.0, 0.0, 2.0, -math.inf]), 2000
     generator = torch.Generator().manual_seed(0)
-    for temperature, top_k, top_p in ((1.0, None, None), (2.0, None, None), (2.0, 3, None), (1.0, None, 0.9)):
+    for temperature, top_k in ((1.0, None), (2.0, None), (2.0, 3)):
         chances = (logits / temperature).softmax(-1)
-        if top_k or top_p:  # here both leave 3, 0 and 2
+        if top_k:  # which leaves 3, 0 and 2
             chances[1] = 0
         chances = chances / chances.sum()
         counts = torch.zeros(5)
         for _ in range(n):
-            counts[gpt2.draw(logits, temperature, top_k, top_p, generator)] += 1
+            counts[gpt2.draw(logits, temperature, top_k, generator)] += 1
         assert (counts[chances == 0] == 0).all()
         assert ((counts / n - chances).abs() < 5 * (chances * (1 - chances) / n).sqrt() + 1e-9).all()
-    draws = [[gpt2.draw(logits, 1.0, None, 1.0, torch.Generator().manual_seed(seed)) for seed in range(20)]] * 2
+    draws = [[gpt2.draw(logits, 1.0, None, torch.Generator().manual_seed(seed)) for seed in range(20)]] * 2
     assert draws[0] == draws[1] and len(set(draws[0])) > 1
 
 
@@ -652,7 +630,7 @@ def run_main(monkeypatch, capsys, *options):
     return status, capsys.readouterr().out
 
 
-def test_script_shows_the_sizes_and_that_the_cache_changes_nothing(monkeypatch, capsys, tmp_path):
+def test_script_shows_the_sizes_and_that_the_cache_changes_nothing(monkeypatch, capsys):
     status, out = run_main(monkeypatch, capsys)
     sizes = re.findall(r"^(gpt2\S*) .* ([\d,]+) +\d\.\d\d GB$", out, re.MULTILINE)
     assert status == 0 and [name for name, _ in sizes] == list(gpt2.SIZES)
@@ -660,20 +638,5 @@ def test_script_shows_the_sizes_and_that_the_cache_changes_nothing(monkeypatch, 
     assert ", ".join(f"{name} {count}" for name, count in sizes) + " parameters" in doc
     assert 0 <= float(re.search(r"differ by (\S+)$", out)[1]) < 1e-6 and "to 1e-6" in doc
     assert re.search(r"h\.0\.attn\.c_attn +\(2, 10, 64\) +-> \(2, 10, 192\)", out) and "(2, 10, 1000)" in out
-
-    make_theirs(n_positions=7).save_pretrained(tmp_path)
-    status, out = run_main(monkeypatch, capsys, "--model", tmp_path)
-    assert status == 0 and f"{tmp_path}: 2 texts of 7 tokens" in out and "(2, 7, 29)" in out
-    assert 0 <= float(re.search(r"differ by (\S+)$", out)[1]) < 1e-5
     status, out = run_main(monkeypatch, capsys, "--help")
-    assert status == 0 and "--model" in out
-
-
-def test_script_refuses_a_bad_folder_in_one_sentence(monkeypatch, capsys, tmp_path):
-    (tmp_path / "config.json").write_text(config_text())
-    for folder, words in ((tmp_path / "none", "FileNotFoundError"), (tmp_path / "config.json", "NotADirectoryError"),
-                          (tmp_path, "model.safetensors")):
-        status, _ = run_main(monkeypatch, capsys, "--model", folder)
-        assert status.startswith("error: ") and words in status and str(folder) in status and "\n" not in status
-    with pytest.raises(SystemExit, match=f"^{re.escape(status)}$"):  # a message as status: printed, and ends with 1
-        runpy.run_path(SCRIPT, run_name="__main__")
+    assert status == 0 and "usage" in out

@@ -1,8 +1,6 @@
 """Chapter 06, load, train, load_model and experiment, against transformers, peft, and what fine-tuning promises."""
 
 import contextlib
-import hashlib
-import http.server
 import io
 import json
 import math
@@ -11,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -111,8 +108,9 @@ def test_evaluate_counts_every_token_once(small):
 def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
     monkeypatch.setattr(load, "STAND_IN", load.STAND_IN | {"vocab_size": 400, "n_embd": 32})
+    monkeypatch.setattr(load, "STAND_IN_STEPS", 2)
     monkeypatch.setattr(bpe, "read_text", lambda name, read=bpe.read_text: read(name)[:60_000])
-    out = call_main(load, "--model", "stand-in", "--steps", 2, "--data", "pydocs", "--out", tmp_path / "out")
+    out = call_main(load, "--model", "stand-in", "--data", "pydocs", "--out", tmp_path / "out")
     folder = tmp_path / "gpt2-stand-in"
     assert {p.name for p in folder.iterdir()} == {"config.json", "merges.txt", "model.safetensors", "vocab.json"}
     assert "h.3.mlp.c_proj.weight" in out and "wpe.weight" in out and out.count("STAND-IN") == 4
@@ -138,44 +136,6 @@ def test_the_stand_in_is_made_of_gpt2s_own_files_and_only_out_of_reach(tmp_path,
     for ask in (lambda: load.find_base("gpt2"), lambda: load.load_data("tinyshakespeare", base.tokenizer, T)):
         with pytest.raises(ConnectionError, match="no network"):  # asked for by name: never replaced
             ask()
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one file as the hub does: its hash stands in the first answer's X-Linked-Etag."""
-
-    body, etag = b"weights" * 1000, None
-
-    def do_HEAD(self, send=False):
-        self.send_response(200 if send else 302)
-        self.send_header("X-Linked-Etag", f'"{self.etag or hashlib.sha256(self.body).hexdigest()}"')
-        self.send_header("Content-Length", str(len(self.body)) if send else "0")
-        self.end_headers()
-
-    def do_GET(self):
-        self.do_HEAD(send=True)
-        self.wfile.write(self.body)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_larger_models_are_checked_against_the_hubs_hash(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
-        monkeypatch.setattr(load, "HUB", f"http://127.0.0.1:{server.server_port}/")
-        path = load.download_weights("gpt2-medium")
-        assert path.read_bytes() == Hub.body and load.download_weights("gpt2-medium") == path
-        monkeypatch.setattr(Hub, "etag", "0" * 64)
-        with pytest.raises(utils.InputError, match="wrong hash"):
-            load.download_weights("gpt2-large")
-        assert not (tmp_path / "gpt2-large" / "model.safetensors").exists()
-    finally:
-        server.shutdown()
-        server.server_close()
-    with pytest.raises(ConnectionError, match="could not be asked"):
-        load.download_weights("gpt2-xl")
 
 
 # ---------------------------------------------------------------------------------------------- train.py
@@ -408,7 +368,7 @@ def test_the_newest_result_is_taken(tmp_path):
 def test_load_model_refuses(runs, tmp_path):
     adapter = runs["lora"][0] / "adapter"
     options = ["--model", adapter, "--out", tmp_path]
-    for more, words in ((["--top-p", 0], "--top-p"), (["--top-k", 0], "--top-k"), (["--temperature", "nan"], "--temp"),
+    for more, words in ((["--top-k", 0], "--top-k"), (["--temperature", "nan"], "--temp"),
                         (["--layer", 2], "--layer 2"), (["--prompt", ""], "--prompt is")):
         assert words in refusal(load_model, *options, *more)
     whole = ["--model", runs["full"][0] / "model", "--base", "stand-in", "--out", tmp_path]
@@ -418,15 +378,6 @@ def test_load_model_refuses(runs, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "far" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "far/away"}))
     assert "'far/away'" in refusal(load_model, "--model", tmp_path / "far", "--out", tmp_path)
-
-
-def test_where_heads_look_on_weights_with_known_answers():
-    eye, back = torch.eye(4), torch.eye(4).roll(-1, 1)
-    back[0], back[3] = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 0, 1, 0])
-    back[1], back[2] = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 1, 0, 0])
-    shares = load_model.where_heads_look(torch.stack([eye, back])[None])
-    assert shares["itself"].tolist() == [[1.0, 0.25]] and shares["previous"].tolist() == [[0.0, 1.0]]
-    assert shares["first"].tolist() == [[0.25, 0.5]]
 
 
 # ---------------------------------------------------------------------------------------------- experiment.py
@@ -449,8 +400,8 @@ def test_experiment_runs(small, tmp_path, monkeypatch):
     assert [len(rows) for rows in found["tables"].values()] == [3] and "from scratch" in text
     for rows in found["tables"].values():
         for row in rows:
-            assert row["curve"][0][0] == 0 and row["curve"][-1][0] == 4 and math.isfinite(row["mean"])
-    assert (tmp_path / "scratch.png").exists() and (tmp_path / "experiment_scratch.png").exists()
+            assert math.isfinite(row["mean"]) and row["std"] == 0
+    assert (tmp_path / "experiment_scratch.png").exists()
     assert [len(experiment.rows_of(part, 768)) for part in ("methods", "alpha", "targets")] == [8, 5, 6]
     assert list(experiment.rows_of("methods", 16))[-1] == "LoRA, rank 16"  # 64 does not fit
 
