@@ -152,8 +152,8 @@ class Tokenizer:
 
         ## The rule: of all neighbours, merge the pair that stands first in the list of merges, wherever it occurs, and
         ## begin again. So the text is put together in the order in which training found the pairs.
-        ## Each round looks at the whole piece. Most pieces are words, and that costs nothing; but 20,000 letters without
-        ## a space may take seconds.
+        ## Each round looks at the whole piece. Most pieces are words, and that costs nothing, but 20,000 letters
+        ## without a space may take seconds.
         """
         while pairs := [pair for pair in zip(ids, ids[1:]) if pair in self.rank]:
             pair = min(pairs, key=self.rank.get)
