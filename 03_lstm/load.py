@@ -5,7 +5,7 @@ at random; and what a window is.
 
     python 03_lstm/load.py                       ETTh1 (downloaded once, 2.6 MB)
     python 03_lstm/load.py --data station        the stand-in: a simulated transformer
-    python 03_lstm/load.py --data my.csv         a date column and numeric columns, rows at equal distances
+    python 03_lstm/load.py --data my.csv         your own: reading.py finds out how it is written
 
 You should see (ETTh1): 17,420 hours of 7 channels, of which 8,640 / 2,880 / 2,880 are used; the oil's mean over the
 test part lies 1.34 standard deviations below that over the training part.
@@ -13,9 +13,7 @@ Writes to outputs/: series.png. Left out on purpose: calendar features (hour, we
 numbers alone, as do those that they are compared with.
 """
 
-import csv
 import sys
-from collections import Counter
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +24,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
+from reading import Table, read_table
 
 # Shapes: N rows (hours), C channels (columns), B windows, T time steps looked back on (lookback), P predicted steps
 #         (horizon)
@@ -36,18 +35,6 @@ SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
 ## voltage, which the authors don't say), and the temperature of the transformer's oil, which must not get too hot.
 COLUMNS = ["HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT"]
 ENDS = (8_640, 11_520, 14_400)  # the papers' borders: 12, 4 and 4 months of 30 days; what comes later stays unused
-DATE_NAMES = {"date", "time", "datetime", "timestamp"}  # of the column that holds dates; else it is the first
-MISSING = {"", "-", "?", "na", "n/a", "nan", "nil", "none", "null"}  # ways to write that there is no number
-
-
-class Table(NamedTuple):
-    values: Tensor  # (N, C) float64, in the file's units
-    columns: list[str]
-    dates: list[datetime]  # N of them, equally far apart
-    name: str  # "etth1", "station" or the file's name
-    source: str  # what read_series takes to read it again: one of SETS, or the file's path
-    stand_in: str = ""  # the series in whose place it stands, such as "ETTh1"
-    ends: tuple[int, int, int] | None = None  # rows at which training, validation and test end; None: 60, 80, 100 %
 
 
 class Data(NamedTuple):
@@ -62,6 +49,7 @@ class Data(NamedTuple):
     source: str
     stand_in: str
     period: int  # rows after which a pattern is expected to come back: 24 where a row is an hour
+    ends: tuple[int, int, int] | None  # of the papers' split, None for a file's
 
     @property
     def label(self) -> str:
@@ -103,101 +91,21 @@ def read_station() -> Table:
     return Table(torch.from_numpy(values), COLUMNS, dates, "station", "station", "ETTh1", ENDS)
 
 
-# ---------------------------------------------------------------------------------------------- reading a file
-def read_table(path: Path, name: str | None = None) -> Table:
-    """Read a CSV file: a header, one column of ISO dates, else numbers, separated by commas.
-
-    The date column is the one called date, time, datetime or timestamp, else the first. Raises utils.InputError, with
-    line and column or count, for whatever a forecaster could silently learn nonsense from.
-    """
-    name = name or path.name
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            rows = {reader.line_num: row for row in reader if "".join(row).strip()}  # blank lines carry nothing
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise utils.InputError(f"{name} is no CSV in UTF-8 ({error}); convert it, for example with iconv.") from error
-    if len(rows) < 3:
-        raise utils.InputError(f"{name} has {len(rows)} lines; give a header and some hundred rows at least.")
-    header = [cell.strip() for cell in rows.pop(next(iter(rows)))]
-    if len(header) < 2:
-        raise utils.InputError(f"{name} has one column, {header[0]!r}; give a date column and numeric columns, "
-                               "separated by commas.")
-    for column, count in Counter(header).items():
-        if not any(map(str.isalpha, column)):
-            raise utils.InputError(f"{name}: {column!r} in line 1 is no name; the first line has to name the columns.")
-        if count > 1:
-            raise utils.InputError(f"{name}: line 1 names {column!r} {count} times; give every column its own name.")
-    place = next((j for j, column in enumerate(header) if column.lower() in DATE_NAMES), 0)
-    columns = header[:place] + header[place + 1 :]
-
-    lines, dates, values = list(rows), [], np.empty((len(rows), len(columns)))
-    for i, (line, row) in enumerate(rows.items()):
-        if len(row) != len(header):
-            raise utils.InputError(f"{name}: line {line} has {len(row)} cells, but line 1 names {len(header)} columns; "
-                                   "correct the line.")
-        date = row.pop(place)
-        try:
-            dates.append(datetime.fromisoformat(date.strip()))
-        except ValueError as error:
-            raise utils.InputError(f"{name}: line {line}, column {header[place]}: {date!r} is no date; write it like "
-                                   "2016-07-01 00:00:00.") from error
-        for j, cell in enumerate(row):
-            try:
-                values[i, j] = number(cell)
-            except ValueError as error:
-                raise utils.InputError(f"{name}: line {line}, column {columns[j]!r}: {cell!r} is no number; correct it "
-                                       "or drop the column.") from error
-    check_dates(dates, lines, name)
-    missing = np.argwhere(~np.isfinite(values)).tolist()  # rows and columns
-    if missing:
-        ## Filling holes is a choice with consequences: a straight line through a missing day teaches the model that
-        ## such days exist. So it is left to the one who knows the data.
-        counts = ", ".join(f"{columns[j]} {count:,}" for j, count in Counter(j for _, j in missing).items())
-        i, j = missing[0]
-        raise utils.InputError(f"{name}: cells that are empty, NaN or infinite: {len(missing):,} ({counts}), the first "
-                               f"in line {lines[i]}, column {columns[j]}; fill them or cut them out.")
-    return Table(torch.from_numpy(values), columns, dates, name, str(path.resolve()))
-
-
-def number(cell: str) -> float:
-    """The number in a cell; NaN where it says that there is none. Raises ValueError for anything else."""
-    cell = cell.strip().lower()
-    return float("nan" if cell in MISSING else cell.replace("_", "?"))  # 1_000 is a number in Python alone
-
-
-def check_dates(dates: list[datetime], lines: list[int], name: str) -> None:
-    """Raise utils.InputError unless the dates rise in equal steps. lines: where in the file each of them stands."""
-    if len({date.tzinfo is None for date in dates}) > 1:
-        raise utils.InputError(f"{name}: some dates have a time zone and others have none; write all in the same way.")
-    steps = [after - before for before, after in zip(dates, dates[1:])]
-    usual = Counter(steps).most_common(1)[0][0]
-    for is_wrong, what, advice in (
-            (lambda step: step < timedelta(0), "not sorted: dates before the one above", "sort the rows by date"),
-            (lambda step: not step, "duplicate dates", "keep one row for each date"),
-            (lambda step: step > usual and not step % usual, f"gaps in the dates, else {usual} apart",
-             "fill them, or cut the file there"),
-            (lambda step: step != usual, f"dates that don't follow the one before by {usual}, as most do",
-             "bring all rows to equal distances")):
-        if wrong := [i for i, step in enumerate(steps, 1) if is_wrong(step)]:
-            raise utils.InputError(f"{name}: {what}: {len(wrong):,}, the first in line {lines[wrong[0]]} "
-                                   f"({dates[wrong[0]]}); {advice}.")
-
-
+# ---------------------------------------------------------------------------------------------- a series by its name
 def read_etth1() -> Table:
     """Raises ConnectionError where it can't be downloaded, utils.InputError where the file there is another."""
     path = utils.download(URLS, utils.DATA_DIR / "ETTh1.csv", SHA256)
-    return read_table(path, "etth1")._replace(ends=ENDS, source="etth1")
+    return read_table(path, "etth1")._replace(ends=ENDS, source="etth1", said=())
 
 
 SETS = {"etth1": read_etth1, "station": read_station}  # a series more is one function and one line
 
 
-def read_series(data: str | None = None) -> Table:
-    """All rows of one of SETS, or of a CSV file; None: ETTh1, and the stand-in where that is out of reach.
+def read_series(data: str | None = None, **reading) -> Table:
+    """All rows of one of SETS, or of a text file; None: ETTh1, and the stand-in where that is out of reach.
 
-    Raises ConnectionError where a series asked for by name can't be downloaded, and utils.InputError where there is no
-    such file, and as read_table does.
+    reading: what read_table takes, for files alone. Raises ConnectionError where a series asked for by name can't be
+    downloaded, and utils.InputError where there is no such file, and as read_table does.
     """
     if data is None:
         try:
@@ -207,9 +115,29 @@ def read_series(data: str | None = None) -> Table:
             return read_series("station")
     if data not in SETS and not Path(data).is_file():
         raise utils.InputError(f"{data} is no file; give a CSV file, or one of {', '.join(SETS)}.")
-    table = SETS[data]() if data in SETS else read_table(Path(data))
+    table = SETS[data]() if data in SETS else read_table(Path(data), **reading)
+    print("\n".join(table.said), end="\n" * bool(table.said))
     utils.stand_in_notice(table.name, table.stand_in)
     return table
+
+
+def add_reading(parser) -> None:
+    """The options that say how a file is to be read."""
+    add = parser.add_argument
+    add("--data", help="etth1, station or a text file (CSV), of which 60 / 20 / 20 %% train, validate and test; "
+        "without it ETTh1, or station if that is out of reach")
+    add("--columns", nargs="+", help="of a file: the columns to forecast; without it all that hold changing numbers")
+    add("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="of a file: only the rows that have this value")
+    add("--date-format", help="of a file: how its dates are written, such as %%d/%%m/%%Y; without it, found out")
+    add("--fill", action="store_true", help="of a file: fill holes of any size; without it, more than a quarter is "
+        "refused")
+    add("--period", type=utils.count, help="of a file: rows after which a pattern comes back; without it a day, week "
+        "or year, as the step has it")
+
+
+def how_to_read(args) -> dict:
+    """What the options of add_reading say, as read_series takes it."""
+    return {name: vars(args)[name] for name in ("columns", "where", "date_format", "fill", "period")}
 
 
 # ---------------------------------------------------------------------------------------------- series to tensors
@@ -223,9 +151,21 @@ def split(table: Table) -> tuple[int, int, int]:
     return table.ends or (int(0.6 * N), int(0.8 * N), N)
 
 
-def load_data(data: str | None = None, lookback: int = 336, horizon: int = 96, earlier: int = 0) -> Data:
+def sizes(table: Table, lookback: int | None, horizon: int | None, longest: int = 336) -> tuple[int, int]:
+    """Lookback and horizon: as given, or from the length, in whole periods; at most `longest` and 96 rows.
+
+    ## Half of the validation part to forecast, so that it holds some windows that differ; a third of the rest to look
+    ## back on, so that the training part does.
+    """
+    train_end, val_end, test_end = split(table)
+    whole = lambda n: max(1, n - n % table.period if n > table.period else n)  # noqa: E731
+    P = horizon or min(96, whole(min(val_end - train_end, test_end - val_end) // 2))
+    return lookback or min(longest, whole((train_end - P) // 3)), P
+
+
+def load_data(data: str | None = None, lookback: int = 336, horizon: int = 96, earlier: int = 0, **reading) -> Data:
     """Read (read_series), split and scale (prepare)."""
-    return prepare(read_series(data), lookback, horizon, earlier)
+    return prepare(read_series(data, **reading), lookback, horizon, earlier)
 
 
 def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data:
@@ -240,10 +180,12 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
     train_end, val_end, test_end = (end - earlier for end in split(table))
     N_train, N_val, N_test = train_end, val_end - train_end, test_end - val_end
     if N_train < lookback + horizon or min(N_val, N_test) < horizon:
+        P = max(1, min(horizon, N_val, N_test, N_train - 1))
         raise utils.InputError(
             f"{table.name} has {len(table.values):,} rows, {max(N_train, 0):,} / {N_val:,} / {N_test:,} of them to "
             f"train, validate and test: too few for lookback {lookback} + horizon {horizon} in the first, or for the "
-            "horizon in the others; give more rows or smaller numbers.")
+            f"horizon in the others; the largest that fit: --lookback {max(1, min(lookback, N_train - P))} "
+            f"--horizon {P}.")
     ## Scaled, all channels count alike in the loss, whatever their units. The two numbers come from the training rows:
     ## how warm the oil will be next year is part of the question.
     raw = table.values[:test_end]
@@ -252,21 +194,15 @@ def prepare(table: Table, lookback: int, horizon: int, earlier: int = 0) -> Data
     for j, column in enumerate(table.columns):
         if (raw[:train_end, j] == raw[0, j]).all():
             raise utils.InputError(f"{table.name}: column {column} is {raw[0, j]:g} in all {N_train:,} training rows, "
-                                   "constant; remove it.")
+                                   "constant; choose others by --columns.")
         if not (std[j].isfinite() and scaled[:, j].isfinite().all()):
             raise utils.InputError(f"{table.name}: column {column} has numbers too large or too small to compute with, "
                                    "beside those of the training rows; correct them or use another unit.")
     return Data(
         train=scaled[:train_end], val=scaled[train_end - lookback : val_end], test=scaled[val_end - lookback :],
         mean=mean, std=std, columns=table.columns, dates=[str(date) for date in table.dates[:test_end]],
-        name=table.name, source=table.source, stand_in=table.stand_in, period=period(table.dates))
-
-
-def period(dates: list[datetime]) -> int:
-    """Rows in a day; where a row is a day or longer, rows in a week, and 1 where that is no whole number either."""
-    step = dates[1] - dates[0]
-    cycle = timedelta(days=1) if step < timedelta(days=1) else timedelta(weeks=1)
-    return 1 if cycle % step else cycle // step
+        name=table.name, source=table.source, stand_in=table.stand_in, period=table.period,
+        ends=table.ends)
 
 
 def windows(part: Tensor, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
@@ -276,6 +212,11 @@ def windows(part: Tensor, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
     """
     both = part.unfold(0, lookback + horizon, 1).mT  # (B, T + P, C): stride 1 over rows
     return both[:, :lookback], both[:, lookback:]
+
+
+def batch_of(part: Tensor, rows: int, most: int = 512) -> int:
+    """How many windows of so many rows of a part (N, C) to evaluate at once: of 862 channels fewer than of 7."""
+    return max(1, min(most, 2**22 // (rows * part.shape[1])))
 
 
 def autocorrelation(x: Tensor, lags: int) -> Tensor:
@@ -315,20 +256,19 @@ def draw(table: Table, data: Data, r: Tensor, path: Path) -> None:
 
 def main() -> None:
     parser = utils.parser(__doc__, __file__, "seed")
-    add = parser.add_argument
-    add("--data", help="etth1, station or a CSV file, of which 60 / 20 / 20 %% train, validate and test; without it "
-        "ETTh1, or station if that is out of reach")
-    add("--lookback", type=utils.count, default=336, help="rows that a forecast may look back on")
-    add("--horizon", type=utils.count, default=96, help="rows to forecast")
+    add_reading(parser)
+    parser.add_argument("--lookback", type=utils.count, help="rows that a forecast may look back on; without it from "
+                        "the file's length, at most 336")
+    parser.add_argument("--horizon", type=utils.count, help="rows to forecast; without it likewise, at most 96")
     args = utils.parse_args(parser)
     torch.manual_seed(args.seed)
-    T, P = args.lookback, args.horizon
-    table = read_series(args.data)
+    table = read_series(args.data, **how_to_read(args))
+    T, P = sizes(table, args.lookback, args.horizon)
     data = prepare(table, T, P)
     train_end, val_end, test_end = split(table)
 
     print(f"{data.label}: {len(table.values):,} rows of {len(data.columns)} channels, one row per "
-          f"{table.dates[1] - table.dates[0]}, so a pattern may come back every {data.period} rows")
+          f"{table.step.name}, so a pattern may come back every {data.period} rows")
     print(f"{'':12}{'rows':>16}{'from':>22}{'to':>22}{'windows':>10}")
     for part, first, last, tensor in (("train", 0, train_end, data.train), ("validation", train_end, val_end, data.val),
                                       ("test", val_end, test_end, data.test)):

@@ -27,8 +27,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import Table, autocorrelation, prepare, read_series, split, windows
-from train import load_forecaster, repeat_last, same_hour_yesterday
+from load import Table, add_reading, autocorrelation, batch_of, how_to_read, prepare, read_series, split, windows
+from train import load_forecaster, one_period_ago, repeat_last
 
 # Shapes: B windows, T time steps looked back on, C channels, P predicted steps, N rows
 
@@ -37,7 +37,7 @@ from train import load_forecaster, repeat_last, same_hour_yesterday
 def predict(forecast: Callable[[Tensor], Tensor], part: Tensor, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
     """Forecasts and truth for every window of a part (N, C): (B, P, C) each, B = N - T - P + 1, on the CPU."""
     inputs, targets = windows(part, lookback, horizon)
-    return torch.cat([forecast(x).cpu() for x in inputs.split(256)]), targets.cpu()
+    return torch.cat([forecast(x).cpu() for x in inputs.split(batch_of(part, lookback + horizon))]), targets.cpu()
 
 
 def evaluate(y: Tensor, truth: Tensor) -> dict[str, float]:
@@ -68,8 +68,7 @@ def future(forecast: Callable[[Tensor], Tensor], table: Table, mean: Tensor, std
     """
     x = ((table.values[-lookback:] - mean) / std).float()  # (T, C)
     y = forecast(x[None])[0].cpu().double() * std + mean  # (P, C)
-    step = table.dates[-1] - table.dates[-2]
-    return [table.dates[-1] + (k + 1) * step for k in range(len(y))], y
+    return [table.step.after(table.dates[-1], k + 1) for k in range(len(y))], y
 
 
 def write_csv(path: Path, columns: list[str], dates: list[datetime], y: Tensor) -> None:
@@ -121,7 +120,7 @@ def draw_future(table: Table, dates: list[datetime], y: Tensor, channels: list[i
 def main() -> None:
     parser = utils.parser(__doc__, __file__, "device")
     add = parser.add_argument
-    add("--data", help="etth1, station or a CSV file; without it, what the model was trained on")
+    add_reading(parser)
     add("--windows", type=int, nargs="+", help="test windows to draw, from 0; without it three, evenly spread")
     add("--channels", nargs="+", help="columns to draw; without it the first and the last")
     add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
@@ -129,7 +128,9 @@ def main() -> None:
     model, saved = load_forecaster(args.model, args.device)
     forecast = lambda x: model(x.to(args.device))  # noqa: E731
     T, P, columns = saved["lookback"], saved["horizon"], saved["columns"]
-    table = read_series(args.data or saved["source"])
+    ## Read as it was for the training, but for what is asked for now; and only what the model knows.
+    how = saved.get("reading", {}) | {name: value for name, value in how_to_read(args).items() if value}
+    table = read_series(args.data or saved["source"], **how | {"columns": columns})
     if not table.stand_in:  # else read_series says so
         utils.stand_in_notice(saved["data"], saved["stand_in"])
     if table.columns != columns:
@@ -168,7 +169,7 @@ def main() -> None:
     # where and when it is wrong
     forecasts = {saved["kind"]: y, "repeat last": predict(lambda x: repeat_last(x, P), test, T, P)[0]}
     if period <= T:
-        forecasts["same hour yesterday"] = predict(lambda x: same_hour_yesterday(x, P, period), test, T, P)[0]
+        forecasts["one period ago"] = predict(lambda x: one_period_ago(x, P, period), test, T, P)[0]
     errors = {name: (f - truth).square().mean((0, 2)) for name, f in forecasts.items()}  # (P,) each
     steps = [k for k in dict.fromkeys((1, 6, 24, 96, 192, 336, P)) if k <= P]
     print(f"\n{'MSE at step':28}" + "".join(f"{k:>9}" for k in steps))

@@ -51,8 +51,8 @@ class Step(NamedTuple):
     def name(self) -> str:
         if self.unit == "months":
             return {1: "month", 3: "quarter", 12: "year"}.get(self.size, f"{self.size} months")
-        return "business day" if self.unit == "weekdays" else {
-            timedelta(minutes=1): "minute", HOUR: "hour", DAY: "day", 7 * DAY: "week"}.get(self.size, str(self.size))
+        names = {HOUR / 60: "minute", HOUR / 2: "half an hour", HOUR: "hour", DAY: "day", 7 * DAY: "week"}
+        return "business day" if self.unit == "weekdays" else names.get(self.size, str(self.size))
 
     def count(self, date: datetime) -> float:
         """Steps from a fixed beginning to a date; no whole number where the date lies between two steps."""
@@ -110,16 +110,15 @@ def find_step(dates: list[datetime]) -> Step:
 
 
 def regular(dates: list[datetime]) -> bool:
-    """Whether the dates rise, or fall, in steps of one size, with few gaps: what a wrong reading of a date seldom does."""
+    """Whether dates, sorted, follow each other in equal steps with few gaps. Dates that are read wrongly seldom do."""
     try:
-        dates = dates[::-1] if dates[0] > dates[-1] else dates
+        dates = sorted(set(dates))
         step = find_step(dates)
         counts = np.array([step.count(date) for date in dates])
     except (IndexError, TypeError, ZeroDivisionError):
         return False
     jumps = np.diff(counts)
-    return step.size != timedelta(0) and bool((jumps > 0).all()) and (jumps != 1).mean() < 0.2 and not (
-        abs(counts - counts.round()) > 1e-6).any()
+    return bool((abs(jumps - 1) > 1e-6).mean() < 0.2 and (abs(jumps - jumps.round()) < 1e-6).all())
 
 
 def decimal_years(years: list[float]) -> list[datetime]:
@@ -184,8 +183,8 @@ def pick_dates(header: list[str], columns: list[tuple[str, ...]], name: str, for
         if not all(cells) or not read_dates(cells[:3] + cells[-3:], form):
             continue
         ways = read_dates(cells, form)
-        ## 2944 people may be called a year, and 1262304000 euros a second: numbers have to follow each other as dates do.
-        plain = {way: dates for way, dates in ways.items() if regular(sorted(set(dates)))}
+        ## 1944 people are no year, and 1262304000 euros no second: numbers have to follow each other as dates do.
+        plain = {way: dates for way, dates in ways.items() if regular(dates)}
         if cells[0].replace(".", "").isdecimal() and "." not in (form or "") and not plain and not names[j]:
             continue
         ways = plain or ways
@@ -312,7 +311,8 @@ def read_table(path: Path, name: str | None = None, *, columns: list[str] | None
     said[0] += f", decimal {decimal!r}" if decimal == "," else ""
     kept, dropped, texts = {}, {}, []
     if unknown := [column for column in columns or () if column not in header or column == header[place]]:
-        raise utils.InputError(f"--columns {unknown[0]}: {name} has {', '.join(header[:place] + header[place + 1 :])}.")
+        raise utils.InputError(f"{name} has no column {unknown[0]} of numbers; it has "
+                               f"{', '.join(header[:place] + header[place + 1 :])}.")
     for j, column in enumerate(header):
         if j == place or columns and column not in columns:
             continue
@@ -330,7 +330,7 @@ def read_table(path: Path, name: str | None = None, *, columns: list[str] | None
             reason = "it counts the rows"
         elif not columns and not column:
             reason = "it has no name"
-        elif not columns and len(early) and np.nanmin(early, initial=np.inf) >= np.nanmax(early, initial=-np.inf):
+        elif not columns and len(early) > 2 and np.nanmin(early, initial=np.inf) >= np.nanmax(early, initial=-np.inf):
             reason = f"constant, {early[0]:g}, in the first 60 % of rows"
         else:
             kept[column] = values
@@ -358,8 +358,8 @@ def check_dates(dates: list[datetime], lines: list[int], name: str, others: dict
     for column, cells in others.items():
         if len(set(dates)) < len(dates) == len(set(zip(cells, dates))):
             values = list(dict.fromkeys(cells))
-            raise utils.InputError(f"{name} holds {len(values)} series below each other, told apart by column {column}; "
-                                   f"take one: --where {column!r}={values[0]!r}, or {', '.join(values[1:4])} ...")
+            raise utils.InputError(f"{name} holds {len(values)} series below each other, told apart by column "
+                                   f"{column}; take one, for example --where '{column}={values[0]}'.")
     for is_wrong, what, advice in (
             (lambda step: step < timedelta(0), "not sorted: dates before the one above", "sort the rows by date"),
             (lambda step: not step, "duplicate dates", "keep one row for each date, or take one series by --where")):
@@ -382,7 +382,7 @@ def fill_holes(dates: list[datetime], lines: list[int], values: np.ndarray, colu
     where = counts.round().astype(int)
     off = np.flatnonzero((abs(counts - where) > 1e-6) | (np.diff(where, prepend=-1) < 1))
     if len(off):
-        raise utils.InputError(f"{name}: dates that don't follow the one before by a {step.name}, as most do: "
+        raise utils.InputError(f"{name}: dates that don't follow the one before by one {step.name}, as most do: "
                                f"{len(off):,}, the first in line {lines[off[0]]} ({dates[off[0]]}); bring all rows to "
                                "equal distances.")
     N = where[-1] + 1
@@ -395,7 +395,7 @@ def fill_holes(dates: list[datetime], lines: list[int], values: np.ndarray, colu
     parts = []
     if gaps:
         i = int(np.flatnonzero(np.diff(where) > 1)[0]) + 1
-        parts.append(f"gaps in the dates, else a {step.name} apart: {gaps:,} rows, the first before line {lines[i]} "
+        parts.append(f"gaps in the dates, else one {step.name} apart: {gaps:,} rows, the first before line {lines[i]} "
                      f"({dates[i]})")
     if empty.any():
         i, j = np.argwhere(np.isnan(values))[0]

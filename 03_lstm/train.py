@@ -6,7 +6,7 @@ brought to a level of its own first; how a month of hours is read in fifteen ste
     python 03_lstm/train.py                          a recurrent net over segments, 96 hours ahead
     python 03_lstm/train.py --horizon 720            a month ahead; the papers' four are 96, 192, 336 and 720
     python 03_lstm/train.py --model lstm             one LSTM, all steps at once; seq2seq: step by step
-    python 03_lstm/train.py --data my.csv            a date column and numeric columns
+    python 03_lstm/train.py --data my.csv            your own: the net starts from a blend of lines
 
 You should see (ETTh1, three seeds, 15 s on two cores): test MSE 96 hours ahead .357 (± .0002), 720 ahead .434; the same
 hour yesterday .512 and .655, the straight line .370 and .434. The whole table stands in this chapter's README.md.
@@ -14,6 +14,7 @@ Writes to outputs/: model.pt (the last weights; of lstm and seq2seq the best by 
 Left out on purpose: calendar features, which the published figures do without; attention.
 """
 
+import copy
 import math
 import sys
 import time
@@ -27,10 +28,10 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import load_data, windows
+from load import add_reading, batch_of, how_to_read, prepare, read_series, sizes, windows
 
 # Shapes: N rows, B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden
-#         units, E nets; `segment` is the steps of a segment, `places` the segments to predict
+#         units, E nets, K forecasters; `segment` is the steps of a segment, `places` the segments to predict
 
 SCRIPT = "03_lstm/train.py"
 LINEAR_LOOKBACK = 336  # NLinear's, as published
@@ -39,13 +40,14 @@ LINEAR_LOOKBACK = 336  # NLinear's, as published
 ## nets, and a straight line solved exactly. They were chosen by validation alone, from five starting points a month
 ## apart (tests/seasons.py; the table stands in README.md). In those months the line alone is as good as this model.
 MODELS = {
-    "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["revin"], linear=True, epochs=3,
-                    batch_size=32, lr=1e-3, keep="last"),
-    "lstm": dict(lookback=168, hidden=128, dropout=0.2, norm=["last"], epochs=10, batch_size=32, lr=2e-3, keep="best"),
-    "seq2seq": dict(lookback=168, hidden=128, dropout=0.2, norm=["last"], teacher_forcing=1.0, epochs=10,
-                    batch_size=32, lr=2e-3, keep="best"),
+    "segment": dict(lookback=720, segment=48, hidden=128, dropout=0.5, norm=["revin"], steps=700, batch_size=32,
+                    lr=1e-3),
+    "lstm": dict(lookback=168, hidden=128, dropout=0.2, norm=["last"], steps=2400, batch_size=32, lr=2e-3),
+    "seq2seq": dict(lookback=168, hidden=128, dropout=0.2, norm=["last"], teacher_forcing=1.0, steps=2400,
+                    batch_size=32, lr=2e-3),
 }
-ONLY = {"segment": "segment", "linear": "segment", "teacher_forcing": "seq2seq"}  # options of one model alone
+ONLY = {"segment": "segment", "line": "segment", "teacher_forcing": "seq2seq"}  # options of one model alone
+PENALTIES = (1e-5, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # of ridge, as shares of the inputs' mean square
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -137,7 +139,7 @@ class SegmentGRU(nn.Module):
     """
 
     def __init__(self, channels: int, lookback: int, horizon: int, segment: int, hidden: int, dropout: float,
-                 norm: str):
+                 norm: str, base: nn.Module | None = None):
         super().__init__()
         if not 0 < segment <= lookback or hidden % 2:
             raise utils.InputError(f"segment {segment} must be from 1 to lookback {lookback}, hidden {hidden} even.")
@@ -149,6 +151,12 @@ class SegmentGRU(nn.Module):
         self.channel = nn.Parameter(torch.randn(channels, hidden // 2))  # (C, M/2)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, segment)
+        self.base = base
+        if base is not None:
+            ## What the net says is added to what the base says, and it begins by saying nothing: at the base, and not
+            ## at noise. Validation can then only keep it where it helps.
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def decode(self, h: Tensor) -> Tensor:
         """The state after the window, (B, C, M), -> the state for every segment to predict, (B, C, places, M).
@@ -184,7 +192,75 @@ class SegmentGRU(nn.Module):
             z = z.mT.reshape(B * C, -1, self.segment).transpose(0, 1).to(self.dtype)  # (segments, B C, segment)
             _, state = self.rnn(F.relu(self.embed(z)))  # (1, B C, M)
             y = self.predict(state).float()  # (B C, places, segment)
-        return y.view(B, C, -1)[..., : self.horizon].mT * spread + level  # (B, P, C)
+        y = y.view(B, C, -1)[..., : self.horizon].mT * spread  # (B, P, C)
+        return y + (level if self.base is None else self.base(x))
+
+
+def moments(part: Tensor, n: int) -> Tensor:
+    """Sum of w w^T over all windows w of n rows of part (N, C), all channels, a 1 appended to each: (n + 1, n + 1).
+
+    ## All that a linear forecaster needs to know of its data, to be solved and to be judged. Windows overlap, so that
+    ## the sum of w[i+1] w[j+1] is that of w[i] w[j], less the first window's product, plus that of the last: n^2 steps
+    ## where multiplying all windows takes N n^2.
+    """
+    z, B = part.cpu().double(), len(part) - n + 1
+    S, first, last = torch.zeros(n + 1, n + 1, dtype=z.dtype), z[:n], z[B:]  # what goes, what comes
+    S[0, :n] = torch.stack([(z[:B] * z[j : B + j]).sum() for j in range(n)])
+    for i in range(n - 1):
+        S[i + 1, 1:n] = S[i, : n - 1] + last[: n - 1] @ last[i] - first[: n - 1] @ first[i]
+        S[i + 1, 0] = S[0, i + 1]
+    sums = F.pad(z.sum(1).cumsum(0), (1, 0))
+    S[:n, n] = S[n, :n] = sums[B : B + n] - sums[:n]
+    S[n, n] = B * z.shape[1]
+    return S
+
+
+def ridge(S: Tensor, T: int, lookback: int, level: str, penalty: float) -> Tensor:
+    """A linear forecaster (T + 1, P) of windows of T rows and a 1, which uses the last `lookback`; S: their moments.
+
+    ## The sum of squares of a linear model has one minimum, which the normal equations name:
+    ##     A = (sum y x^T) (sum x x^T + penalty I)^-1        x with a 1 appended (Hoerl & Kennard 1970, Tikhonov)
+    ## Level "last" solves for y - last and x - last: with a high penalty it repeats the last value. "none" solves for
+    ## the values themselves: with a high penalty it goes back to the mean of the training rows, which is 0.
+    """
+    n = len(S) - 1
+    if level == "last":
+        shift = torch.eye(n + 1, dtype=S.dtype)
+        shift[:n, T - 1] -= 1
+        S = shift @ S @ shift.T
+    used = [*range(T - lookback, T), n]
+    xx, xy = S[used][:, used], S[used][:, T:n]
+    ## x[last] - last is always 0, so that not even a solution without a penalty is unique. A tiny one makes it so.
+    xx.diagonal().add_((penalty / lookback + 1e-9) * xx.diagonal()[:lookback].sum())
+    A = torch.zeros(T + 1, n - T, dtype=S.dtype)
+    A[[*range(T - lookback, T), T]] = torch.linalg.solve(xx, xy)
+    if level == "last":
+        A[T - 1] += 1 - A[:T].sum(0)
+    return A
+
+
+def candidates(S: Tensor, T: int, period: int) -> Tensor:
+    """Repeat last, one period ago, and ridges of two lookbacks, two levels and six penalties: (K, T + 1, P)."""
+    P = len(S) - 1 - T
+    naive = [period] if 1 < period <= T else []
+    weights = [torch.zeros(T + 1, P, dtype=S.dtype) for _ in (1, *naive)]
+    for A, back in zip(weights, (1, *naive)):
+        A[T - back + torch.arange(P) % back, torch.arange(P)] = 1
+    short = min(T, period + 1) if naive else max(1, T // 4)
+    return torch.stack(weights + [ridge(S, T, lookback, level, penalty) for lookback in sorted({short, T})
+                                  for level in ("none", "last") for penalty in PENALTIES])
+
+
+def mix(G: Tensor, rounds: int = 20) -> Tensor:
+    """Shares (K,) of K forecasters in a mean; G (K, K): mean products of their errors.
+
+    ## One after the other the one is added that makes the mean's error smallest; it may be added again (Caruana et al.
+    ## 2004). A mean of some good ones is steadier than the best one of a small sample.
+    """
+    shares = torch.zeros(len(G), dtype=G.dtype)
+    for k in range(rounds):
+        shares[((shares @ G @ shares + 2 * G @ shares + G.diag()) / (k + 1) ** 2).argmin()] += 1
+    return shares / rounds
 
 
 class NLinear(nn.Module):
@@ -192,52 +268,67 @@ class NLinear(nn.Module):
 
     ##     y - last = A (x - last) + b        A (P, T), b (P,): the same for every channel
     ## Two weeks of hours, a weight for each of them and each hour to come, and no hidden unit. The paper trains it with
-    ## Adam. But the sum of squares of a linear model has one minimum, which the normal equations name:
-    ##     A = (sum y x^T) (sum x x^T)^-1         with a 1 appended to each x, for b
-    ## Solved exactly, it comes out better than published.
+    ## Adam. Solved exactly, it comes out better than published.
     """
 
     def __init__(self, lookback: int, horizon: int):
         super().__init__()
-        self.lookback = lookback
-        ## A^T with b as its last row, (T + 1, P); a buffer: saved, not trained.
+        self.lookback, self.horizon = lookback, horizon
+        ## A^T with b as its last row; a buffer: saved, not trained.
         self.register_buffer("weight", torch.zeros(lookback + 1, horizon))
 
     def fit(self, train: Tensor) -> "NLinear":
         """Solve for all windows of train (N, C), in float64 on the CPU."""
-        T, P = self.lookback, self.weight.shape[1]
-        xx, xy = torch.zeros(T + 1, T + 1, dtype=torch.float64), torch.zeros(T + 1, P, dtype=torch.float64)
-        for x, y in zip(*(side.split(1024) for side in windows(train.cpu().double(), T, P))):
-            last = x[:, -1:]
-            x = F.pad((x - last).mT.flatten(0, 1), (0, 1), value=1.0)  # (B C, T + 1)
-            xx += x.T @ x
-            xy += x.T @ (y - last).mT.flatten(0, 1)
-        ## x holds x[last] - last, which is always 0, so the matrix can't be inverted. With a tiny number added to its
-        ## diagonal (ridge) it can.
-        xx.diagonal().add_(1e-9 * xx.trace())
-        self.weight.copy_(torch.linalg.solve(xx, xy))
+        T = self.lookback
+        self.weight.copy_(ridge(moments(train, T + self.horizon), T, T, "last", 0.0))
         return self
+
+    def blend(self, rows: Tensor, end: int, period: int) -> Tensor:
+        """Become a mean of `candidates`, solved for the first `end` of rows (N, C); the same mean for all: (T + 1, P).
+
+        ## Which of them to mean is learned from rolling origins: each time solved for the rows before, judged by the
+        ## next ones. The error of y - A x is linear in the window, so moments tell it, too. A mean of linear
+        ## forecasters is one itself: what was chosen from 26 is in the end a single matrix.
+        """
+        T, n, N = self.lookback, self.lookback + self.horizon, len(rows)
+        origins = torch.linspace(max(0.4 * N, n + 1), N, 9 if n <= 400 else 4).int().tolist()
+        G, begun = 0, time.perf_counter()
+        for i, (a, b) in enumerate(zip(origins, origins[1:]), 1):
+            part = rows[max(0, a - T) : b + self.horizon - 1]
+            if len(part) >= n > 0 and b > a:
+                A = candidates(moments(rows[:a], n), T, period)
+                D = torch.cat([-A[:, :T], torch.eye(self.horizon, dtype=A.dtype).expand(len(A), -1, -1), -A[:, T:]], 1)
+                S = moments(part, n)
+                G = G + (b - a) / S[-1, -1] * (S @ D).flatten(1) @ D.flatten(1).T  # D (K, n + 1, P)
+            utils.progress(i, len(origins) - 1, begun, "a blend of lines", "solutions", len(A))
+        shares = mix(G)
+        solve = lambda rows: torch.tensordot(shares, candidates(moments(rows, n), T, period), 1).float()  # noqa: E731
+        self.weight.copy_(solve(rows[:end]))
+        return solve(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, at least T, C) -> (B, P, C)."""
+        ## From the last value on: far from 0, float32 has few digits left for what happens there.
         last = x[:, -1:]
         z = F.pad((x[:, -self.lookback :] - last).mT, (0, 1), value=1.0)  # (B, C, T + 1)
-        return (z @ self.weight).mT + last
+        return (z @ self.weight).mT + last * self.weight[:-1].sum(0)[:, None]
 
 
 class SegmentRNN(nn.Module):
     """The mean of several members: one SegmentGRU for each way to bring windows to a level, and perhaps a line.
 
     ## Forecasts that go wrong in different ways are better averaged than chosen from (Bates & Granger 1969), and a net
-    ## and a straight line do go wrong in different ways.
+    ## and a straight line do go wrong in different ways. Beside NLinear a net learns by itself; on a blend of lines,
+    ## which uses all of the window, it learns what they leave, and the mean takes half of that.
     """
 
     def __init__(self, channels: int, lookback: int, horizon: int, segment: int, hidden: int, dropout: float,
-                 norms: list[str], linear: bool):
+                 norms: list[str], line: str):
         super().__init__()
-        self.nets = nn.ModuleList(SegmentGRU(channels, lookback, horizon, segment, hidden, dropout, norm)
-                                  for norm in norms)
-        self.line = NLinear(min(lookback, LINEAR_LOOKBACK), horizon) if linear else None
+        looks = {"none": 0, "nlinear": min(lookback, LINEAR_LOOKBACK), "blend": lookback}
+        self.line = NLinear(looks[line], horizon) if looks[line] else None
+        self.nets = nn.ModuleList(SegmentGRU(channels, lookback, horizon, segment, hidden, dropout, norm,
+                                             self.line if line == "blend" else None) for norm in norms)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([member(x) for member in (*self.nets, self.line) if member is not None]).mean(0)
@@ -253,8 +344,8 @@ def repeat_last(x: Tensor, horizon: int) -> Tensor:
     return x[:, -1:].expand(-1, horizon, -1)
 
 
-def same_hour_yesterday(x: Tensor, horizon: int, period: int) -> Tensor:
-    """The last day again and again: (B, T, C) -> (B, P, C). period: rows in a day (of daily rows, in a week), <= T."""
+def one_period_ago(x: Tensor, horizon: int, period: int) -> Tensor:
+    """The last day again and again, or the last year: (B, T, C) -> (B, P, C). period: its rows, at most T."""
     return x[:, torch.arange(horizon, device=x.device) % period - period]
 
 
@@ -273,7 +364,8 @@ def evaluate(forecast: Callable[[Tensor], Tensor], part: Tensor, lookback: int, 
     sums, n = torch.zeros(4, dtype=torch.float64), 0
     ## A mean of the batches' means would count the windows of a smaller last batch more; and leaving that batch out
     ## ("drop_last"), as PatchTST's code did, makes the figure hang on the batch size. So: sums, and one division.
-    for x, y in zip(*(side.split(512) for side in windows(part, lookback, horizon))):  # (B, T, C), (B, P, C)
+    size = batch_of(part, lookback + horizon)
+    for x, y in zip(*(side.split(size) for side in windows(part, lookback, horizon))):  # (B, T, C), (B, P, C)
         error, y = (y - forecast(x)).cpu().double(), y.cpu().double()  # .cpu(): Apple's GPUs have no float64
         sums += torch.stack([error.square().sum(), error.abs().sum(), y.sum(), y.square().sum()])
         n += y.numel()
@@ -315,7 +407,8 @@ def fit(model: nn.Module, train: Tensor, val: Tensor, lookback: int, horizon: in
         losses = []
         model.train()
         for step, rows in enumerate(batches(len(inputs), batch_size, generator), epoch * per_epoch):
-            optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
+            ## A warm-up that is longer than the run would never end.
+            optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, min(50, 1 + steps // 10))
             x, y = inputs[rows.to(train.device)], targets[rows.to(train.device)]  # (B, T, C), (B, P, C)
             ## Each net is held to the targets by itself: f (E, B, P, C). The error of their mean would be another
             ## thing: it asks only for the crowd to be right, and lets one lean on another's mistakes.
@@ -368,29 +461,32 @@ def parse_options():
                               for name, preset in MODELS.items())
     add = parser.add_argument
     add("--model", choices=MODELS, default="segment", help="what forecasts; decides the defaults of those below")
-    add("--data", help="etth1, station or a CSV file, of which 60 / 20 / 20 %% train, validate and test; without it "
-        "ETTh1, or station if that is out of reach")
-    add("--horizon", type=utils.count, default=96, help="rows to forecast; further ahead is harder")
+    add_reading(parser)
+    add("--horizon", type=utils.count, help="rows to forecast; without it 96, or fewer as the length has it")
     add("--earlier", type=utils.number(int, "[0, inf)"), default=0, help="let training, validation and test end so "
         "many rows earlier: to see whether a choice holds in other seasons, too (rolling origins)")
     add("--lookback", type=utils.count, help="rows a forecast is made from; more show longer patterns, and cost time")
     add("--segment", type=utils.count, help="segment only: rows read at a time; fewer: more steps through time")
-    add("--hidden", type=utils.count, help="hidden units; parameters and time grow with their square")
+    add("--hidden", type=utils.count, help="hidden units, by default 64 for few windows; time grows with their square")
     add("--dropout", type=utils.share, help="share of hidden units zeroed before the last layer: against overfitting")
     add("--norm", nargs="+", choices=["none", "last", "mean", "revin"], metavar="NORM", help="what a window is brought "
         "to: none, last, mean or revin; segment takes several, one net for each")
-    add("--no-linear", dest="linear", action="store_false", default=None, help="segment only: no straight line beside "
-        "the net")
+    add("--line", choices=["blend", "nlinear"], help="segment only: blend, for a file: the net is added to a mean of "
+        "linear forecasters; nlinear, for etth1 and station: it learns by itself beside the papers' line")
+    add("--no-linear", dest="line", action="store_const", const="none", help="segment only: no straight line at all")
     add("--teacher-forcing", type=utils.number(float, "[0, 1]"), help="seq2seq only: share of batches whose decoder "
         "reads the true values")
-    add("--epochs", type=utils.count, help="passes over the training windows; the learning rate ends at zero")
-    add("--batch-size", type=utils.count, help="windows per step; larger: fewer steps, each by a smoother gradient")
+    add("--epochs", type=utils.count, help="passes over the training windows, without it as many as make `steps`; the "
+        "learning rate ends at zero")
+    add("--batch-size", type=utils.count, help="windows per step, fewer where there are few windows or many channels")
     add("--lr", type=utils.positive, help="AdamW's highest learning rate; too large, and the loss stays high")
     add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.0, help="share of weights taken, times rate")
     add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--loss", choices=["mae", "mse"], default="mae", help="what is made small: mae, or mse, which outliers rule")
-    add("--keep", choices=["best", "last"], help="which epoch's weights become the model: best by validation, or last")
-    add("--patience", type=utils.count, default=5, help="with --keep best: epochs without a new best that end the run")
+    add("--keep", choices=["best", "last"], help="which epoch's weights become the model: best by validation (before "
+        "the first, too: the line alone), or last, with nlinear")
+    add("--patience", type=utils.count, help="with --keep best: epochs without a new best that end the run; by default "
+        "5, or a quarter of them")
     if (asked := parser.parse_args()).dtype == "bfloat16" and asked.model != "segment":
         raise utils.InputError(f"--dtype bfloat16 is for --model segment, not for {asked.model}; leave it out.")
     args = utils.parse_args(parser)
@@ -398,70 +494,114 @@ def parse_options():
         if vars(args)[name] and args.model != model:
             raise utils.InputError(f"--{name.replace('_', '-')} is for --model {model}, not for {args.model}; leave it "
                                    "out.")
-    vars(args).update({name: value for name, value in MODELS[args.model].items() if vars(args)[name] is None})
-    if args.model != "segment" and len(args.norm) > 1:
+    if args.model != "segment" and args.norm and len(args.norm) > 1:
         raise utils.InputError(f"--norm {' '.join(args.norm)}: {args.model} is one net and takes one of them.")
     args.dtype = args.dtype if args.model == "segment" else torch.float32
     return args
 
 
+def settle(args, windows: int, channels: int, own: bool) -> int:
+    """Fill in what was not asked for, from the model and from how much there is to learn from. Steps of the run.
+
+    ## Settings made for 8,000 windows give a table of 60 windows two steps an epoch. So the steps are what stays, and
+    ## batch, epochs and patience follow; a smaller net has less to learn by heart.
+    """
+    preset = dict(MODELS[args.model])
+    preset["batch_size"] = min(preset["batch_size"], max(1, windows // 8), max(1, 1024 // channels))
+    if args.model == "segment":
+        preset["line"] = "blend" if own else "nlinear"
+        preset["segment"] = min(preset["segment"], max(1, args.lookback // 8))
+    if windows < 5000:
+        preset["hidden"] //= 2
+    vars(args).update({name: value for name, value in preset.items() if vars(args).get(name) is None})
+    args.keep = args.keep or ("last" if args.line == "nlinear" else "best")
+    per_epoch = math.ceil(windows / args.batch_size)
+    args.epochs = args.epochs or math.ceil(args.steps / per_epoch)
+    args.patience = args.patience or max(5, args.epochs // 4)
+    return args.epochs * per_epoch
+
+
+def advise(epoch: int, steps: int, simple: tuple[float, str], mse: float) -> None:
+    """Say where the net added nothing, had too few steps, or lost to a simple forecaster; simple: its MSE and name."""
+    if epoch == 0:
+        print("no epoch was better on validation than the blend of lines alone: it is the model, and the net says 0")
+    if steps < 200:
+        print(f"{steps} steps are few for a net; try more --epochs")
+    if simple[0] < mse:
+        print(f"{simple[1]} is better here, by {1 - simple[0] / mse:.1%}; use it, or try another --lookback, a shorter "
+              "--horizon, or more rows")
+
+
 def main() -> None:
     args = parse_options()
-    T, P = args.lookback, args.horizon
-    data = load_data(args.data, T, P, args.earlier)
+    table = read_series(args.data, **how_to_read(args))
+    T, P = args.lookback, args.horizon = sizes(table, args.lookback, args.horizon, MODELS[args.model]["lookback"])
+    data = prepare(table, T, P, args.earlier)
     label = data.label + f", {args.earlier:,} rows earlier" * bool(args.earlier)
     train, val, test = (part.to(args.device) for part in (data.train, data.val, data.test))
+    count = len(train) - T - P + 1
+    steps = settle(args, count, len(data.columns), data.ends is None)
 
     torch.manual_seed(args.seed)
     config = dict(channels=len(data.columns), horizon=P, hidden=args.hidden, dropout=args.dropout)
-    config |= dict(lookback=T, segment=args.segment, norms=args.norm, linear=args.linear) if args.model == "segment" \
+    config |= dict(lookback=T, segment=args.segment, norms=args.norm, line=args.line) if args.model == "segment" \
         else dict(norm=args.norm[0])
     model = build(args.model, config).to(args.device)
     line = NLinear(min(T, LINEAR_LOOKBACK), P).fit(train).to(args.device)
-    if args.model == "segment" and args.linear:
+    if args.line == "blend":
+        ## The net learns what the line leaves of the training rows, and validation judges both together. In the end
+        ## the line is solved again for the rows of both parts, the newer of which tell most of what comes.
+        refitted = model.line.blend(torch.cat([train, val[T:]]), len(train), data.period)
+    elif args.line == "nlinear":
         model.line.load_state_dict(line.state_dict())
     set_dtype(model, args.dtype)
 
     ## A net that starts small says little more than the level it was given. So its error is near that of repeating this
     ## level: with revin and mean the window's mean, with last its last value. Far above: its first weights are too
-    ## large.
+    ## large. On a blend it says nothing yet, and the error is that of the blend.
     def untrained(x: Tensor) -> Tensor:
         return torch.stack([net.eval()(x) for net in getattr(model, "nets", [model])]).mean(0)
 
     def level(x: Tensor) -> Tensor:
         return torch.stack([level_and_spread(x, norm)[0] for norm in args.norm]).mean(0).expand(-1, P, -1)
 
-    count = len(train) - T - P + 1
+    before = evaluate(untrained, val, T, P)["mse"]
     print(f"{label}: {count:,} windows to train on, {len(val) - T - P + 1:,} to validate, {len(test) - T - P + 1:,} to "
           f"test; each {T} rows -> {P} rows of {len(data.columns)} channels\n{args.model}: "
           f"{utils.count_parameters(model):,} parameters; {str(args.dtype)[6:]} on {args.device.type}; "
-          f"{args.epochs * math.ceil(count / args.batch_size):,} steps\nbefore training: validation MSE "
-          f"{evaluate(untrained, val, T, P)['mse']:.4f} (repeating the window's level: "
+          f"{steps:,} steps\nbefore training: validation MSE {before:.4f} (repeating the window's level: "
           f"{evaluate(level, val, T, P)['mse']:.4f})\n")
-    history, best = [], {"epoch": 0, "val_mse": math.inf}
+    history, best = [], {"epoch": 0, "val_mse": before if args.line == "blend" else math.inf}
+    state, blend = copy.deepcopy(model.state_dict()), args.line == "blend"
     for row in fit(model, train, val, T, P, args.epochs, args.batch_size, args.lr, args.seed, args.loss,
                    args.weight_decay, args.grad_clip, args.teacher_forcing or 0.0):
         history.append(row)
-        print(f"epoch {row['epoch']:2}  {row['seconds']:4.0f} s  train {args.loss.upper()} "
-              f"{row[f'train_{args.loss}']:.4f}  validation MSE {row['val_mse']:.4f}, MAE {row['val_mae']:.4f}"
-              .ljust(79), flush=True)
-        if args.keep == "last" or row["val_mse"] < best["val_mse"]:
-            best = row
+        if better := args.keep == "last" or row["val_mse"] < best["val_mse"]:
+            best, state = row, copy.deepcopy(model.state_dict())
+        if better or row["epoch"] % math.ceil(args.epochs / 20) == 0:
+            print(f"epoch {row['epoch']:2}  {row['seconds']:4.0f} s  train {args.loss.upper()} "
+                  f"{row[f'train_{args.loss}']:.4f}  validation MSE {row['val_mse']:.4f}, MAE {row['val_mae']:.4f}"
+                  .ljust(79), flush=True)
+        if better or row["epoch"] == 1:
+            weights = {name: refitted if blend and name.endswith(("line.weight", "base.weight")) else value
+                       for name, value in state.items()}
             utils.write_atomically(args.out / "model.pt", torch.save, {
                 "script": SCRIPT, "kind": args.model, "config": config, "lookback": T, "horizon": P,
                 "dtype": str(args.dtype)[6:], "columns": data.columns, "mean": data.mean.tolist(),
                 "std": data.std.tolist(), "earlier": args.earlier, "data": data.name, "source": data.source,
-                "stand_in": data.stand_in, "torch": str(torch.__version__), "metrics": best,
-                "model": model.state_dict()})
+                "reading": how_to_read(args), "stand_in": data.stand_in, "torch": str(torch.__version__),
+                "metrics": best, "model": weights})
         if args.keep == "best" and row["epoch"] - best["epoch"] >= args.patience:
             break  # early stopping
 
     model, _ = load_forecaster(args.out / "model.pt", args.device)  # the weights that --keep names
     forecasters = {"repeat last": lambda x: repeat_last(x, P)}
-    if data.period <= T:
-        forecasters["same hour yesterday"] = lambda x: same_hour_yesterday(x, P, data.period)
+    if 1 < data.period <= T:
+        forecasters["one period ago"] = lambda x: one_period_ago(x, P, data.period)
     forecasters[f"NLinear ({line.lookback})"] = line
+    baselines = list(forecasters)
     if args.model == "segment":
+        forecasters |= {"the blend of lines": model.line} if blend else {}
         forecasters |= {f"its net {i}, {name}": net for i, (name, net) in enumerate(zip(args.norm, model.nets), 1)}
     ## The test part is used here, once in a run. It chooses nothing: not the epoch, not an option.
     table = {name: evaluate(f, test, T, P) for name, f in (forecasters | {
@@ -471,6 +611,7 @@ def main() -> None:
     for name, figures in table.items():
         print(f"{name:40}" + "".join(f"{value:10.4f}" for value in figures.values()))
     print(f"{history[-1]['seconds']:.0f} s of training")
+    advise(best["epoch"], steps, min((table[name]["mse"], name) for name in baselines), ours["mse"])
     utils.save_metrics(args, SCRIPT, data, model, {f"test_{name}": value for name, value in ours.items()} | {
         "val_mse": best["val_mse"], "best_epoch": best["epoch"], "others": dict(zip(table, others))}, history)
     utils.plot_history(args.out / "history.png", history, [f"train_{args.loss}", f"val_{args.loss}"],

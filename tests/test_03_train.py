@@ -16,7 +16,7 @@ import utils
 load, train, experiment = chapter("03_lstm", "load", "train", "experiment")
 T, P, C = 48, 20, 3
 SEGMENT = dict(channels=C, lookback=T, horizon=P, segment=12, hidden=16, dropout=0.0, norms=["last", "revin"],
-               linear=True)
+               line="nlinear")
 SMALL = ["--horizon", "24", "--lookback", "48", "--segment", "24", "--hidden", "16", "--batch-size", "64",
          "--lr", "0.01", "--device", "cpu"]
 
@@ -76,7 +76,7 @@ def test_naive_baselines_say_what_their_names_say():
     series = torch.stack([hours, hours % 24, -hours], 1)
     x, y = train.windows(series, T, P + 30)
     assert torch.equal(train.repeat_last(x, P + 30)[:, 7], x[:, -1])
-    yesterday = train.same_hour_yesterday(x, P + 30, 24)
+    yesterday = train.one_period_ago(x, P + 30, 24)
     assert torch.equal(yesterday[..., 1], y[..., 1])  # what comes back every day is known
     for step in (0, 5, 23, 24, 49):  # beyond a day: the last day that was seen, again
         assert torch.equal(yesterday[:, step, 0], x[:, T - 24 + step % 24, 0])
@@ -122,7 +122,7 @@ def test_shapes_and_that_a_window_is_forecast_by_itself(kind, horizon):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", ["none", "last", "mean", "revin"])
 def test_a_window_on_another_level_gets_the_same_forecast_on_that_level(kind, norm):
-    model = small(kind, **({"norms": [norm], "linear": False} if kind == "segment" else {"norm": norm})).eval()
+    model = small(kind, **({"norms": [norm], "line": "none"} if kind == "segment" else {"norm": norm})).eval()
     x = torch.randn(4, T, C)
     up, wide = model(x + 7) - 7, model(x * 3) / 3
     if norm == "none":
@@ -166,7 +166,7 @@ def test_the_forecast_of_segments_is_the_mean_of_its_members():
     model.line.fit(torch.randn(300, C).cumsum(0))
     assert len(model.nets) == 2
     torch.testing.assert_close(model(x), (model.nets[0](x) + model.nets[1](x) + model.line(x)) / 3)
-    alone = small("segment", norms=["last"], linear=False).eval()
+    alone = small("segment", norms=["last"], line="none").eval()
     torch.testing.assert_close(alone(x), alone.nets[0](x))
 
 
@@ -192,7 +192,7 @@ def test_segment_in_bfloat16_is_close_to_float32():
 
 
 def test_dropout_is_one_mask_for_all_segments_of_a_forecast():
-    net = small("segment", dropout=0.5, norms=["none"], linear=False, horizon=48).nets[0].train()
+    net = small("segment", dropout=0.5, norms=["none"], line="none", horizon=48).nets[0].train()
     net.place.data[:] = net.place[:1]  # the four segments to predict become one and the same question
     y = net(torch.randn(6, T, C)).view(6, 4, 12, C)
     torch.testing.assert_close(y[:, 0], y[:, 3])
@@ -231,7 +231,7 @@ def test_no_forecast_changes_with_what_came_after_the_window():
     later = part.clone()
     later[200:] = torch.randn(100, C)
     models = [small(kind).eval() for kind in KINDS] + [train.NLinear(T, P).fit(part[:200])]
-    models += [lambda x: train.repeat_last(x, P), lambda x: train.same_hour_yesterday(x, P, 24)]
+    models += [lambda x: train.repeat_last(x, P), lambda x: train.one_period_ago(x, P, 24)]
     for model in models:
         seen = []
         for series in (part, later):
@@ -280,7 +280,7 @@ def test_train_learns_and_leaves_what_it_should(trained, table):
     metrics = json.loads((out / "metrics.json").read_text())
     assert {p.name for p in out.iterdir()} == {"model.pt", "metrics.json", "history.png"}
     others = metrics["metrics"]["others"]
-    assert list(others)[:3] == ["repeat last", "same hour yesterday", "NLinear (48)"]
+    assert list(others)[:3] == ["repeat last", "one period ago", "NLinear (48)"]
     assert metrics["metrics"]["test_mse"] < 0.2 < others["repeat last"]["mse"] and len(metrics["history"]) == 8
     assert metrics["stand_in"] is False and "STAND-IN" not in printed
     windows = 540 - 48 - 24 + 1, 180 - 24 + 1
@@ -392,7 +392,7 @@ def test_bad_input_gets_one_sentence(table, tmp_path, options, words):
 def test_the_experiments_base_row_is_trains_net():
     recipe = experiment.BASE | dict(lookback=T, segment=12, hidden=16, dropout=0.0)
     ours = experiment.make(recipe, C, P).eval()
-    theirs = small("segment", norms=["last"], linear=False).nets[0].eval()
+    theirs = small("segment", norms=["last"], line="none").nets[0].eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(4, T, C)
     assert torch.equal(ours(x), theirs(x))
