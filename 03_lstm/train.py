@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import add_reading, batch_of, how_to_read, prepare, read_series, sizes, windows
+from load import Data, add_reading, batch_of, how_to_read, prepare, read_series, sizes, windows
 
 # Shapes: N rows, B windows, T time steps looked back on (lookback), P predicted steps (horizon), C channels, M hidden
 #         units, E nets, K forecasters; `segment` is the steps of a segment, `places` the segments to predict
@@ -521,6 +521,15 @@ def settle(args, windows: int, channels: int, own: bool) -> int:
     return args.epochs * per_epoch
 
 
+def save(args, model: nn.Module, config: dict, data: Data, best: dict) -> None:
+    """Write model.pt: the weights, and all that is needed to read a file like data's and to forecast it."""
+    utils.write_atomically(args.out / "model.pt", torch.save, {
+        "script": SCRIPT, "kind": args.model, "config": config, "lookback": args.lookback, "horizon": args.horizon,
+        "dtype": str(args.dtype)[6:], "columns": data.columns, "mean": data.mean.tolist(), "std": data.std.tolist(),
+        "earlier": args.earlier, "data": data.name, "source": data.source, "reading": how_to_read(args),
+        "stand_in": data.stand_in, "torch": str(torch.__version__), "metrics": best, "model": model.state_dict()})
+
+
 def advise(epoch: int, steps: int, simple: tuple[float, str], mse: float) -> None:
     """Say where the net added nothing, had too few steps, or lost to a simple forecaster; simple: its MSE and name."""
     if epoch == 0:
@@ -548,9 +557,7 @@ def main() -> None:
         else dict(norm=args.norm[0])
     model = build(args.model, config).to(args.device)
     line = NLinear(min(T, LINEAR_LOOKBACK), P).fit(train).to(args.device)
-    if args.line == "blend":
-        ## The net learns what the line leaves of the training rows, and validation judges both together. In the end
-        ## the line is solved again for the rows of both parts, the newer of which tell most of what comes.
+    if blend := args.line == "blend":
         refitted = model.line.blend(torch.cat([train, val[T:]]), len(train), data.period)
     elif args.line == "nlinear":
         model.line.load_state_dict(line.state_dict())
@@ -571,28 +578,31 @@ def main() -> None:
           f"{utils.count_parameters(model):,} parameters; {str(args.dtype)[6:]} on {args.device.type}; "
           f"{steps:,} steps\nbefore training: validation MSE {before:.4f} (repeating the window's level: "
           f"{evaluate(level, val, T, P)['mse']:.4f})\n")
-    history, best = [], {"epoch": 0, "val_mse": before if args.line == "blend" else math.inf}
-    state, blend = copy.deepcopy(model.state_dict()), args.line == "blend"
-    for row in fit(model, train, val, T, P, args.epochs, args.batch_size, args.lr, args.seed, args.loss,
-                   args.weight_decay, args.grad_clip, args.teacher_forcing or 0.0):
+    how = (args.epochs, args.batch_size, args.lr, args.seed, args.loss, args.weight_decay, args.grad_clip,
+           args.teacher_forcing or 0.0)
+    history, best = [], {"epoch": 0, "val_mse": before if blend else math.inf}
+    start = copy.deepcopy(model.state_dict())
+    for row in fit(model, train, val, T, P, *how):
         history.append(row)
         if better := args.keep == "last" or row["val_mse"] < best["val_mse"]:
-            best, state = row, copy.deepcopy(model.state_dict())
+            best = row
+            save(args, model, config, data, best)
         if better or row["epoch"] % math.ceil(args.epochs / 20) == 0:
             print(f"epoch {row['epoch']:2}  {row['seconds']:4.0f} s  train {args.loss.upper()} "
                   f"{row[f'train_{args.loss}']:.4f}  validation MSE {row['val_mse']:.4f}, MAE {row['val_mae']:.4f}"
                   .ljust(79), flush=True)
-        if better or row["epoch"] == 1:
-            weights = {name: refitted if blend and name.endswith(("line.weight", "base.weight")) else value
-                       for name, value in state.items()}
-            utils.write_atomically(args.out / "model.pt", torch.save, {
-                "script": SCRIPT, "kind": args.model, "config": config, "lookback": T, "horizon": P,
-                "dtype": str(args.dtype)[6:], "columns": data.columns, "mean": data.mean.tolist(),
-                "std": data.std.tolist(), "earlier": args.earlier, "data": data.name, "source": data.source,
-                "reading": how_to_read(args), "stand_in": data.stand_in, "torch": str(torch.__version__),
-                "metrics": best, "model": weights})
         if args.keep == "best" and row["epoch"] - best["epoch"] >= args.patience:
             break  # early stopping
+    if blend:
+        ## Validation has said how long to train; now its rows can be learned from, and being the newest they tell most
+        ## of what comes. A net that has learned what one line leaves does not fit another, so both are made anew.
+        model.load_state_dict(start)
+        model.line.weight.copy_(refitted)
+        again = fit(model, torch.cat([train, val[T:]]), val, T, P, *how) if best["epoch"] else ()
+        for row in again:
+            if row["epoch"] == best["epoch"]:
+                break
+        save(args, model, config, data, best)
 
     model, _ = load_forecaster(args.out / "model.pt", args.device)  # the weights that --keep names
     forecasters = {"repeat last": lambda x: repeat_last(x, P)}
