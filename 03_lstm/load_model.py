@@ -66,6 +66,9 @@ def future(forecast: Callable[[Tensor], Tensor], table: Table, mean: Tensor, std
     ## The model reads scaled numbers and says scaled numbers. On the way in and out the scaler must be the one of its
     ## training, which is why the checkpoint carries it.
     """
+    if len(table.values) < lookback or table.values[-lookback:].isnan().any():
+        raise utils.InputError(f"{table.name} has {len(table.values)} rows, but a forecast needs "
+                               f"{lookback} without holes.")
     x = ((table.values[-lookback:] - mean) / std).float()  # (T, C)
     y = forecast(x[None])[0].cpu().double() * std + mean  # (P, C)
     return [table.step.after(table.dates[-1], k + 1) for k in range(len(y))], y

@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ class Step(NamedTuple):
             return (12 * date.year + date.month - 1) / self.size + 0.5 * off
         if self.unit == "weekdays":
             return 5 * (date.toordinal() // 7) + (date.toordinal() - 1) % 7 if date.weekday() < 5 else 0.5
-        return (date - datetime(1970, 1, 1, tzinfo=date.tzinfo)) / self.size
+        return (date - datetime(1970, 1, 1, tzinfo=date.tzinfo and timezone.utc)) / self.size
 
     def after(self, date: datetime, k: int) -> datetime:
         """The date k steps later: a month end stays a month end, and a Friday is followed by a Monday."""
@@ -79,8 +79,10 @@ class Step(NamedTuple):
             return 5
         if self.unit == "months":
             return 12 // self.size if 12 % self.size == 0 else 1
-        cycles = [DAY, HOUR, timedelta(minutes=1)] if self.size < DAY else [(7 if self.size < 7 * DAY else 364) * DAY]
-        return next((c // self.size for c in cycles if not c % self.size and c // self.size <= max(rows // 4, 1)), 1)
+        cycles = [7 * DAY if self.size < 7 * DAY else 364 * DAY]
+        if self.size < DAY:
+            cycles = [cycle for cycle in (DAY, HOUR, HOUR / 60) if cycle / self.size <= rows / 3]
+        return next((cycle // self.size for cycle in cycles if not cycle % self.size), 1)
 
 
 class Table(NamedTuple):
@@ -111,19 +113,15 @@ def find_step(dates: list[datetime]) -> Step:
 
 def regular(dates: list[datetime]) -> bool:
     """Whether dates, sorted, follow each other in equal steps with few gaps. Dates that are read wrongly seldom do."""
-    try:
-        dates = sorted(set(dates))
-        step = find_step(dates)
-        counts = np.array([step.count(date) for date in dates])
-    except (IndexError, TypeError, ZeroDivisionError):
-        return False
-    jumps = np.diff(counts)
-    return bool((abs(jumps - 1) > 1e-6).mean() < 0.2 and (abs(jumps - jumps.round()) < 1e-6).all())
+    dates = sorted(set(dates))
+    step = find_step(dates) if len(dates) > 2 else Step("time", DAY)
+    counts = np.array([step.count(date) for date in dates])
+    return counts[-1] - counts[0] < 1.25 * len(dates) and bool((np.diff(counts) % 1 < 1e-6).all())
 
 
 def decimal_years(years: list[float]) -> list[datetime]:
     """R's own way: 1949.083 is February 1949, 1960.25 the second quarter."""
-    parts = round(1 / (years[1] - years[0]))  # rows in a year
+    parts = round(1 / min(abs(b - a) for a, b in zip(years, years[1:]) if a != b))  # rows in a year
     if parts in (1, 2, 3, 4, 6, 12):
         months = [round(year * parts) * 12 // parts for year in years]
         return [datetime(month // 12, month % 12 + 1, 1) for month in months]
@@ -170,44 +168,41 @@ def read_dates(cells: list[str], form: str | None = None) -> dict[str, list[date
         if dates not in found.values():
             found[name] = dates
     if not found and len(cells) > 2 and all(re.fullmatch(r"(1[5-9]|20)\d\d(\.\d*)?", cell) for cell in cells):
-        years = list(map(float, cells))
-        found = {"decimal years": decimal_years(years)} if years[0] < years[-1] else {}
+        found = {"decimal years": decimal_years(list(map(float, cells)))} if len(set(cells)) > 1 else {}
     return found
 
 
-def pick_dates(header: list[str], columns: list[tuple[str, ...]], name: str, form: str | None) -> tuple[int, str, list]:
+def pick_dates(header: list[str], columns: list[list[str]], lines: list[int], name: str,
+               form: str | None) -> tuple[int, str, list[datetime]]:
     """The column of dates, how it was read, and its dates. Raises utils.InputError where there is none, or two ways."""
-    names, found = [column.lower() in DATE_NAMES for column in header], {}
-    for j in sorted(range(len(header)), key=lambda j: not names[j]):
-        cells = [cell.strip() for cell in columns[j]]
+    numeric = None
+    for j in sorted(range(len(header)), key=lambda j: header[j].lower() not in DATE_NAMES):
+        cells = [cell.removesuffix(".0") for cell in columns[j]]
+        plain = header[j].lower() not in DATE_NAMES and cells[0].replace(".", "").isdecimal()
         if not all(cells) or not read_dates(cells[:3] + cells[-3:], form):
             continue
         ways = read_dates(cells, form)
+        if len({date.tzinfo is None for dates in ways.values() for date in dates}) > 1:
+            raise utils.InputError(f"{name}: some dates have a time zone and others have none; write all in one way.")
         ## 1944 people are no year, and 1262304000 euros no second: numbers have to follow each other as dates do.
-        plain = {way: dates for way, dates in ways.items() if regular(dates)}
-        if cells[0].replace(".", "").isdecimal() and "." not in (form or "") and not plain and not names[j]:
-            continue
-        ways = plain or ways
+        good = {way: dates for way, dates in ways.items() if regular(dates)}
+        ways = good if plain else good or ways
         if len(ways) > 1:
-            a, b = list(ways)[:2]
-            raise utils.InputError(f"{name}: column {header[j]!r}, {cells[0]!r}, can be read as {a} and as {b}; say "
-                                   f"which by --date-format {a!r}, for example.")
+            raise utils.InputError(f"{name}: column {header[j]!r}, {cells[0]!r}, can be read as {' and as '.join(ways)}"
+                                   f"; say which by --date-format {next(iter(ways))!r}.")
         for way, dates in ways.items():
-            found[j] = way, dates
-        if found and (names[j] or not cells[0].isdecimal()):
-            return j, *found[j]
-    if found:
-        return (j := min(found)), *found[j]
-    j = names.index(True) if True in names else 0
-    cells = [cell.strip() for cell in columns[j]]
-    good = next((way for _, way in readers(max(cells[:9], key=len))), None)
-    for i, cell in enumerate(cells):
-        try:
-            good and good(cell)
-        except (ValueError, OverflowError):
-            return j, "", [i, cell]  # the caller knows its line
-    raise utils.InputError(f"{name}: no column holds dates; {header[j]!r} begins with {cells[0]!r}; name their form by "
-                           "--date-format, for example %d/%m/%Y.")
+            if not plain:
+                return j, way, dates
+            numeric = numeric or (j, way, dates)
+    if numeric:
+        return numeric
+    j = next((j for j, column in enumerate(header) if column.lower() in DATE_NAMES), 0)
+    for line, cell in zip(lines, columns[j] if read_dates(columns[j][:1], form) else []):
+        if not read_dates([cell, columns[j][0]], form):
+            raise utils.InputError(f"{name}: line {line}, column {header[j]}: {cell!r} is no date like the others; "
+                                   "correct it, or name their form by --date-format, for example %d/%m/%Y.")
+    raise utils.InputError(f"{name}: no column holds dates in one form, {header[j]!r} begins with "
+                           f"{columns[j][0]!r}; name the form by --date-format, such as %d/%m/%Y.")
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -241,21 +236,17 @@ def read_cells(path: Path, name: str) -> tuple[list[str], dict[int, list[str]], 
     try:
         text = path.read_bytes()
         text = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        tables = {}
-        for separator in ",;\t| ":
-            reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-            rows = {reader.line_num: row for row in reader if "".join(row).strip()}  # blank lines carry nothing
-            if len(rows) < 3:
-                raise utils.InputError(f"{name} has {len(rows)} lines; give a header and some hundred rows at least.")
-            width, *others = map(len, rows.values())
-            usual = Counter(others).most_common(1)[0][0]
-            tables[separator] = (width if usual in (width, width + 1) else 0), rows
-            if width > 1 and usual == width:
-                break
+        first = [line for line in text.splitlines()[:50] if line.strip()]
+        def columns(separator: str) -> int:  # 0 where the lines differ, but for a header that lacks the row names
+            width, *others = map(len, csv.reader(first, delimiter=separator)) if len(first) > 1 else (0, 0)
+            return width * (Counter(others).most_common(1)[0][0] in (width, width + 1))
+        separator = max(",;\t| ", key=columns)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        rows = {reader.line_num: row for row in reader if "".join(row).strip()}  # blank lines carry nothing
     except (UnicodeDecodeError, csv.Error) as error:
         raise utils.InputError(f"{name} is no CSV in UTF-8 ({error}); convert it, for example with iconv.") from error
-    separator = max(tables, key=lambda separator: tables[separator][0])
-    rows = tables[separator][1]
+    if len(rows) < 3:
+        raise utils.InputError(f"{name} has {len(rows)} lines; give a header and some hundred rows at least.")
     header = [cell.strip() for cell in rows.pop(next(iter(rows)))]
     if len(header) < 2:
         raise utils.InputError(f"{name} has one column, {header[0]!r}; give a date column and numeric columns, "
@@ -285,67 +276,54 @@ def read_table(path: Path, name: str | None = None, *, columns: list[str] | None
     header, rows, separator = read_cells(path, name)
     for condition in where:
         column, _, value = condition.partition("=")
-        if column not in header:
-            raise utils.InputError(f"--where {condition}: {name} has the columns {', '.join(header)}.")
-        there = Counter(row[header.index(column)].strip() for row in rows.values())
-        if there[value] < 3:
-            raise utils.InputError(f"--where {condition}: column {column} holds {', '.join(list(there)[:9])}.")
+        there = Counter(row[header.index(column)].strip() for row in rows.values()) if column in header else header
+        if column not in header or not there[value]:
+            raise utils.InputError(f"--where {condition}: {name} has {', '.join(list(there)[:9])}.")
         rows = {line: row for line, row in rows.items() if row[header.index(column)].strip() == value}
-    cells, lines = list(zip(*rows.values())), list(rows)  # columns of cells
-    place, way, dates = pick_dates(header, cells, name, date_format)
-    if not way:
-        i, cell = dates
-        raise utils.InputError(f"{name}: line {lines[i]}, column {header[place]}: {cell!r} is no date like the others; "
-                               "correct it, or name the form by --date-format.")
-    if len({date.tzinfo is None for date in dates}) > 1:
-        raise utils.InputError(f"{name}: some dates have a time zone and others have none; write all in the same way.")
+    cells, lines = [[cell.strip() for cell in column] for column in zip(*rows.values())], list(rows)
+    place, way, dates = pick_dates(header, cells, lines, name, date_format)
     said = [f"{name}: separator {separator!r}, dates in column {header[place]!r} read as {way}"]
-    order = slice(None, None, -1) if dates[0] > dates[-1] and sorted(dates, reverse=True) == dates else slice(None)
-    said += ["newest first: turned round"] if order.step else []
-    dates, lines = dates[order], lines[order]
+    if dates[0] > dates[-1] and sorted(dates, reverse=True) == dates:
+        for column in (dates, lines, *cells):
+            column.reverse()
+        said.append("newest first: turned round")
+    check_dates(dates, lines, name, {header[j]: column for j, column in enumerate(cells) if j != place})
 
     ## A column of numbers is one in which most cells are numbers; then the others are mistakes, and are named.
-    sample = [cell.strip() for column in cells[:place] + cells[place + 1 :] for cell in column[:200]]
-    commas = [cell for cell in sample if re.fullmatch(r"[-+]?[\d.]*,\d+", cell)]
+    commas = [cell for j, column in enumerate(cells) if j != place for cell in column[:200]
+              if re.fullmatch(r"-?[\d.]*,\d+", cell)]
     decimal = "," if commas and (separator != "," or not all(map(THOUSANDS.fullmatch, commas))) else "."
     said[0] += f", decimal {decimal!r}" if decimal == "," else ""
-    kept, dropped, texts = {}, {}, []
+    kept, dropped = {}, {}
     if unknown := [column for column in columns or () if column not in header or column == header[place]]:
         raise utils.InputError(f"{name} has no column {unknown[0]} of numbers; it has "
                                f"{', '.join(header[:place] + header[place + 1 :])}.")
     for j, column in enumerate(header):
         if j == place or columns and column not in columns:
             continue
-        values, wrong = numbers(cells[j][order], decimal)
-        early = values[: int(0.6 * len(values))]
-        if np.isnan(values).sum() == len(values) > len(wrong) or not column and len(wrong) == len(values):
-            reason = "empty"
-        elif 2 * len(wrong) > len(values) - np.isnan(values).sum() + len(wrong) and not columns:
-            reason = "text"
-            texts.append(column)
+        values, wrong = numbers(cells[j], decimal)
+        empty, early = np.isnan(values), values[: int(0.6 * len(values))]
+        if empty.all() and not wrong:
+            dropped[column] = "empty"
+        elif not columns and 2 * len(wrong) > (~empty).sum() + len(wrong):
+            dropped[column] = "text"
         elif wrong:
-            raise utils.InputError(f"{name}: line {lines[wrong[0]]}, column {column!r}: {cells[j][order][wrong[0]]!r} "
-                                   f"is no number ({len(wrong):,} such cells); correct it or choose --columns.")
-        elif not columns and column.lower() in ROW_NAMES and (abs(np.diff(values)) == 1).all():
-            reason = "it counts the rows"
-        elif not columns and not column:
-            reason = "it has no name"
-        elif not columns and len(early) > 2 and np.nanmin(early, initial=np.inf) >= np.nanmax(early, initial=-np.inf):
-            reason = f"constant, {early[0]:g}, in the first 60 % of rows"
+            raise utils.InputError(f"{name}: line {lines[wrong[0]]}, column {column!r}: {cells[j][wrong[0]]!r} is no "
+                                   f"number ({len(wrong):,} such cells); correct it or choose --columns.")
+        elif not columns and (not column or column.lower() in ROW_NAMES and (abs(np.diff(values)) == 1).all()):
+            dropped[column] = "it numbers the rows" if column else "it has no name"
+        elif not columns and len(early) > 2 and len(np.unique(early[~np.isnan(early)])) < 2:
+            dropped[column] = f"constant, {early[0]:g}, in the first 60 % of rows"
         else:
             kept[column] = values
-            continue
-        dropped[column] = reason
-    check_dates(dates, lines, name, {column: [cell.strip() for cell in cells[header.index(column)][order]]
-                                     for column in (texts or dropped)})
-    if not kept:
+    if not kept or set(columns or ()) - set(kept):
         raise utils.InputError(f"{name}: no column of changing numbers is left ("
                                f"{', '.join(f'{c!r}: {why}' for c, why in dropped.items())}); name one by --columns.")
     said += ["left out: " + ", ".join(f"{column!r} ({why})" for column, why in dropped.items())] if dropped else []
     columns = list(columns or kept)
     values = np.stack([kept[column] for column in columns], 1)  # (N, C)
-    step, dates, values, note = fill_holes(dates, lines, values, columns, name, fill)
-    said += [note] if note else []
+    step, dates, values, filled = fill_holes(dates, lines, values, columns, name, fill)
+    said += [f"FILLED: {filled}"] if filled else []
     period = period or step.period(len(dates))
     said.append(f"{len(dates):,} rows of {len(columns)} columns, from {dates[0]} to {dates[-1]}, one per {step.name}; "
                 f"period {period} rows")
@@ -355,9 +333,8 @@ def read_table(path: Path, name: str | None = None, *, columns: list[str] | None
 
 def check_dates(dates: list[datetime], lines: list[int], name: str, others: dict[str, list[str]]) -> None:
     """Raise utils.InputError unless the dates rise. others: what may tell several series apart, (N,) cells each."""
-    for column, cells in others.items():
-        if len(set(dates)) < len(dates) == len(set(zip(cells, dates))):
-            values = list(dict.fromkeys(cells))
+    for column, cells in others.items() if len(set(dates)) < len(dates) else ():
+        if 3 * len(values := list(dict.fromkeys(cells))) <= len(dates) == len(set(zip(cells, dates))):
             raise utils.InputError(f"{name} holds {len(values)} series below each other, told apart by column "
                                    f"{column}; take one, for example --where '{column}={values[0]}'.")
     for is_wrong, what, advice in (
@@ -377,11 +354,9 @@ def fill_holes(dates: list[datetime], lines: list[int], values: np.ndarray, colu
     ## value before stays.
     """
     step = find_step(dates)
-    counts = np.array([step.count(date) for date in dates])
-    counts -= counts[0]
+    counts = np.array([step.count(date) for date in dates]) - step.count(dates[0])
     where = counts.round().astype(int)
-    off = np.flatnonzero((abs(counts - where) > 1e-6) | (np.diff(where, prepend=-1) < 1))
-    if len(off):
+    if len(off := np.flatnonzero((abs(counts - where) > 1e-6) | (np.diff(where, prepend=-1) < 1))):
         raise utils.InputError(f"{name}: dates that don't follow the one before by one {step.name}, as most do: "
                                f"{len(off):,}, the first in line {lines[off[0]]} ({dates[off[0]]}); bring all rows to "
                                "equal distances.")
@@ -411,6 +386,4 @@ def fill_holes(dates: list[datetime], lines: list[int], values: np.ndarray, colu
         column[hole] = np.interp(np.flatnonzero(hole), known, column[known])
         for i in np.flatnonzero(hole[end:]) + end:
             column[i] = column[i - 1]
-    dates = [step.after(dates[0], k) for k in range(N)] if gaps else dates
-    note = f"FILLED: {'; '.join(parts)}" if parts else ""
-    return step, dates, whole, note
+    return step, [step.after(dates[0], k) for k in range(N)] if gaps else dates, whole, "; ".join(parts)

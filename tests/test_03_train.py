@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import REAL, call_main, chapter, refusal
+from conftest import REAL, ROOT, call_main, chapter, refusal
 
 import utils
 
-load, train, experiment = chapter("03_lstm", "load", "train", "experiment")
+load, train, experiment, load_model = chapter("03_lstm", "load", "train", "experiment", "load_model")
 T, P, C = 48, 20, 3
 SEGMENT = dict(channels=C, lookback=T, horizon=P, segment=12, hidden=16, dropout=0.0, norms=["last", "revin"],
                line="nlinear")
@@ -97,6 +97,75 @@ def test_nlinear_is_the_least_squares_solution():
     torch.testing.assert_close(line(x.float()), expected.float(), atol=1e-3, rtol=1e-3)
     long, _ = load.windows(series, 2 * T, P)
     torch.testing.assert_close(line(long), line(long[:, -T:]))  # it takes the newest of a longer window
+
+
+def test_moments_are_the_sums_over_all_windows():
+    series = torch.randn(90, C)
+    for n in (1, 2, 40, 90):
+        windows = series.double().unfold(0, n, 1).reshape(-1, n)
+        windows = torch.cat([windows, torch.ones(len(windows), 1, dtype=torch.float64)], 1)
+        torch.testing.assert_close(train.moments(series, n), windows.T @ windows)
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1.0])
+@pytest.mark.parametrize("level", ["none", "last"])
+def test_ridge_against_scikit_learn(penalty, level):
+    linear = pytest.importorskip("sklearn.linear_model")
+    series = (torch.randn(300, C) + torch.sin(torch.arange(300) / 4)[:, None]).double()
+    x, y = (side.mT.reshape(-1, side.shape[1]) for side in load.windows(series, T, P))
+    seen = x[:, -12:]  # it looks at the last 12 of T rows
+    last = seen[:, -1:] if level == "last" else 0 * seen[:, -1:]
+    inputs = torch.cat([seen - last, torch.ones(len(seen), 1)], 1)
+    alpha = penalty / 12 * (seen - last).square().sum().item()
+    theirs = linear.Ridge(alpha, fit_intercept=False).fit(inputs.numpy(), (y - last).numpy())
+    ours = torch.cat([x, torch.ones(len(x), 1)], 1) @ train.ridge(train.moments(series, T + P), T, 12, level, penalty)
+    np.testing.assert_allclose(ours, theirs.predict(inputs.numpy()) + last.numpy(), atol=1e-4)
+    assert train.ridge(train.moments(series, T + P), T, 12, level, penalty)[: T - 12].abs().max() == 0
+
+
+def test_candidates_contain_both_naive_forecasts():
+    series = torch.randn(200, C)
+    found, x = train.candidates(train.moments(series, T + P), T, 12), load.windows(series, T, P)[0]
+    assert found.shape == (2 + 2 * 2 * len(train.PENALTIES), T + 1, P)
+    for A, naive in zip(found, (train.repeat_last(x, P), train.one_period_ago(x, P, 12))):
+        torch.testing.assert_close((x.mT @ A[:T].float()).mT, naive)
+
+
+def test_mix_takes_what_makes_the_mean_better():
+    truth = torch.randn(4000, dtype=torch.float64)
+    noise = torch.randn(3, 4000, dtype=torch.float64) * torch.tensor([[1.0], [1.0], [3.0]])
+    shares = train.mix(noise @ noise.T / len(truth))
+    assert shares.sum().item() == pytest.approx(1) and shares[0] == pytest.approx(0.5, abs=0.1) and shares[2] <= 0.05
+    assert (shares @ noise).square().mean() < 0.6 * noise[0].square().mean()
+
+
+def test_a_blend_beats_its_parts_and_is_solved_again_for_all_rows():
+    """A season that wanders, on which the last value, a year ago and lines are each half right."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.arange(300.0)[:, None]
+    series = 2 * torch.sin(t * 2 * math.pi / 12) + 0.2 * torch.randn(300, 1, generator=g).cumsum(0) \
+        + 0.5 * torch.randn(300, 1, generator=g)
+    line = train.NLinear(24, 6)
+    again = line.blend(series[:240], 180, 12)
+    assert not torch.equal(line.weight, again)
+    test = series[240 - 24 :]
+    mse = lambda f: train.evaluate(f, test, 24, 6)["mse"]  # noqa: E731
+    first = mse(line)
+    line.weight.copy_(again)
+    simple = [mse(lambda x: train.repeat_last(x, 6)), mse(lambda x: train.one_period_ago(x, 6, 12)),
+              mse(train.NLinear(24, 6).fit(series[:180]))]
+    assert max(first, mse(line)) < min(simple)
+
+
+def test_a_net_on_a_blend_starts_at_it_and_learns_what_it_leaves():
+    model = small("segment", line="blend", norms=["revin"])
+    model.line.weight.normal_(0, 0.1)
+    x = torch.randn(4, T, C)
+    torch.testing.assert_close(model(x), model.line(x))
+    nn.init.normal_(model.nets[0].out.weight)
+    assert (model(x) - model.line(x)).abs().max() > 0.01
+    model.eval()
+    torch.testing.assert_close(model(x), (model.line(x) + model.nets[0](x)) / 2)
 
 
 @pytest.mark.real("ETTh1.csv")
@@ -386,6 +455,70 @@ def test_bad_input_gets_one_sentence(table, tmp_path, options, words):
     options += [] if "--out" in options else ["--out", tmp_path]
     assert words in refusal(train, *options)
     assert not (tmp_path / "model.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------- people's own series
+def write_series(folder):
+    """Four short series: a season that grows, a random walk, two waves with noise, and years; and their list."""
+    rng, list_ = np.random.default_rng(1), []
+    t = np.arange(160)
+    series = {"season": (np.exp(t / 80) * (10 + 3 * np.sin(t * math.pi / 6)) + rng.standard_normal(160) * 0.3,
+                         lambda t: f"{1990 + t // 12}-{1 + t % 12:02}"),
+              "walk": (np.random.default_rng(3).standard_normal(160).cumsum() + 50,
+                       lambda t: f"{datetime(2020, 1, 1) + timedelta(days=t):%d.%m.%Y}"),
+              "waves": (np.sin(t * math.pi / 2) + np.sin(t / 5) + rng.standard_normal(160) * 0.3,
+                        lambda t: f"{1970 + t // 4}Q{1 + t % 4}"),
+              "years": (np.sin(t / 3) + rng.standard_normal(160) * 0.3, lambda t: f"{1800 + t}")}
+    for name, (values, date) in series.items():
+        lines = [f"{date(i)};{value:.3f}".replace(".", ",") if name == "waves" else f"{date(i)},{value:.3f}"
+                 for i, value in enumerate(values)]
+        (folder / f"{name}.csv").write_text("\n".join(["date;a" if name == "waves" else "date,a", *lines]))
+        list_.append({"name": name, "file": f"{name}.csv", "lookback": 24, "horizon": 6})
+    (folder / "series.json").write_text(json.dumps(list_))
+
+
+def test_own_series_a_sample_is_no_worse_than_its_baselines(tmp_path, monkeypatch, capsys):
+    import own_series
+
+    write_series(tmp_path)
+    monkeypatch.setattr("sys.argv", ["own_series.py", "--data", str(tmp_path), "--epochs", "10"])
+    own_series.main()
+    out = capsys.readouterr().out
+    ratios = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()[1:5]}
+    assert "trained: 4 of 4" in out and max(ratios.values()) < 1.2, out
+    assert math.exp(np.mean(np.log(list(ratios.values())))) < 0.92, out
+
+
+def test_defaults_follow_the_size(tmp_path):
+    write_series(tmp_path)
+    out = call_main(train, "--data", tmp_path / "season.csv", "--device", "cpu", "--out", tmp_path / "o")
+    assert "each 24 rows -> 12 rows" in out
+    steps = int(re.search(r"([\d,]+) steps", out)[1].replace(",", ""))
+    assert 650 <= steps < 750 and "one per month; period 12 rows" in out
+    few = call_main(train, "--data", tmp_path / "season.csv", "--device", "cpu", "--epochs", 1, "--out", tmp_path / "o")
+    assert re.search(r"\d+ steps are few for a net; try more --epochs", few)
+
+
+def test_what_loses_or_adds_nothing_is_said(capsys):
+    train.advise(3, 700, (0.9, "repeat last"), 1.0)
+    assert capsys.readouterr().out.startswith("repeat last is better here, by 10.0%; use it, or try")
+    train.advise(0, 700, (2.0, "repeat last"), 1.0)
+    assert "it is the model" in capsys.readouterr().out
+    train.advise(3, 700, (2.0, "repeat last"), 1.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_readmes_model_from_python(tmp_path, monkeypatch):
+    write_series(tmp_path)
+    call_main(train, "--data", tmp_path / "season.csv", "--device", "cpu", "--epochs", 1, "--out", tmp_path / "outputs")
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "03_lstm" / "README.md").read_text(), re.S)
+    names = {}
+    code = code.replace("03_lstm/outputs", str(tmp_path / "outputs"))
+    exec(code.replace("my.csv", str(tmp_path / "season.csv")), names)
+    assert len(names["dates"]) == len(names["y"]) == 12 and names["dates"][0] == datetime(2003, 5, 1)
+    short = names["table"]._replace(values=names["table"].values[:5])
+    with pytest.raises(utils.InputError, match="5 rows, but a forecast needs"):
+        load_model.future(names["model"], short, names["mean"], names["std"], names["saved"]["lookback"])
 
 
 # ---------------------------------------------------------------------------------------------- the experiment
