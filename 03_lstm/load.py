@@ -124,15 +124,12 @@ def read_series(data: str | None = None, **reading) -> Table:
 def add_reading(parser) -> None:
     """The options that say how a file is to be read."""
     add = parser.add_argument
-    add("--data", help="etth1, station or a text file (CSV), of which 60 / 20 / 20 %% train, validate and test; "
-        "without it ETTh1, or station if that is out of reach")
+    add("--data", help="etth1, station or a text file, split 60 / 20 / 20 %%; without it ETTh1, else station")
     add("--columns", nargs="+", help="of a file: the columns to forecast; without it all that hold changing numbers")
     add("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="of a file: only the rows that have this value")
     add("--date-format", help="of a file: how its dates are written, such as %%d/%%m/%%Y; without it, found out")
-    add("--fill", action="store_true", help="of a file: fill holes of any size; without it, more than a quarter is "
-        "refused")
-    add("--period", type=utils.count, help="of a file: rows after which a pattern comes back; without it a day, week "
-        "or year, as the step has it")
+    add("--fill", action="store_true", help="of a file: fill holes, even more than a quarter of a column")
+    add("--period", type=utils.count, help="of a file: rows of a pattern; without it a day, week or year")
 
 
 def how_to_read(args) -> dict:
@@ -257,9 +254,8 @@ def draw(table: Table, data: Data, r: Tensor, path: Path) -> None:
 def main() -> None:
     parser = utils.parser(__doc__, __file__, "seed")
     add_reading(parser)
-    parser.add_argument("--lookback", type=utils.count, help="rows that a forecast may look back on; without it from "
-                        "the file's length, at most 336")
-    parser.add_argument("--horizon", type=utils.count, help="rows to forecast; without it likewise, at most 96")
+    parser.add_argument("--lookback", type=utils.count, help="rows to look back on; without it at most 336")
+    parser.add_argument("--horizon", type=utils.count, help="rows to forecast; without it at most 96")
     args = utils.parse_args(parser)
     torch.manual_seed(args.seed)
     table = read_series(args.data, **how_to_read(args))

@@ -337,12 +337,12 @@ def check_dates(dates: list[datetime], lines: list[int], name: str, others: dict
         if 3 * len(values := list(dict.fromkeys(cells))) <= len(dates) == len(set(zip(cells, dates))):
             raise utils.InputError(f"{name} holds {len(values)} series below each other, told apart by column "
                                    f"{column}; take one, for example --where '{column}={values[0]}'.")
-    for is_wrong, what, advice in (
-            (lambda step: step < timedelta(0), "not sorted: dates before the one above", "sort the rows by date"),
-            (lambda step: not step, "duplicate dates", "keep one row for each date, or take one series by --where")):
-        if wrong := [i for i, step in enumerate((b - a for a, b in zip(dates, dates[1:])), 1) if is_wrong(step)]:
+    for what, wrong in (
+            ("not sorted: dates before the one above", [i for i in range(1, len(dates)) if dates[i] < dates[i - 1]]),
+            ("duplicate dates", [i for i in range(1, len(dates)) if dates[i] == dates[i - 1]])):
+        if wrong:
             raise utils.InputError(f"{name}: {what}: {len(wrong):,}, the first in line {lines[wrong[0]]} "
-                                   f"({dates[wrong[0]]}); {advice}.")
+                                   f"({dates[wrong[0]]}); keep one row for each date, in order, or choose --where.")
 
 
 def fill_holes(dates: list[datetime], lines: list[int], values: np.ndarray, columns: list[str], name: str,

@@ -8,9 +8,9 @@ brought to a level of its own first; how a month of hours is read in fifteen ste
     python 03_lstm/train.py --model lstm             one LSTM, all steps at once; seq2seq: step by step
     python 03_lstm/train.py --data my.csv            your own: the net starts from a blend of lines
 
-You should see (ETTh1, three seeds, 15 s on two cores): test MSE 96 hours ahead .357 (± .0002), 720 ahead .434; the same
-hour yesterday .512 and .655, the straight line .370 and .434. The whole table stands in this chapter's README.md.
-Writes to outputs/: model.pt (the last weights; of lstm and seq2seq the best by validation), metrics.json, history.png.
+You should see (ETTh1, three seeds, 15 s on two cores): test MSE 96 hours ahead .357 (± .0002), 720 ahead .434; one
+period ago .512 and .655, the straight line .370 and .434. The whole table stands in this chapter's README.md.
+Writes to outputs/: model.pt (on ETTh1 the last weights, else the best by validation), metrics.json, history.png.
 Left out on purpose: calendar features, which the published figures do without; attention.
 """
 
@@ -463,30 +463,24 @@ def parse_options():
     add("--model", choices=MODELS, default="segment", help="what forecasts; decides the defaults of those below")
     add_reading(parser)
     add("--horizon", type=utils.count, help="rows to forecast; without it 96, or fewer as the length has it")
-    add("--earlier", type=utils.number(int, "[0, inf)"), default=0, help="let training, validation and test end so "
-        "many rows earlier: to see whether a choice holds in other seasons, too (rolling origins)")
+    add("--earlier", type=utils.number(int, "[0, inf)"), default=0, help="rows earlier at which all parts end")
     add("--lookback", type=utils.count, help="rows a forecast is made from; more show longer patterns, and cost time")
     add("--segment", type=utils.count, help="segment only: rows read at a time; fewer: more steps through time")
     add("--hidden", type=utils.count, help="hidden units, by default 64 for few windows; time grows with their square")
     add("--dropout", type=utils.share, help="share of hidden units zeroed before the last layer: against overfitting")
-    add("--norm", nargs="+", choices=["none", "last", "mean", "revin"], metavar="NORM", help="what a window is brought "
-        "to: none, last, mean or revin; segment takes several, one net for each")
-    add("--line", choices=["blend", "nlinear"], help="segment only: blend, for a file: the net is added to a mean of "
-        "linear forecasters; nlinear, for etth1 and station: it learns by itself beside the papers' line")
+    add("--norm", nargs="+", choices=["none", "last", "mean", "revin"], metavar="NORM",
+        help="level of a window: none, last, mean or revin; segment takes several, one net for each")
+    add("--line", choices=["blend", "nlinear"], help="segment only: under the net, for a file, or beside it")
     add("--no-linear", dest="line", action="store_const", const="none", help="segment only: no straight line at all")
-    add("--teacher-forcing", type=utils.number(float, "[0, 1]"), help="seq2seq only: share of batches whose decoder "
-        "reads the true values")
-    add("--epochs", type=utils.count, help="passes over the training windows, without it as many as make `steps`; the "
-        "learning rate ends at zero")
+    add("--teacher-forcing", type=utils.number(float, "[0, 1]"), help="seq2seq only: share of batches taught")
+    add("--epochs", type=utils.count, help="passes over the training windows; without it as many as make `steps`")
     add("--batch-size", type=utils.count, help="windows per step, fewer where there are few windows or many channels")
     add("--lr", type=utils.positive, help="AdamW's highest learning rate; too large, and the loss stays high")
     add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.0, help="share of weights taken, times rate")
     add("--grad-clip", type=utils.positive, default=1.0, help="a longer gradient is cut to this (Pascanu et al. 2013)")
     add("--loss", choices=["mae", "mse"], default="mae", help="what is made small: mae, or mse, which outliers rule")
-    add("--keep", choices=["best", "last"], help="which epoch's weights become the model: best by validation (before "
-        "the first, too: the line alone), or last, with nlinear")
-    add("--patience", type=utils.count, help="with --keep best: epochs without a new best that end the run; by default "
-        "5, or a quarter of them")
+    add("--keep", choices=["best", "last"], help="epoch that becomes the model; by default best, with nlinear last")
+    add("--patience", type=utils.count, help="with --keep best: epochs without a new best that end the run")
     if (asked := parser.parse_args()).dtype == "bfloat16" and asked.model != "segment":
         raise utils.InputError(f"--dtype bfloat16 is for --model segment, not for {asked.model}; leave it out.")
     args = utils.parse_args(parser)
@@ -598,6 +592,7 @@ def main() -> None:
         ## of what comes. A net that has learned what one line leaves does not fit another, so both are made anew.
         model.load_state_dict(start)
         model.line.weight.copy_(refitted)
+        print(f"validation chose epoch {best['epoch']}; now line and net are made from its rows, too")
         again = fit(model, torch.cat([train, val[T:]]), val, T, P, *how) if best["epoch"] else ()
         for row in again:
             if row["epoch"] == best["epoch"]:
