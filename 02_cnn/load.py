@@ -12,6 +12,7 @@ model names 13.8 % of the test pictures correctly, train.py --model simple --epo
 Writes: outputs/samples.png. Left out on purpose: a DataLoader with worker processes, for data that does not fit in RAM.
 """
 
+import contextlib
 import math
 import sys
 import tarfile
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps  # Pillow comes with torchvision
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
@@ -88,19 +90,47 @@ def read_picture(path: Path | str) -> Tensor:
     """
     try:
         with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
+            picture.load()  # a fault of the pixels raises here, and not where it would be ignored
+            with contextlib.suppress(Exception):  # Pillow raises of any kind on faulty EXIF; then it stays as it lies
+                picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":
                 ## More than 256 greys: "RGB" would cut them off, so its own darkest becomes 0 and its brightest 255.
-                grey = np.nan_to_num(np.asarray(picture, dtype=np.float32))
-                picture = Image.fromarray(np.uint8(255 * (grey - grey.min()) / max(np.ptp(grey), 1e-6)))
+                ## Of those that are finite: infinity becomes as bright as the brightest, nan as dark as the darkest.
+                grey = np.asarray(picture, dtype=np.float64)
+                finite = grey[np.isfinite(grey)]
+                low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+                grey = np.nan_to_num(grey, nan=low, posinf=high, neginf=low)
+                picture = Image.fromarray(np.uint8(255 * (grey - low) / ((high - low) or 1)))
             elif picture.mode in ("RGBA", "LA", "PA", "P") or "transparency" in picture.info:
                 ## What shows through is white, whatever colour lies there.
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             ## A picture of this size already comes out as it is: every output pixel then has one input pixel.
             return pil_to_tensor(ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.LANCZOS))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow has no kind of its own for a damaged file
         raise utils.InputError(f"{path} can't be read as a picture; give a JPEG or PNG file.") from error
+
+
+def is_hidden(path: Path | str, root: Path) -> bool:
+    """Whether a name on the way from root to path begins with a dot, such as .ipynb_checkpoints."""
+    return any(name.startswith(".") for name in Path(path).relative_to(root).parts)
+
+
+class Folder(ImageFolder):
+    """torchvision's folder of pictures, without what is hidden.
+
+    Raises OSError where there is no such folder, no class, or a class without a picture.
+    """
+
+    def __init__(self, root: Path):
+        super().__init__(root, is_valid_file=lambda path: path.lower().endswith(IMG_EXTENSIONS)
+                         and not is_hidden(path, root))
+
+    def find_classes(self, directory: Path | str) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}")
+        return classes, {name: k for k, name in enumerate(classes)}
 
 
 def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
@@ -110,7 +140,7 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     train and test, and files that are no pictures.
     """
     try:
-        train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
+        train, test = Folder(root / "train"), Folder(root / "test")
     except OSError as error:  # no such folder, no class at all, or a class without a picture
         raise utils.InputError(f"{root}: {error}; give a folder with pictures in train/CLASS/* and test/CLASS/*, or "
                                f"one of {', '.join(SETS)}.") from error
@@ -120,7 +150,8 @@ def read_folder(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
                                f"{', '.join(odd) or 'none'}.")
     tensors = []
     for part in (train, test):
-        files = {str(path) for path in Path(part.root).glob("*/**/[!.]*") if path.is_file()}
+        files = {str(path) for path in Path(part.root).glob("*/**/*") if path.is_file()
+                 and not is_hidden(path, part.root)}
         others = files - dict(part.samples).keys()
         if others:
             print(f"{part.root}: {len(others):,} files are passed over, {min(others)} first: their names don't end as "
@@ -234,30 +265,36 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (share @ values**2 - mean**2).clamp(min=1e-8).sqrt().float()
 
 
-def linear_baseline(data: Data, epochs: int = 5, seed: int = 0) -> float:
+def linear_baseline(data: Data, epochs: int = 5, steps: int = 100, seed: int = 0) -> float:
     """Test accuracy of softmax regression (logistic regression for K classes) on the pixels: what a network must beat.
 
-    The learning rate is the best of three by validation.
+    It takes so many epochs, or more for `steps` at least. The learning rate is the best of three by validation.
+
+    ## Five epochs of a hundred pictures are five steps, and a baseline that has not begun to learn is easily beaten.
     """
-    best = (-1.0, 0.0)
+    best = (-1.0, 0.0, 0.0)
     mean, std = data.mean.view(3, 1, 1), data.std.view(3, 1, 1)
     flat = lambda x: ((x.float() / 255 - mean) / std).flatten(1)  # noqa: E731  (B, 3 * H * W)
-    right = lambda model, x, y: sum((model(flat(a)).argmax(-1) == b).sum().item()  # noqa: E731
-                                    for a, b in zip(x.split(1000), y.split(1000))) / len(y)
+
+    def judge(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """(accuracy, negative loss): of two models that are correct equally often, the less mistaken one is better."""
+        logits = torch.cat([model(flat(part)) for part in x.split(1000)])
+        return (logits.argmax(-1) == y).sum().item() / len(y), -F.cross_entropy(logits, y).item()
+
     for lr in (3e-5, 1e-4, 3e-4):
         generator = torch.Generator().manual_seed(seed)
         model = nn.Linear(data.train_x[0].numel(), len(data.classes))
         nn.init.zeros_(model.weight)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-        for _ in range(epochs):
+        for _ in range(max(epochs, math.ceil(steps / math.ceil(len(data.train_y) / 250)))):
             for rows in torch.randperm(len(data.train_y), generator=generator).split(250):
                 optimizer.zero_grad()
                 F.cross_entropy(model(flat(data.train_x[rows])), data.train_y[rows]).backward()
                 optimizer.step()
         with torch.no_grad():
-            found = right(model, data.val_x, data.val_y), right(model, data.test_x, data.test_y)
-            best = max(best, found, key=lambda both: both[0])  # by validation alone, also where two are equal there
-    return best[1]
+            found = *judge(model, data.val_x, data.val_y), judge(model, data.test_x, data.test_y)[0]
+            best = max(best, found, key=lambda found: found[:2])  # by validation alone
+    return best[2]
 
 
 def majority_baseline(data: Data) -> float:
@@ -267,6 +304,8 @@ def majority_baseline(data: Data) -> float:
 
 # ---------------------------------------------------------------------------------------------- augmentation
 ## A cat that looks to the other side, stands two pixels further left, or hides a corner behind a box is still a cat.
+## An arrow to the left, mirrored, is an arrow to the right: flips are wrong where a class depends on the side, as with
+## arrows, digits, letters, road signs, left and right hands (train.py --no-flip).
 ## Each function changes a whole batch at once, on whatever device it lies. Where and how much is an argument, so that a
 ## test can compare with torchvision.
 def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:

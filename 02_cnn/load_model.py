@@ -30,12 +30,12 @@ from train import SCRIPT, ResNet, Simple, build, predict
 # Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes
 
 
-def load_network(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+def load_network(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """The network that train.py saved, ready to name pictures, and the rest of its file: classes, data, dtype.
 
     Raises utils.InputError where the file is missing, damaged, or of another version's model.
     """
-    saved = utils.load_checkpoint(path, SCRIPT)
+    saved = utils.load_checkpoint(Path(path), SCRIPT)
     try:
         model = build(saved["config"], saved["mean"], saved["std"])
         model.load_state_dict(saved["model"])

@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import augment, linear_baseline, load_data, majority_baseline
+from load import SIZE, augment, linear_baseline, load_data, majority_baseline
 
 # Shapes: B batch, N pictures, C channels in, M channels out (filters), H height, W width, K classes
 
@@ -48,6 +48,10 @@ class Normalise(nn.Module):
         self.register_buffer("std", std.view(3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        ## Scaled to 0 .. 1 or normalised, as is usual elsewhere, all pictures would be black here, and named with
+        ## confidence.
+        if not self.training and x.is_floating_point() and x.amax() < 4 and (x % 1).any():
+            raise utils.InputError("the pictures are scaled already; give bytes, 0 to 255, as read_picture does.")
         x = (x.float() / 255 - self.mean) / self.std
         ## channels_last lays a pixel's channels side by side in memory, the layout that fast convolutions are made for.
         return x.contiguous(memory_format=torch.channels_last)
@@ -224,12 +228,17 @@ def build(config: dict, mean: Tensor, std: Tensor) -> nn.Module:
 
 # ---------------------------------------------------------------------------------------------- the loop
 @torch.no_grad()
-def predict(model: nn.Module, x: Tensor, dtype: torch.dtype, tta: bool = False) -> Tensor:
-    """Logits (N, K) for pictures x (N, 3, H, W) uint8. tta: the mean over six views of each picture.
+def predict(model: nn.Module, x: Tensor, dtype: torch.dtype, tta: bool = False, flip: bool = True) -> Tensor:
+    """Logits (N, K) for pictures x (N, 3, H, W) uint8. tta: the mean over six views of each picture, or three
+    without flip. Raises utils.InputError where x is anything else.
 
     ## Test-time augmentation: a network is not quite indifferent to mirroring and to a move by one pixel, though it
     ## should be. The mean over six such views costs six times as much; train.py --tta prints both.
     """
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1:] != (3, SIZE, SIZE):
+        raise utils.InputError(f"predict takes a tensor of bytes, uint8 of (N, 3, {SIZE}, {SIZE}) from 0 to 255, as "
+                               f"read_picture makes them; this is {type(x).__name__}, {getattr(x, 'dtype', '')} of "
+                               f"{tuple(getattr(x, 'shape', ()))}.")
     model.eval()  # batch norm by its running averages, not by this batch; no dropout
     logits = []
     for part in x.split(500):
@@ -238,15 +247,16 @@ def predict(model: nn.Module, x: Tensor, dtype: torch.dtype, tta: bool = False) 
             H, W = part.shape[2:]
             padded = F.pad(part.float(), (1,) * 4, mode="reflect")
             views = [part, padded[:, :, :H, :W], padded[:, :, 2:, 2:]]
-            views += [view.flip(-1) for view in views]
+            views += [view.flip(-1) for view in views if flip]
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             logits.append(torch.stack([model(view).float() for view in views]).mean(0))
     return torch.cat(logits)
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, tta: bool = False) -> tuple[float, float]:
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, tta: bool = False,
+             flip: bool = True) -> tuple[float, float]:
     """(mean cross-entropy in nats, share of correct answers) for pictures x (N, 3, H, W) uint8 with labels y (N,)."""
-    logits = predict(model, x, dtype, tta)
+    logits = predict(model, x, dtype, tta, flip)
     return F.cross_entropy(logits, y).item(), (logits.argmax(-1) == y).float().mean().item()
 
 
@@ -298,7 +308,7 @@ def schedule(step: int, steps: int) -> float:
 def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], train: tuple[Tensor, Tensor],
         val: tuple[Tensor, Tensor], epochs: int, batch_size: int, seed: int, dtype: torch.dtype,
         label_smoothing: float = 0.2, pad: int = 2, cutout: int = 0, small: float = 0.0, first_epoch: int = 0,
-        seconds: float = 0.0, forward: nn.Module | None = None) -> Iterator[dict]:
+        seconds: float = 0.0, forward: nn.Module | None = None, flip: bool = True) -> Iterator[dict]:
     """Train on train = (x (N, 3, H, W) uint8, y (N,)); pause after each epoch and yield its figures.
 
     small: share of the run at three quarters of the size. A run that goes on begins at first_epoch, after so many
@@ -319,7 +329,7 @@ def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], train: tuple[
             rows = rows.to(y_all.device)
             ## A picture mirrored at random in every epoch comes the same way twice in a row half of the time. Chosen at
             ## random once, and turned around with every epoch, all come both ways equally often (Jordan 2024).
-            mirrored = mirrored_first[rows] ^ (epoch % 2 == 1)
+            mirrored = (mirrored_first[rows] ^ (epoch % 2 == 1)) & flip
             x, y = augment(x_all[rows], pad, cutout, mirrored), y_all[rows]  # (B, 3, H, W) uint8, (B,)
             ## Outlines first, details later: at 24 x 24 a step takes about 0.6 of the time (progressive resizing, as in
             ## fast.ai's DAWNBench entry of 2018).
@@ -375,6 +385,8 @@ def parse_options():
     add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for 3 x 3 convolutions (not for transfer)")
     add("--label-smoothing", type=utils.share, default=0.2, help="share of the target spread over all classes")
     add("--pad", type=utils.number(int, "[0, 16]"), help="augmentation: pictures move by up to so many pixels")
+    add("--no-flip", action="store_true", help="augmentation: mirror no picture; for arrows, digits, letters, wherever "
+        "left and right differ")
     add("--cutout", type=utils.number(int, "[0, inf)"), help="augmentation: side of a square that is painted over")
     add("--small", type=utils.number(float, "[0, 1]"), help="share of the run with pictures shrunk to 24 x 24, whose "
         "steps take 0.6 of the time")
@@ -386,6 +398,16 @@ def parse_options():
         raise utils.InputError("--head-only and --weights are for --model transfer alone; leave them out.")
     vars(args).update({name: value for name, value in PRESETS[args.model].items() if vars(args)[name] is None})
     return args
+
+
+def advise(steps: int, simple: dict[str, float], accuracy: float) -> None:
+    """Say where the network had too few steps, or names fewer pictures correctly than the best of the simple models."""
+    if steps < 200:
+        print(f"{steps} steps are few for a network; try a smaller --batch-size, or more --epochs")
+    name = max(simple, key=simple.get)
+    if simple[name] > accuracy:
+        print(f"{name} is better here, by {simple[name] - accuracy:.1%}; use it, or try more --epochs, more pictures, "
+              "or --no-flip where left and right differ")
 
 
 def main() -> None:
@@ -407,7 +429,8 @@ def main() -> None:
     if args.model == "resnet":
         model.whiten(data.train_x[:1000])
     model = model.to(args.device, memory_format=torch.channels_last)
-    optimizers, history, best = make_optimizers(model, args.lr, args.muon_lr, args.batch_size), [], {"val_accuracy": -1}
+    optimizers, history = make_optimizers(model, args.lr, args.muon_lr, args.batch_size), []
+    best = {"val_accuracy": -1, "val_loss": math.inf}
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
@@ -423,9 +446,11 @@ def main() -> None:
           f"(guessing: ln {K} = {math.log(K):.4f}), accuracy {accuracy:.1%}\n")
     for row in fit(model, optimizers, (train_x, train_y), (val_x, val_y), args.epochs, args.batch_size, args.seed,
                    args.dtype, args.label_smoothing, args.pad, args.cutout, args.small, len(history),
-                   history[-1]["seconds"] if history else 0.0, torch.compile(model) if args.compile else None):
+                   history[-1]["seconds"] if history else 0.0, torch.compile(model) if args.compile else None,
+                   not args.no_flip):
         history.append(row)
-        best = row if row["val_accuracy"] > best["val_accuracy"] else best
+        ## Two hundred validation pictures fit into few different accuracies: of equal ones the lower loss counts.
+        best = max(best, row, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         print("epoch {epoch:3}  {seconds:4.0f} s  train {train_loss:.4f} (smoothed)  validation {val_loss:.4f}, "
               "{val_accuracy:.2%}".format(**row).ljust(79), flush=True)
         state = {"script": SCRIPT, "config": config, "classes": data.classes, "data": data.name, "source": data.source,
@@ -446,9 +471,12 @@ def main() -> None:
     print(f"\ntest accuracy ({data.label}): most frequent class {majority:.2%}, linear model on the pixels "
           f"{linear:.2%}, {args.model} {accuracy:.2%} (epoch {best['epoch']}, loss {loss:.4f})")
     if args.tta:
-        metrics["test_accuracy_six_views"] = evaluate(model, test_x, test_y, args.dtype, tta=True)[1]
-        print(f"mean over six views of each picture: {metrics['test_accuracy_six_views']:.2%}")
+        views = "three" if args.no_flip else "six"
+        mean = evaluate(model, test_x, test_y, args.dtype, True, not args.no_flip)[1]
+        metrics[f"test_accuracy_{views}_views"] = mean
+        print(f"mean over {views} views of each picture: {mean:.2%}")
     print(f"{history[-1]['seconds']:.0f} s of training")
+    advise(history[-1]["step"], {"the most frequent class": majority, "the linear model": linear}, accuracy)
     utils.save_metrics(args, SCRIPT, data, model, metrics, history)
     utils.plot_history(args.out / "history.png", history, ["val_accuracy"], f"{args.model} on {data.label}", "epoch",
                        "share of validation pictures named correctly")

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import tarfile
@@ -84,6 +86,69 @@ def test_pictures_of_more_greys_and_with_holes_are_not_cut_off(tmp_path):
     named.save(tmp_path / "named.png", transparency=(7, 7, 7))
     seen = load.read_picture(tmp_path / "named.png")
     assert seen[:, 0, 0].tolist() == [9, 9, 9] and seen[:, 31, 0].tolist() == [255, 255, 255]
+
+
+def test_orientation_that_is_faulty_leaves_the_picture_as_it_lies(tmp_path):
+    """Reported: one value of the wrong type in an EXIF block, and the whole folder ended in a traceback."""
+    half = Image.new("RGB", (32, 32), (0, 0, 0))
+    half.paste((250, 250, 250), (0, 0, 16, 32))  # left half bright
+    turn, wrong = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0), struct.pack("<HHIf", 0x103, 11, 1, float("nan"))
+    for name, entries, bright in (("turned", [turn], (0, slice(16))), ("faulty", [turn, wrong], (slice(16), 0))):
+        block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + b"\0" * 4
+        half.save(tmp_path / "phone.jpg", exif=block, quality=95)
+        columns_or_rows = load.read_picture(tmp_path / "phone.jpg")[0].float()
+        top, left = columns_or_rows[:12].mean(), columns_or_rows[:, :12].mean()
+        assert (top > 200 and left < 150) if name == "turned" else (left > 200 and top < 150)
+    whole = (tmp_path / "phone.jpg").read_bytes()
+    (tmp_path / "phone.jpg").write_bytes(whole[: len(whole) - 60])  # pixels that are missing are not ignored with it
+    with pytest.raises(utils.InputError, match="phone.jpg can't be read as a picture"):
+        load.read_picture(tmp_path / "phone.jpg")
+
+
+def test_whatever_pillow_raises_names_the_file(tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for kind in (struct.error, IndexError, TypeError, KeyError, MemoryError):
+        def fail(*_, kind=kind):
+            raise kind("damaged")
+
+        monkeypatch.setattr(Image.Image, "convert", fail)
+        with pytest.raises(utils.InputError, match="a.png can't be read as a picture"):
+            load.read_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("odd, seen", [(np.inf, 255), (-np.inf, 0), (np.nan, 0)])
+def test_values_that_are_not_finite_leave_the_rest_of_a_float_picture_visible(tmp_path, odd, seen):
+    grey = np.linspace(1000, 2000, 32 * 32, dtype=np.float32).reshape(32, 32)
+    grey[5, 7] = odd
+    Image.fromarray(grey).save(tmp_path / "depth.tif")
+    x = load.read_picture(tmp_path / "depth.tif")[0]
+    assert x[5, 7] == seen and x[0, 0] == 0 and x[31, 31] == 255 and len(x.unique()) > 250
+    grey[:] = odd
+    Image.fromarray(grey).save(tmp_path / "depth.tif")
+    assert len(load.read_picture(tmp_path / "depth.tif").unique()) == 1
+    wide = np.float32([-3e38, 3e38]).repeat(512).reshape(32, 32)
+    Image.fromarray(wide).save(tmp_path / "depth.tif")
+    assert load.read_picture(tmp_path / "depth.tif").unique().tolist() == [0, 255]
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path, capsys):
+    """Jupyter's .ipynb_checkpoints, macOS's ._1.png; a folder that lies in a hidden one is read all the same."""
+    root = make_folder(tmp_path / ".cache" / "pictures")
+    plain = load.load_data(str(root))
+    for part in ("train", "test"):
+        for place in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", "dog/more/.hidden/deep"):
+            (root / part / place).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(root / part / place / "0.png")
+            (root / part / place / "notes.txt").write_text("whatever")
+        (root / part / "cat" / "._1.png").write_bytes(b"\0\5\x16\7")
+    (root / "train" / ".empty").mkdir()
+    again = load.load_data(str(root))
+    assert again.classes == ["cat", "dog"] and "passed over" not in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(plain[:6], again[:6]))
+    (root / "train" / "cat").rename(root / "train" / ".cat")
+    (root / "train" / "dog").rename(root / "train" / ".dog")
+    with pytest.raises(utils.InputError, match="Couldn't find any class folder in .*train; give a folder"):
+        load.load_data(str(root))
 
 
 def test_the_split_takes_every_training_picture_once(tmp_path):
@@ -172,6 +237,19 @@ def test_without_a_network_the_stand_in_takes_over_unless_the_real_set_was_named
     assert data.stand_in and data.name == "shapes" and "STAND-IN" in capsys.readouterr().out
     with pytest.raises(ConnectionError, match="could not be downloaded"):
         load.load_data("cifar10")
+
+
+def test_the_linear_model_is_trained_on_a_small_folder_too():
+    """Pictures whose class a line tells; five passes over so few would be five steps."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(300) % 3
+    for k in range(3):  # a very faint pattern a class, over noise
+        pattern = torch.randint(-9, 10, (3, 32, 32), generator=g)
+        x[y == k] = (x[y == k].int() + pattern).clamp(0, 255).byte()
+    data = load.Data(x[:160], y[:160], x[160:200], y[160:200], x[200:], y[200:], ["a", "b", "c"],
+                     *load.channel_statistics(x[:160]), "noise", "noise", "")
+    found = [load.linear_baseline(data, steps=steps) for steps in (1, 100)]
+    assert load.linear_baseline(data) == found[1] > found[0] + 0.05
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
@@ -350,6 +428,30 @@ def test_six_views_are_the_mean_of_six_predictions():
     with torch.no_grad():
         expected = torch.stack([model(view) for view in views]).mean(0)
     torch.testing.assert_close(train.predict(model, PICTURES, torch.float32, tta=True), expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        expected = torch.stack([model(view) for view in views[:3]]).mean(0)
+    three = train.predict(model, PICTURES, torch.float32, tta=True, flip=False)
+    torch.testing.assert_close(three, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["simple", "resnet", "transfer"])
+def test_pictures_that_are_no_bytes_are_refused(name):
+    """A network that normalises by itself takes a picture of 0 .. 1 for black, and names it with confidence."""
+    model = train.build(config(name), MEAN, STD).eval()
+    dark = torch.tensor([0, 1], dtype=torch.uint8).repeat(3 * 512).view(1, 3, 32, 32)
+    for x in (PICTURES[:1], PICTURES[:1].float(), dark, dark.float()):  # whole numbers may come as floats
+        assert model(x).isfinite().all()
+    scaled = PICTURES[:1] / 255
+    for x in (scaled, TF.normalize(scaled, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
+        with pytest.raises(utils.InputError, match="scaled already; give bytes, 0 to 255"):
+            model(x)
+    for x in (scaled, PICTURES.float(), PICTURES[0], PICTURES.permute(0, 2, 3, 1), PICTURES[:, :, :16], PICTURES[:, :1],
+              PICTURES.numpy(), [1]):
+        with pytest.raises(utils.InputError, match=r"a tensor of bytes, uint8 of \(N, 3, 32, 32\).*; this is") as error:
+            train.predict(model, x, torch.float32)
+        assert str(error.value).isprintable()
+    assert "this is ndarray, uint8 of (6, 3, 32, 32)" in str(pytest.raises(
+        utils.InputError, train.predict, model, PICTURES.numpy(), torch.float32).value)
 
 
 def test_transfer_takes_torchvisions_weights_and_a_frozen_body_stays(tmp_path):
@@ -487,12 +589,87 @@ def test_the_weights_kept_are_the_best_by_validation_not_the_last(tmp_path):
     """On noise, validation goes up and down by chance."""
     call_main(train, *small(tmp_path), *"--model simple --epochs 8 --dtype float32".split(), "--out", tmp_path / "o")
     history = json.loads((tmp_path / "o" / "metrics.json").read_text())["history"]
-    best = max(history, key=lambda row: row["val_accuracy"])  # the first of several
+    best = max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     model, saved = load_model.load_network(tmp_path / "o" / "model.pt")
     assert saved["metrics"]["epoch"] == best["epoch"] < 8
     data = load.load_data(str(tmp_path / "data"))
     loss = train.evaluate(model, data.val_x, data.val_y, torch.float32)[0]
     assert loss == pytest.approx(best["val_loss"], abs=1e-4) and abs(loss - history[-1]["val_loss"]) > 1e-3
+
+
+def test_of_epochs_that_are_correct_equally_often_the_one_with_the_lowest_loss_is_kept(tmp_path, monkeypatch):
+    losses = iter([9.0, 0.9, 0.7, 0.5, 0.5, 0.6, 0.0, 0.1])  # before training, six epochs, test
+    accuracies = iter([0.0, 0.5, 0.8, 0.8, 0.8, 0.8, 0.7, 0.5])
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(losses), next(accuracies)))
+    monkeypatch.setattr(train, "linear_baseline", lambda data: 0.625)
+    options = "--model simple --epochs 6 --dtype float32".split()
+    out = call_main(train, *small(tmp_path), *options, "--out", tmp_path / "o")
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["metrics"]["best_epoch"] == 3
+    assert load_model.load_network(tmp_path / "o" / "model.pt")[1]["metrics"]["epoch"] == 3
+    assert "the linear model is better here, by 12.5%" in out and "24 steps are few" in out
+
+
+def test_advice_names_the_better_baseline_and_is_silent_where_the_network_wins(capsys):
+    train.advise(200, {"the most frequent class": 0.4, "the linear model": 0.6}, 0.6)
+    assert capsys.readouterr().out == ""
+    train.advise(199, {"the most frequent class": 0.7, "the linear model": 0.6}, 0.65)
+    few, better = capsys.readouterr().out.splitlines()
+    assert few.startswith("199 steps are few") and better.startswith("the most frequent class is better here, by 5.0%")
+
+
+def draw_arrows(root, train, test=60):
+    """Arrows that point left or right, at any place and in any two colours."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("test", test)):
+        for i in range(n):
+            name, end = ("left", "right")[i % 2], (4, 27)[i % 2]
+            picture, y = np.empty((32, 32, 3), np.uint8), rng.integers(9, 23)
+            picture[:], paint = rng.integers(0, 100, 3), rng.integers(150, 256, 3)
+            picture[y, 4:28] = paint
+            for step in range(6):
+                picture[[y - step, y + step], end + step * (1 if name == "left" else -1)] = paint
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_arrows_are_learned_without_mirroring_alone(tmp_path):
+    draw_arrows(tmp_path / "data", 120)
+    options = "--device cpu --model simple --epochs 5 --batch-size 12 --dtype float32 --tta".split()
+    found = {}
+    for more in ([], ["--no-flip"]):
+        out = call_main(train, "--data", tmp_path / "data", *options, *more, "--out", tmp_path / "o")
+        found[bool(more)] = json.loads((tmp_path / "o" / "metrics.json").read_text())["metrics"]
+        assert f"mean over {'three' if more else 'six'} views" in out
+        assert ("the linear model is better here" in out) == (not more)
+    assert found[True]["test_accuracy"] > 0.9 and found[True]["test_accuracy_three_views"] > 0.9
+    assert found[False]["test_accuracy_six_views"] < 0.7  # an arrow and its mirror image have one answer
+
+
+def test_without_flips_no_picture_is_mirrored(monkeypatch):
+    """Not in an even epoch, and not in an odd one, whose pictures are turned around."""
+    seen = []
+    monkeypatch.setattr(train, "augment", lambda x, pad, cut, mirrored: seen.append(mirrored) or x)
+    model = train.build(config("simple"), MEAN, STD)
+    part = PICTURES, torch.arange(6)
+    for flip in (False, True):
+        seen.clear()
+        optimizers = train.make_optimizers(model, 0.05, 0.1, 6)
+        list(train.fit(model, optimizers, part, part, 2, 6, 0, torch.float32, flip=flip))
+        assert [bool(mirrored.any()) for mirrored in seen] == [flip, flip]
+
+
+def test_the_readmes_model_from_python(trained, tmp_path):
+    folder, _, data = trained
+    code, = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(code.splitlines()) == 5
+    TF.to_pil_image(data.test_x[0]).save(tmp_path / "my_cat.png")
+    names = {}
+    exec(code.replace("02_cnn/outputs", str(folder)).replace("my_cat.jpg", str(tmp_path / "my_cat.png")), names)
+    assert torch.equal(names["x"][0], data.test_x[0]) and names["p"].shape == (1, 3)
+    expected = load_model.predict(names["model"], data.test_x[:1], torch.float32).softmax(-1)
+    torch.testing.assert_close(names["p"], expected)
+    assert names["p"].sum().item() == pytest.approx(1, abs=1e-5) and names["saved"]["classes"] == data.classes
 
 
 @pytest.mark.parametrize("model", ["simple", "resnet"])
