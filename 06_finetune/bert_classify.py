@@ -5,6 +5,7 @@ hides, and precision, recall and F1 show; where a model is sure and wrong.
 
     python 06_finetune/bert_classify.py                             MiniLM and SST-2 (film reviews), LoRA; or --method
     python 06_finetune/bert_classify.py "not bad at all"            label and probability, by what was trained
+    python 06_finetune/bert_classify.py --data mail.csv             your own texts: --text, --label name the columns
     python 06_finetune/bert_classify.py --model stand-in --data templates    offline
 
 You should see (SST-2, three seeds, one core, 7 to 8 minutes): test accuracy 89.5 ± 0.1 %; a bag of words 81.7 %.
@@ -12,10 +13,14 @@ Writes to outputs/classify/: adapter/ (PEFT's format, head included) or model/ (
 checkpoint.pt, metrics.json, history.png. PEFT and transformers classify by [CLS]: see --pooling in README.md.
 Left out on purpose: texts longer than --max-length, which are cut (IMDB's are longer: give 256 or 512, and time).
 """
+import contextlib
+import csv
 import math
 import random
 import re
+import select
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +44,8 @@ SST2 = "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classificat
 SST2_SHA256 = {"train.tsv": "ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920",
                "dev.tsv": "eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359",
                "test.tsv": "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7"}
+LABEL = "label labels class category sentiment target polarity rating stars score".split()  # usual names of its column
+NUMBER = r"[+-]?[0-9]+(\.[0-9]*)?"
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -47,57 +54,118 @@ class Texts(NamedTuple):
     y: Tensor  # (N,) int64, the class
 
 
-def load_data(data: str | None = None) -> Data:
-    """A name of SETS or a folder; None is SST-2, or templates where that can't be reached.
+class Row(NamedTuple):
+    text: str
+    label: str
+    place: str = ""  # where it stands, for messages
 
-    A folder holds train.tsv, dev.tsv and test.tsv (text, tab, number of the class), or, as IMDB's, train/CLASS/*.txt
-    and test/CLASS/*.txt; of the latter's training texts a tenth is for validation. Raises utils.InputError for files
-    that can't be read, ConnectionError where a set that was named is out of reach.
+
+def load_data(data: str | None = None, text: str | None = None, label: str | None = None) -> Data:
+    """A name of SETS, a table, or a folder; None is SST-2, or templates where that can't be reached.
+
+    A folder holds tables, train, dev and test (.tsv or .csv), or, as IMDB's, train/CLASS/*.txt and test/CLASS/*.txt; of
+    the latter's training texts a tenth is for validation. text, label: the tables' columns, where they can't be found.
+    Raises utils.InputError for files that can't be read, ConnectionError where a set that was named is out of reach.
     """
-    if data in (None, *SETS):
-        return load_set(SETS, data)
-    folder = Path(data)
-    return read_tables(folder, folder.name) if (folder / "train.tsv").exists() else read_folders(folder)
+    known, path = data in (None, *SETS), Path(data or "")
+    end = "tsv" if (path / "train.tsv").exists() else "csv"
+    paths = [path] if path.is_file() else [path / f"{part}.{end}" for part in ("train", "dev", "test")]
+    if not known and paths[0].exists():
+        return make_data(read_tables(paths, text, label), path.name)
+    if text or label:
+        raise utils.InputError(f"--text and --label are for a table, and {data or 'sst2'} is none; leave them out.")
+    return load_set(SETS, data) if known else read_folders(path)
 
 
 def read_sst2() -> Data:
     """Sentences from film reviews (Socher et al. 2013), downloaded if they are not there."""
-    folder = utils.DATA_DIR / "sst2"
-    download_all(SST2, folder, SST2_SHA256, "--data templates")
-    return read_tables(folder, "sst2", ["negative", "positive"])
+    paths = download_all(SST2, utils.DATA_DIR / "sst2", SST2_SHA256, "--data templates")
+    return make_data(read_tables(paths), "sst2")._replace(labels=["negative", "positive"])
 
 
-def read_tables(folder: Path, name: str, labels: list[str] | None = None) -> Data:
-    """train.tsv, dev.tsv and test.tsv: on each line a text, a tab, and 0, 1 ... labels: what these are called."""
+def read_tables(paths: list[Path], text: str | None = None, label: str | None = None) -> list[list[Row]]:
+    """The rows of each file, or of the only one, split. Columns without a name are found in the first file, for all.
+
+    The first line is a header if it has the names that are asked for, or, where none is, if it looks unlike the rows:
+    no number is in it, and nothing that comes again below. Without a header the columns are called 1, 2, 3 ... Texts
+    are where different cells have the most characters that are not digits, labels where the name says so, or where
+    alone a few values come again and again.
+    """
     parts = []
-    for path in (folder / file for file in SST2_SHA256):
-        parts.append([])
-        for number, line in enumerate(read_text(str(path)).replace("\r\n", "\n").rstrip("\n").split("\n"), 1):
-            found = re.fullmatch(r"(.*\S.*)\t([0-9]{1,3})", line)  # a text may hold tabs of its own
-            if not found:
-                raise utils.InputError(f"{path}, line {number}: {line[:60]!r} is not a text, a tab and the number of a "
-                                       "class from 0; put it right.")
-            parts[-1].append((found[1], int(found[2])))
-    return make_data(parts, name, labels or [str(k) for k in range(1 + max(k for part in parts for _, k in part))])
+    for path in paths:
+        lines = read_cells(path)
+        first, asked = [cell.strip() for cell in lines[0][1]], {name for name in (text, label) if name}
+        below = zip(*(cells for _, cells in lines[1:]))
+        header = asked <= set(first) if asked else not any(
+            re.fullmatch(NUMBER, cell) or cell and cell in column for cell, column in zip(first, below))
+        columns = {name if header else str(i): [cells[i - 1] for _, cells in lines[header:]]
+                   for i, name in enumerate(first, 1)}
+        text = text or max(columns, key=lambda c: (c != label) * len(re.sub("[0-9.+-]", "", "".join(set(columns[c])))))
+        others = [name for name in columns if name != text]
+        usual = [name for word in LABEL for name in others if name.lower() == word][:1] or [
+            name for name in others if len(others) == 1 or 1 < len(set(columns[name])) <= len(columns[name]) / 2]
+        label = label or (usual[0] if len(usual) == 1 else None)
+        if not {text, label} <= set(columns) or text == label:
+            raise utils.InputError(f"{path}, line 1: of the columns {', '.join(first):.300} one must hold texts and "
+                                   "one labels; name them with --text and --label.")
+        rows = zip(columns[text], columns[label], (f"{path}, line {n}" for n, _ in lines[header:]))
+        parts.append([Row(a.replace("<br />", " "), b.strip(), place) for a, b, place in rows
+                      if a.strip() and b.strip()])
+        print(f"{path.name}: texts in column {text}, labels in {label}; {len(parts[-1])} of {len(lines) - header} rows")
+    return parts if len(parts) > 1 else split(parts[0])
+
+
+def read_cells(path: Path) -> list[tuple[int, list[str]]]:
+    """(number of the line, cells) of each row of a table. Raises utils.InputError for rows of different lengths.
+
+    ## Where the first line is a text, a tab and a number, so are all, and a text may hold tabs and quotation marks of
+    ## its own, as in SST-2. Else a cell that begins with a quotation mark may hold commas and line breaks, as CSV has
+    ## it; but between tabs that mark is usually the text's own, so that lines are first cut at tabs alone.
+    """
+    lines = read_text(str(path)).replace("\r\n", "\n").rstrip("\n").split("\n")
+    plain, tab = re.fullmatch(rf".*\t{NUMBER}", lines[0]), "\t" in lines[0]
+    rows = [(n, line.rsplit("\t", 1 if plain else -1)) for n, line in enumerate(lines, 1)]
+    if not tab or not plain and len({len(cells) for _, cells in rows}) > 1:
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.reader([line + "\n" for line in lines], delimiter="\t" if tab else max(",;|", key=lines[0].count))
+        rows = [(reader.line_num, cells) for cells in reader if cells] or [(1, [""])]
+    for n, cells in (row for row in rows if len(row[1]) != len(rows[0][1])):
+        raise utils.InputError(f"{path}, line {n}: {' '.join(cells):.60} is cut into {len(cells)} cells, and line 1 "
+                               f"into {len(rows[0][1])}; put it right.")
+    return rows
 
 
 def read_folders(folder: Path) -> Data:
     """train/CLASS/*.txt and test/CLASS/*.txt, as IMDB comes; the test's classes are those that count."""
-    labels = sorted(path.name for path in folder.glob("test/*/"))  # without IMDB's train/unsup, which is not labelled
-    train, test = ([(read_text(str(path)).replace("<br />", " "), k) for k, label in enumerate(labels)
-                    for path in sorted((folder / part / label).glob("*.txt"))] for part in ("train", "test"))
+    labels = [path.name for path in folder.glob("test/[!.]*/")]  # without IMDB's train/unsup, which is not labelled
+    train, test = ([Row(read_text(str(path)).replace("<br />", " "), label, str(path)) for label in sorted(labels)
+                    for path in sorted((folder / part / label).glob("[!.]*.txt"))] for part in ("train", "test"))
     random.Random(0).shuffle(train)
     n = 1 + len(train) // 10
-    return make_data([train[n:], train[:n], test], folder.name, labels)
+    return make_data([train[n:], train[:n], test], folder.name)
 
 
-def make_data(parts: list[list[tuple[str, int]]], name: str, labels: list[str], stand_in: str = "") -> Data:
-    """Training, validation and test from their (text, class)."""
-    if len({k for _, k in parts[0]}) < max(2, len(labels)) or not parts[2]:
-        raise utils.InputError(f"{name} must hold train.tsv, dev.tsv and test.tsv, or train/CLASS/*.txt and test/CLASS/"
-                               "*.txt, with at least two classes, and texts of each to learn from; put it right.")
-    return Data(*(Texts([text for text, _ in part], torch.tensor([k for _, k in part])) for part in parts), name,
-                stand_in, labels)
+def split(rows: list[Row]) -> list[list[Row]]:
+    """Of each class a tenth of the texts for validation and a tenth for the test, but at least one."""
+    parts, seen = [[], [], []], Counter()
+    for row in random.Random(0).sample(rows, len(rows)):
+        parts[{0: 1, 1: 2}.get(seen[row.label] % 10, 0)].append(row)
+        seen[row.label] += 1
+    return parts
+
+
+def make_data(parts: list[list[Row]], name: str, stand_in: str = "") -> Data:
+    """Training, validation and test from their rows. The classes are those of training, numbers as numbers in order."""
+    labels = sorted({row.label for row in parts[0]},
+                    key=lambda label: (0, float(label), label) if re.fullmatch(NUMBER, label) else (1, 0.0, label))
+    if len(labels) < 2 or not all(parts):
+        raise utils.InputError(f"{name} has {' / '.join(str(len(part)) for part in parts)} texts to learn from / "
+                               f"validate / test, of {len(labels)} classes; give some of each, at least two classes.")
+    for row in (row for part in parts[1:] for row in part if row.label not in labels):
+        raise utils.InputError(f"{row.place}: no text of class {row.label!r:.60} is there to learn from, only of "
+                               f"{', '.join(labels):.99}; put it right (in one table each class needs three texts).")
+    return Data(*(Texts([row.text for row in part], torch.tensor([labels.index(row.label) for row in part]))
+                  for part in parts), name, stand_in, labels)
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -130,8 +198,8 @@ def template_reviews() -> Data:
         good = draw.random() < 0.5
         main, side = clause(good), clause(not good)
         seen[main if draw.random() < 0.5 else choose(JOINED).format(main=main, side=side)] = int(good)
-    rows = list(seen.items())
-    return make_data([rows[:3000], rows[3000:3500], rows[3500:]], "templates", ["negative", "positive"], "SST-2")
+    rows = [Row(text, "positive" if good else "negative") for text, good in seen.items()]
+    return make_data([rows[:3000], rows[3000:3500], rows[3500:]], "templates", "SST-2")
 
 
 SETS = {"sst2": read_sst2, "templates": template_reviews}  # the last stands in for the first
@@ -239,19 +307,28 @@ def classify(args) -> None:
     """Print label and probability for each text of the command line, by the model in --out."""
     model, tokenizer, saved = load_trained(args, SCRIPT, Classifier)
     longest = min(saved["options"]["max_length"], model.config["n_positions"])
-    rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.text]
-    for text, row in zip(args.text, predict(model, rows, tokenizer.pad, torch.float32).exp()):
+    rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.texts]
+    for text, row in zip(args.texts, predict(model, rows, tokenizer.pad, torch.float32).exp()):
         print(f"{saved['labels'][row.argmax()]:>12} {row.max():6.1%}  {text}")
     utils.stand_in_notice(f"a model that learned from {saved['options']['data']}", saved["stand_in"])
+
+
+def text_waits() -> bool:
+    """Whether there is something on standard input, which nobody is going to read."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or Windows, which can't say
+        return not sys.stdin.isatty() and select.select([sys.stdin], [], [], 0)[0] != [] and sys.stdin.read(1) != ""
+    return False
 
 
 def main() -> None:
     parser = new_parser(__doc__, __file__, RECIPES, "texts", "all matrices of a block", method="lora", batch_size=32,
                         out=Path(__file__).resolve().parent / "outputs" / "classify")
     add = parser.add_argument
-    add("text", nargs="*", help="texts to classify with what was trained, each in quotes; without any, train")
-    add("--data", type=place, help="sst2, templates, or a folder with train.tsv, dev.tsv, test.tsv (text, tab, number "
-        "of the class) or train/CLASS/*.txt, test/CLASS/*.txt; without it sst2, or templates if that is out of reach")
+    add("texts", nargs="*", help="texts to classify with what was trained, each in quotes; without any, train")
+    add("--data", type=place, help="sst2, templates, a table (CSV, TSV), or a folder with train, dev and test as .csv "
+        "or .tsv, or train/CLASS/*.txt and test/CLASS/*.txt; without it sst2, or templates if that is out of reach")
+    add("--text", metavar="COLUMN", help="the table's column of texts; without it the one that holds the longest")
+    add("--label", metavar="COLUMN", help="of labels; without it the one called so, or the one with few values")
     add("--max-length", type=utils.number(int, "[3, inf)"), default=128, help="tokens that are read of a text: [CLS], "
         "words, [SEP]; where texts are long, time grows with it")
     add("--pooling", choices=["mean", "cls"], default="mean", help="what the head reads: all tokens' mean, or [CLS]")
@@ -259,11 +336,14 @@ def main() -> None:
         "where the loss is larger, to learn there too: a step takes twice as long; 0: not at all; without it "
         + ", ".join(f"{recipe['adversarial']:g} ({method})" for method, recipe in RECIPES.items()))
     args = parse(parser, RECIPES)
-    if args.text:
+    if args.texts:
         return classify(args)
+    if text_waits():
+        raise utils.InputError("standard input holds text, which is not read; give texts as arguments, as in: xargs -d "
+                               f"'\\n' python {SCRIPT} < FILE; to train, add < /dev/null.")
 
     # texts and model
-    data = load_data(args.data)
+    data = load_data(args.data, args.text, args.label)
     if args.limit and args.limit < len(data.train.texts):
         rows = random.Random(args.seed).sample(range(len(data.train.texts)), args.limit)
         data = data._replace(train=Texts([data.train.texts[i] for i in rows], data.train.y[rows]))

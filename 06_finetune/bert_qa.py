@@ -85,8 +85,9 @@ def read_squad(path: Path) -> list[Question]:
                 answers, context = qa["answers"], paragraph["context"]
                 if not answers or not context[answers[0]["answer_start"] :].startswith(answers[0]["text"]):
                     raise ValueError(f"question {qa['id']} has no answer, or it does not stand at answer_start")
-                found[qa["id"]] = Question(qa["id"], i, context, qa["question"], [some["text"] for some in answers],
-                                           answers[0]["answer_start"])
+                name = str(qa["id"])  # a number in some files; predictions.json, as all of JSON, has strings as keys
+                found[name] = Question(name, i, context, qa["question"], [some["text"] for some in answers],
+                                       answers[0]["answer_start"])
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise utils.InputError(f"{path} is not in the format of SQuAD v1.1 ({type(error).__name__}: {error!s:.99}); "
                                "give its train-v1.1.json or dev-v1.1.json, or templates.") from error
@@ -326,26 +327,28 @@ def span_scores(start: Tensor, end: Tensor, allowed: Tensor, longest: int) -> Te
 
 @torch.inference_mode()
 def answer(model: Spans, questions: list[Question], windows: list[Window], pad_id: int, dtype: torch.dtype,
-           longest: int, batch_size: int = 32) -> dict[str, str]:
-    """The best answer of all its windows for each question, by the question's id.
+           longest: int, batch_size: int = 32) -> tuple[dict[str, str], float]:
+    """The best answer of all its windows for each question, by the question's id; and the mean loss of the windows.
 
     ## The loss compares scores only within a window. So the score of [CLS], which means "not here", is subtracted from
     ## each: what is left can be compared with what other windows say (Devlin et al. 2019, section 4.3).
     """
-    device, best = model.qa_outputs.weight.device, {}  # question -> (score, first character, end)
+    device, best, total = model.qa_outputs.weight.device, {}, 0.0  # best: question -> (score, first character, end)
     model.eval()  # no dropout
     for rows in by_length([w.encoding.ids for w in windows], batch_size):
         some = [windows[i] for i in rows]
         ids, mask, types, allowed = (part.to(device) for part in collate(some, pad_id))  # (B, T) each
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             start, end = model(ids, mask, types)  # (B, T) each
+        total += loss_of(start, end, allowed, torch.tensor([w.target for w in some]).to(device)).item() * len(some)
         start, end = start - start[:, :1], end - end[:, :1]
         scores, at = span_scores(start, end, allowed, longest).flatten(1).cpu().max(1)  # (B,) each
         for w, score, i in zip(some, scores.tolist(), at.tolist()):
             t, T, places = i % ids.shape[1], ids.shape[1], w.encoding.offsets
             if score > best.get(w.question, (-math.inf,))[0]:
                 best[w.question] = score, places[t][0], places[t + i // T][1]
-    return {q.id: q.context[slice(*best[n][1:])] if n in best else "" for n, q in enumerate(questions)}
+    return ({q.id: q.context[slice(*best[n][1:])] if n in best else "" for n, q in enumerate(questions)},
+            total / len(windows))
 
 
 def forward(model: torch.nn.Module, ids: Tensor, mask: Tensor, types: Tensor, allowed: Tensor, targets: Tensor,
@@ -370,8 +373,8 @@ def ask(args) -> None:
     model, tokenizer, saved = load_trained(args, SCRIPT, Spans)
     options, asked = saved["options"], [Question("", 0, args.context, args.question, ["?"], 0)]
     windows = make_windows(asked, tokenizer, min(options["max_length"], model.config["n_positions"]), options["stride"])
-    said = answer(model, asked, windows, tokenizer.pad, torch.float32, options["max_answer"])[""]
-    print(f"read in {len(windows)} windows; the answer: {said}")
+    said = answer(model, asked, windows, tokenizer.pad, torch.float32, options["max_answer"])[0]
+    print(f"read in {len(windows)} windows; the answer: {said['']}")
     utils.stand_in_notice(f"a model that learned from {options['data']}", saved["stand_in"])
 
 
@@ -415,8 +418,8 @@ def main() -> None:
         return loss.detach()
 
     def validate() -> dict[str, float]:
-        found = evaluate(answer(model, data.val, val, tokenizer.pad, args.dtype, args.max_answer), data.val)
-        return {"val_em": found["em"], "val_f1": found["f1"]}
+        said, loss = answer(model, data.val, val, tokenizer.pad, args.dtype, args.max_answer)
+        return {"val_loss": loss} | {f"val_{name}": value for name, value in evaluate(said, data.val).items()}
 
     # sanity numbers before training
     lengths = [len(w.encoding.ids) for w in windows]
@@ -434,12 +437,12 @@ def main() -> None:
           f"from: {(allowed.sum(1) + 1).log().mean():.4f}")
 
     history, metrics = fit(args, SCRIPT, "QUESTION_ANS", "val_f1", model, tokenizer, lengths, learn, validate,
-                           "validation EM {val_em:.2f}  F1 {val_f1:.2f}", stand_in=data.stand_in)
+                           "validation {val_loss:.4f}, EM {val_em:.2f}  F1 {val_f1:.2f}", stand_in=data.stand_in)
 
     # report
     after = load_result(folder, vars(args), args.out, Spans)[0].to(args.device)  # as anybody would load it
     answers = {"word overlap": [{q.id: overlap_answer(q.question, q.context) for q in some} for some in data[1:3]],
-               args.method: [answer(after, some, windows, tokenizer.pad, args.dtype, args.max_answer)
+               args.method: [answer(after, some, windows, tokenizer.pad, args.dtype, args.max_answer)[0]
                              for some, windows in ((data.val, val), (data.test, test))]}
     table = {name: [evaluate(found, some) for found, some in zip(both, data[1:3])] for name, both in answers.items()}
     print(f"\n{'':18}validation EM       F1     test EM       F1   ({args.model}, on {data.label})")

@@ -182,7 +182,7 @@ def parse_options():
     add("--steps", type=utils.count, default=300, help="updates; the learning rate falls to a tenth at the last one")
     add("--batch-size", type=utils.count, default=4, help="windows per step; larger: steadier, learns less per token")
     add("--micro-batch-size", type=utils.count, default=4, help="windows at once: less memory, and the same result")
-    add("--block-size", type=utils.count, default=256, help="tokens in a window, at most the model's n_positions")
+    add("--block-size", type=utils.count, help="tokens in a window; without it 256, or the model's n_positions if less")
     add("--lora-rank", type=utils.count, help="r: rank of each change; parameters grow with it (default: 8)")
     add("--lora-alpha", type=utils.positive, help="the change counts alpha / r times (default: 16)")
     add("--lora-targets", nargs="+", help="ends of names: c_attn (default) attn.c_proj mlp.c_fc mlp.c_proj")
@@ -236,6 +236,7 @@ def main() -> None:
     if args.batch_size % world:
         raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
     base = find_base(args.model)
+    args.block_size = args.block_size or min(256, base.config["n_positions"])
     text = load_data(args.data, base.tokenizer, args.block_size)
     train, val = text.train.to(args.device), text.val.to(args.device)
     free = ("out", "device", "compile", "resume", "micro_batch_size", "activation_checkpointing")
@@ -247,8 +248,7 @@ def main() -> None:
     model = read_model(base.path, base.config)
     freeze(model, args.method, args.dropout, args.dtype, *(vars(args)[name] for name in LORA))
     model.checkpointing = args.activation_checkpointing
-    model.to(args.device)
-    optimizers = make_optimizers(model, args.lr or LR[args.method][not base.stand_in])
+    optimizers = make_optimizers(model.to(args.device), args.lr or LR[args.method][not base.stand_in])
     torch.manual_seed(args.seed + rank)  # all ranks have the same adapters by now, and need different dropout
     first_step, history, best = 0, [], {"step": 0, "val_loss": math.inf}
 

@@ -1,13 +1,17 @@
 """06_finetune/bert_classify.py against scikit-learn, transformers and PEFT, and what fine-tuning promises."""
 
 import functools
+import contextlib
+import csv
 import hashlib
 import http.server
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import warnings
 
 import peft
@@ -181,10 +185,13 @@ def test_tables_are_read_as_they_are(tmp_path):
     (tmp_path / "dev.tsv").write_bytes(b"so so\t0\r\nand so\t1\r\n")  # from Windows
     assert classify.load_data(str(tmp_path)).val.texts == ["so so", "and so"]
     (tmp_path / "test.tsv").write_text("fine\t2\n")
-    with pytest.raises(utils.InputError, match="at least two classes"):
+    with pytest.raises(utils.InputError, match="test.tsv, line 1: no text of class '2' is there to learn from"):
         classify.load_data(str(tmp_path))
-    for bad, words in (("no tab", "line 2"), ("\t1", "line 2"), ("text\tx", "line 2"), ("text\t-1", "line 2"),
-                       ("text\t9999999999", "line 2"), ("text\t\u0661", "line 2")):
+    (tmp_path / "test.tsv").write_text("fine\t1\n")
+    (tmp_path / "dev.tsv").write_text("good\t1\nno label\t\n\t1\n")
+    assert classify.load_data(str(tmp_path)).val.texts == ["good"]
+    for bad, words in (("no tab", "line 2: no tab is cut into 1"), ("text\tx", "line 2: no text of class 'x'"),
+                       ("text\t-1", "line 2"), ("text\t9999999999", "line 2"), ("text\t\u0661", "line 2")):
         (tmp_path / "dev.tsv").write_text(f"good\t1\n{bad}\n")
         with pytest.raises(utils.InputError, match=words):
             classify.load_data(str(tmp_path))
@@ -197,6 +204,93 @@ def test_tables_are_read_as_they_are(tmp_path):
     (tmp_path / "dev.tsv").unlink()
     with pytest.raises(utils.InputError, match="dev.tsv cannot be read"):
         classify.load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("lines, labels, y", [
+    ("sentence\tlabel\na fine film\t1\na poor film\t0\n", ["0", "1"], [1, 0]),  # as in GLUE
+    ("a\t1\nb\t-1\n", ["-1", "1"], [1, 0]), ("a\t1.0\nb\t0.0\n", ["0.0", "1.0"], [1, 0]),
+    ("a\t2\nb\t10\n", ["2", "10"], [0, 1]), ("a\t1\nb\t2\n", ["1", "2"], [0, 1]),
+    ("1\ta fine film\n0\ta poor one\n", ["0", "1"], [1, 0]),
+    ("good\tpos\nso bad\tneg\nfine\tpos\n", ["neg", "pos"], [1, 0, 1]),
+    ("\"a\" film\tpos\n\"b\tneg\nc\"\tpos\n", ["neg", "pos"], [1, 0, 1]),
+])
+def test_tables_like_sst2_take_any_labels(tmp_path, lines, labels, y):
+    for file in ("train", "dev", "test"):
+        (tmp_path / f"{file}.tsv").write_text(lines)
+    data = classify.load_data(str(tmp_path))
+    assert data.labels == labels and data.train.y.tolist() == y == data.test.y.tolist()
+    assert data.train.texts == [max(line.split("\t"), key=lambda cell: (cell not in labels, len(cell)))
+                                for line in lines.rstrip("\n").split("\n")][-len(y):]
+
+
+# A header and how texts and labels are to be found: text, label, rest of the row; columns; separator
+TABLES = {
+    "pandas": (["", "text", "label"], lambda i, text, y: [str(i), text, str(y)], [], ","),
+    "words": (["Sentiment", "Review"], lambda i, text, y: [("ham", "spam")[y], text], [], ";"),
+    "by content": (["id", "said", "verdict"], lambda i, text, y: [f"{i:09}", text, ("no", "yes")[y]], [], "\t"),
+    "named": (["a", "b", "c"], lambda i, text, y: [str(y), text + " and more", text], ["c", "a"], ","),
+    "no header": (None, lambda i, text, y: [text, ("bad", "good")[y]], [], ","),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_and_split(tmp_path, name):
+    header, row, asked, separator = TABLES[name]
+    texts = [f'film {i}, "quoted"; {"ab"[i % 2]}\nand on' if separator == "," else f"film {i} {'ab'[i % 2]}"
+             for i in range(40)]
+    path = tmp_path / "mine.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([header] * bool(header) + [row(i, text, i % 2) for i, text in enumerate(texts)])
+    data = classify.load_data(str(path), *asked)
+    assert data.name == "mine.csv" and [len(part.texts) for part in data[:3]] == [32, 4, 4]
+    assert sorted(sum((part.texts for part in data[:3]), [])) == sorted(texts)
+    for part in data[:3]:
+        assert part.y.tolist() == [texts.index(text) % 2 for text in part.texts]
+    assert data.labels == sorted({row(i, "", i)[-1 if name != "words" else 0] for i in (0, 1)}
+                                 if name != "named" else "01")
+    assert classify.load_data(str(path), *asked).test.texts == data.test.texts
+    if header:
+        for part in ("train", "dev", "test"):
+            shutil.copy(path, tmp_path / f"{part}.csv")
+        assert classify.load_data(str(tmp_path), *asked).val.texts == texts
+
+
+def test_a_table_s_real_fault_is_named(tmp_path, capsys):
+    path = tmp_path / "mine.csv"
+    rows = [f"this is text {i},{'ab'[i % 2]},{'cd'[i // 2 % 2]},{i}" for i in range(12)]
+
+    def refusal_of(content, *asked):
+        path.write_text(content)
+        with pytest.raises(utils.InputError) as raised:
+            classify.load_data(str(path), *asked)
+        return str(raised.value)
+
+    table = "\n".join(["words,one,two,three", *rows])
+    assert "of the columns words, one, two, three one must hold" in refusal_of(table)  # one or two?
+    assert "columns words, one, two, three" in refusal_of(table, None, "four")
+    assert "line 4: no text of class 'rare' is there" in refusal_of("text,label\na b,x\nc d,y\nso so,rare\n" + (
+        "a b,x\nc d,y\n" * 3))
+    assert "mine.csv, line 3: three is cut into 1 cells" in refusal_of("text,label\na b,x\nthree\n")
+    assert "at least two classes" in refusal_of("text,label\n" + "a b,x\n" * 9)
+    assert "mine.csv, line 1" in refusal_of("") and "mine.csv, line 1" in refusal_of("lines\nof text\n")
+    path.write_text(table.replace(",b,", ",,"))
+    capsys.readouterr()
+    with pytest.raises(utils.InputError, match="at least two classes"):
+        classify.load_data(str(path), None, "one")
+    assert "texts in column words, labels in one; 6 of 12 rows" in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match="--text and --label are for a table, and templates is none"):
+        classify.load_data("templates", "words")
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    for part, kind in itertools.product(("train", "test"), ("neg", "pos", ".ipynb_checkpoints")):
+        (tmp_path / part / kind).mkdir(parents=True)
+        for i in range(9):
+            (tmp_path / part / kind / f"{i}_1.txt").write_text(f"a {kind} film {i}")
+        (tmp_path / part / kind / "._0_1.txt").write_bytes(b"\0\5\x16\7\xff")
+    data = classify.load_data(str(tmp_path))
+    assert data.labels == ["neg", "pos"] and [len(part.texts) for part in data[:3]] == [16, 2, 18]
 
 
 def test_imdb_s_folders(tmp_path):
@@ -486,6 +580,28 @@ def test_early_stopping_keeps_the_best(small, tmp_path):
     assert history[best - 1]["val_accuracy"] == max(row["val_accuracy"] for row in history)
 
 
+@pytest.mark.parametrize("rows, best", [  # (accuracy, loss) of each epoch
+    ([(0.5, 0.7), (0.9, 0.5), (0.9, 0.3), (0.9, 0.4), (0.8, 0.2), (0.7, 0.1)], 3),  # two worse ones end it
+    ([(0.9, 0.3)] + [(0.9, 0.4)] * 6 + [(0.9, 0.2)], 8),
+    ([(0.9, 0.3), (0.5, 0.2), (0.9, 0.4), (0.5, 0.1), (0.5, 0.1)], 1),
+])
+def test_of_equal_epochs_the_lower_loss_wins_and_none_counts_against_patience(small, tmp_path, rows, best):
+    said = iter(rows)
+    fit = shared.fit
+
+    def scripted(*given, **more):
+        evaluate = lambda: dict(zip(("val_accuracy", "val_loss"), next(said)))  # noqa: E731
+        return fit(*given[:8], evaluate, *given[9:], **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify, "fit", scripted)
+        call(*options_of(small, "head"), "--epochs", 20 if best != 8 else 8, "--patience", 2, "--limit", 16, "--out",
+             tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(found["history"]) == len(rows) and found["metrics"]["best_epoch"] == best
+    assert found["metrics"]["val_loss"] == rows[best - 1][1]
+
+
 def test_the_adversarial_push_is_of_the_length_asked_for_and_raises_the_loss(small, tmp_path):
     seen, forward = [], bert.Classifier.forward
 
@@ -555,6 +671,41 @@ def test_a_run_with_stand_ins_says_so(small, tmp_path, monkeypatch):
 ])
 def test_bad_input_gets_one_sentence(small, tmp_path, options, words):
     assert words in refused("--model", small / "bert", "--data", small / "data", *options, "--out", tmp_path)
+
+
+def test_a_table_of_one_s_own_from_training_to_use(small, tmp_path):
+    rows = sentences(80, 3)
+    (tmp_path / "mail.csv").write_text("kind,words\n" + "".join(f"{('bad', 'good')[y]},{text}\n" for text, y in rows))
+    options = ["--method", "full", "--model", small / "bert", *COMMON, "--data", tmp_path / "mail.csv", "--epochs", 1]
+    text = call(*options, "--text", "words", "--label", "kind", "--out", tmp_path / "out")
+    assert re.search(r"on mail.csv: 6\d / \d / \d texts, good: [45]", text)
+    assert re.search(r"(?m)^ +(bad|good) +[\d.]+%  so warm$", call("so warm", "--out", tmp_path / "out"))
+
+
+def test_lines_on_standard_input_start_no_training(small, tmp_path, monkeypatch):
+    """A pipe that holds text, one that is empty or still open, and /dev/null."""
+    options = [*options_of(small, "head"), "--epochs", 1, "--limit", 16, "--out", tmp_path]
+    for content, closed in ((b"a fine film\n", True), (b"a fine film\n", False), (b"", True), (b"", False)):
+        read, write = os.pipe()
+        os.write(write, content)
+        if closed:
+            os.close(write)
+        with open(read) as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
+            with contextlib.suppress(FileNotFoundError):
+                (tmp_path / "checkpoint.pt").unlink()
+            if content:
+                assert "standard input holds text" in refused(*options)
+            else:
+                call(*options)
+            assert (tmp_path / "checkpoint.pt").exists() == (not content)
+        if not closed:
+            os.close(write)
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert not classify.text_waits()
+    monkeypatch.setattr(sys, "stdin", None)  # as under pythonw
+    assert not classify.text_waits()
 
 
 def test_a_text_to_classify_needs_a_model(tmp_path):

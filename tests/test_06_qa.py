@@ -341,9 +341,14 @@ def test_the_best_of_all_windows_is_taken_and_only_from_the_context():
     start = {ids["two"]: 6.0, ids["q"]: 50.0, ids["[SEP]"]: 50.0, ids["[PAD]"]: 99.0, ids["one"]: 4.0}
     end = {ids["four"]: 5.0, ids["?"]: 50.0, ids["[PAD]"]: 99.0, ids["one"]: 3.0}
     model = Fixed(start, end)
-    assert qa.answer(model, asked, windows, 0, torch.float32, 30) == {"a": "two three four", "b": "two"}
-    assert qa.answer(model, asked, windows, 0, torch.float32, 2) == {"a": "one", "b": "two"}  # 7 and 6
-    assert qa.answer(model, asked, windows, 0, torch.float32, 30, batch_size=1) == {"a": "two three four", "b": "two"}
+    said, loss = qa.answer(model, asked, windows, 0, torch.float32, 30)
+    assert said == {"a": "two three four", "b": "two"}
+    assert qa.answer(model, asked, windows, 0, torch.float32, 2)[0] == {"a": "one", "b": "two"}  # 7 and 6
+    again = qa.answer(model, asked, windows, 0, torch.float32, 30, batch_size=1)
+    assert again == (said, pytest.approx(loss, abs=1e-5))
+    batch = qa.collate(windows, 0)
+    targets = torch.tensor([w.target for w in windows])
+    assert loss == pytest.approx(qa.loss_of(*model(*batch[:3]), batch[3], targets).item(), abs=1e-5)
 
 
 def test_answers_whose_ends_have_no_token_are_found_at_a_window_s_edge():
@@ -418,7 +423,7 @@ def test_reported_figures_are_those_of_the_files_and_of_predictions_json(small, 
         family = small / ("distilbert" if "distil" in method else "bert")
         model, tokenizer = shared.load_result(family, saved["options"], out, qa.Spans)
         windows = qa.make_windows(asked, tokenizer, 24, 6)
-        answers = qa.answer(model, asked, windows, tokenizer.pad, torch.float32, 4)
+        answers, _ = qa.answer(model, asked, windows, tokenizer.pad, torch.float32, 4)
         assert answers == json.loads((out / "predictions.json").read_text())
         found = qa.evaluate(answers, asked)
         reported = json.loads((out / "metrics.json").read_text())["metrics"]["test"]
@@ -479,13 +484,25 @@ def test_a_stopped_run_resumes_bit_identically(small, runs, tmp_path, method):
     assert digest(tmp_path / "predictions.json") == digest(runs(method)[0] / "predictions.json")
 
 
-def test_limit_and_early_stopping(small, tmp_path):
+def test_limit_and_the_epoch_of_equal_f1_with_the_lower_loss(small, tmp_path):
+    """Nothing is learned, so that all epochs are as good by F1; none of them stops the run."""
     options = options_of(small, "head")
-    text = call(*options, "--limit", 50, "--epochs", 40, "--patience", 2, "--lr", 1e-9, "--head-lr", 1e-9, "--out",
+    text = call(*options, "--limit", 50, "--epochs", 5, "--patience", 1, "--lr", 1e-9, "--head-lr", 1e-6, "--out",
                 tmp_path)
     assert "50 / 8 / 40 questions" in text
     found = json.loads((tmp_path / "metrics.json").read_text())
-    assert len(found["history"]) == 3 and found["metrics"]["best_epoch"] == 1
+    losses = [row["val_loss"] for row in found["history"]]
+    assert len(losses) == 5 and len({row["val_f1"] for row in found["history"]}) == 1
+    assert losses.index(min(losses)) + 1 == found["metrics"]["best_epoch"] != 1
+    assert found["metrics"]["val_loss"] == min(losses)
+
+
+def test_a_whole_number_is_an_id_as_good_as_any(tmp_path):
+    some = as_squad([[(f"context {i}", [("q?", str(i))])] for i in range(5)])
+    for i, article in enumerate(some["data"]):
+        article["paragraphs"][0]["qas"][0]["id"] = i
+    (tmp_path / "some.json").write_text(json.dumps(some))
+    assert [q.id for q in qa.read_squad(tmp_path / "some.json")] == ["0", "1", "2", "3", "4"]  # as in predictions.json
 
 
 def test_lora_s_base_may_be_bfloat16(small, tmp_path):
@@ -508,7 +525,7 @@ def test_one_batch_can_be_learned_by_heart(small):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
-    assert qa.evaluate(qa.answer(model, asked, windows, tokenizer.pad, torch.float32, 4), asked)["em"] == 100
+    assert qa.evaluate(qa.answer(model, asked, windows, tokenizer.pad, torch.float32, 4)[0], asked)["em"] == 100
 
 
 # ---------------------------------------------------------------------------------------------- as users run it

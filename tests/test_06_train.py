@@ -255,6 +255,17 @@ def test_resume_refuses_other_options_and_other_text(small, runs, tmp_path):
     assert "another version of it" in refusal(train, *again)
 
 
+@pytest.mark.parametrize("known", [64, 300])
+def test_without_block_size_windows_are_as_long_as_the_model_knows_but_at_most_256(small, tmp_path, known):
+    folder = shutil.copytree(small[1], tmp_path / "base")
+    size = {"vocab_size": 400, "n_positions": known, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    gpt2.save_model(gpt2.GPT2(size), folder, 399)
+    options = ["--model", folder, "--data", small[2], "--batch-size", 2, "--steps", 2, "--device", "cpu"]
+    text = call_main(train, *options, "--out", tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["options"]["block_size"] == min(known, 256)
+    assert f"  {2 * 2 * min(known, 256):,} tokens" in text
+
+
 def test_two_processes_learn_as_one_does(small, tmp_path):
     options = [*small[0], "--steps", 10, "--eval-every", 5, "--dtype", "bfloat16", "--micro-batch-size", 2, "--device",
                "cpu", "--lr", 5e-3]
