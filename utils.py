@@ -98,8 +98,8 @@ def parse_args(options):
             raise InputError(f"--device {args.device}: this machine has no such device; use --device auto.") from error
     if "dtype" in args:
         args.dtype = pick_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    write_atomically(args.out / ".probe", lambda file: None)  # fails now and not after the training
-    (args.out / ".probe").unlink(missing_ok=True)
+    write_atomically(probe := (args.out.parent if args.out.suffix else args.out) / ".probe", lambda file: None)
+    probe.unlink(missing_ok=True)  # fails now and not after the training; --out may name a file
     return args
 
 

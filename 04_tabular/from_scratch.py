@@ -324,7 +324,9 @@ def main() -> None:
     print("  as typed  " + "".join(f"{v:10.4g}" for v in naive_bce(z, y)))
     print("  here      " + "".join(f"{bce_with_logits(v[None], y)[0]:10.4g}" for v in z) + "\n")
 
-    data = load_data(args.data, args.target, args.types)
+    data = load_data(args.data, args.target, args.types, args.task, args.positive)
+    if data.schema["task"] != "binary":
+        raise utils.InputError(f"{data.schema['target']} does not have two values, and this script knows no others.")
     sizes = torch.tensor([len(values) + KNOWN for values in data.schema["values"]], dtype=torch.int64)
     offsets, V = sizes.cumsum(0) - sizes, int(sizes.sum())  # where each column's values begin in the table
     fitted, n_numeric = fit_standard(data.train.numeric), data.train.numeric.shape[1]

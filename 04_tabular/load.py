@@ -5,12 +5,12 @@ scaling does to skewed numbers; why all of it is fitted on the training rows alo
 
     python 04_tabular/load.py                                      UCI Adult (downloaded once, 6 MB)
     python 04_tabular/load.py --data census                        the stand-in: a simulated census, offline
-    python 04_tabular/load.py --data my.csv --target COLUMN        a CSV file of yours, to predict one of two values
+    python 04_tabular/load.py --data my.csv --target COLUMN        a table of yours: two values, several, or numbers
     python 04_tabular/load.py --data my.csv --target COLUMN --types zip=category id=ignore
 
 You should see (Adult): 26,048 / 6,513 / 16,281 rows, 24.1 % of the training rows above 50K; logistic regression with
-accuracy .8520 and AUC .9053. On the census .8678 and .8941, where the best possible are .8934 and .9309.
-Writes: outputs/columns.png. Left out on purpose: dates and free text, and targets of more than two values.
+accuracy .8533 and AUC .9054. On the census .8678 and .8941, where the best possible are .8934 and .9309.
+Writes: outputs/columns.png. Left out on purpose: words inside free text; several tables that belong together.
 """
 import csv
 import io
@@ -19,18 +19,20 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 
 # Shapes: N rows, F numeric columns, L columns that are looked up (categories), J bins of a numeric column, V values of
-#         one column (with the two extra), I inputs side by side
+#         one column (with the two extra), I inputs side by side, K classes
 
 URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
 SHA256 = {
@@ -39,17 +41,22 @@ SHA256 = {
 }
 COLUMNS = ("age workclass fnlwgt education education-num marital-status occupation relationship race sex capital-gain "
            "capital-loss hours-per-week native-country income").split()  # Adult's files name none
-MISSING = {"", "?", "na", "n/a", "nan", "null"}  # in upper or lower case
+MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil"}  # in upper or lower case
 NO_VALUE, UNSEEN, KNOWN = 0, 1, 2  # indices in a category column: missing, not in train, the first value of train
+RARE = 20  # in a column of so many values or more, those in fewer rows count as unseen: too few to learn from
 SPLIT_SEED = 0  # the same rows validate whatever --seed a training run has
+FOLDS = 5  # the rows that are not for testing fall into so many parts, each of them to validate some networks on
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-## Such as 1,234.5 and 1.234,5 and 1'234; a decimal comma, 3,5, can't be told from a separator and is one as well.
-SEPARATED = re.compile(r"[+-]?(\d+(,\d+)+(\.\d+)?|\d{1,3}([. '\u2019\u00a0\u202f]\d{3})+([.,]\d+)?)", re.ASCII)
+DATES = ("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S",
+         "%m/%d/%Y", "%m/%d/%Y %H:%M", "%d/%m/%Y", "%d/%m/%Y %H:%M")  # besides ISO; a day above 12 tells apart
+## A clock is more than one number: what happens at eight in the morning does so every day.
+CLOCK = {"in days": lambda date: date.timestamp() / 86400, "month": lambda date: date.month,
+         "weekday": lambda date: date.weekday(), "hour": lambda date: date.hour + date.minute / 60}
 
 
 class Table(NamedTuple):
     """A table as it was read: words only. Each function in SETS returns one, and so does read_csv."""
-    columns: dict[str, list[str]]  # name -> one value per row
+    columns: dict[str, list[str]]  # name -> one value per row, "" where there is none; numbers as Python writes them
     lines: list[str]  # where each row stands, for messages: "line 7"
     target: str  # the column to predict
     name: str
@@ -60,16 +67,17 @@ class Table(NamedTuple):
 
 
 class Part(NamedTuple):
-    numeric: Tensor  # (N, F) float32, as in the table; a missing number is the column's median in train
+    numeric: Tensor  # (N, F) float64, as in the table; a missing number is the column's median in train
     categories: Tensor  # (N, L) int64: 0 missing, 1 not in train, 2 ... the values of train
-    target: Tensor  # (N,) float32, 1 for the positive value
+    target: Tensor  # (N,) float32: of two values 1 for the positive one; numbers in deviations from train's mean
 
 
 class Data(NamedTuple):
     train: Part
     val: Part
     test: Part
-    schema: dict  # plain Python, saved with a model: numeric, median, categorical, values, target, negative, positive
+    fold: Tensor  # (N_train + N_val,) int64: 0 for the rows of val, 1 to FOLDS - 1 for those of train
+    schema: dict  # plain Python, saved with a model: all that fit_schema finds out
     name: str  # "adult", "census" or the file's name
     source: str
     stand_in: str = ""
@@ -80,6 +88,11 @@ class Data(NamedTuple):
     def label(self) -> str:
         """The name for titles and tables."""
         return self.name + ", stand-in" * bool(self.stand_in)
+
+    @property
+    def rest(self) -> Part:
+        """The rows of val and train, in this order, to which fold belongs."""
+        return Part(*map(torch.cat, zip(self.val, self.train)))
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -102,12 +115,12 @@ def read_adult() -> Table:
             if line and line[0] != "|":  # adult.test begins with a remark, and both files end with an empty line
                 rows.append(line.removesuffix(".").split(", "))  # adult.test ends each row with a dot
                 lines.append(f"line {number} of {name}")
-    return Table(dict(zip(COLUMNS, map(list, zip(*rows)))), lines, COLUMNS[-1], "adult", "adult",
+    return Table(clean(dict(zip(COLUMNS, map(list, zip(*rows))))), lines, COLUMNS[-1], "adult", "adult",
                  n_test=sum(line.endswith(name) for line in lines))
 
 
 def read_csv(path: Path, target: str | None) -> Table:
-    """A CSV file with a header, separated by commas, semicolons or tabs. Raises utils.InputError naming the line."""
+    """A table with a header, separated by comma, semicolon, tab or pipe. Raises utils.InputError naming the line."""
     def bad(line: int, what: str) -> utils.InputError:
         return utils.InputError(f"{path}, line {line}: {what}")
 
@@ -115,25 +128,32 @@ def read_csv(path: Path, target: str | None) -> Table:
         what = "is a folder" if path.is_dir() else "no such file"
         raise utils.InputError(f"--data {path}: {what}; give a CSV file, {' or '.join(SETS)}.")
     raw, rows, begins = path.read_bytes(), [], 1
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        text = raw.decode("utf-8-sig")
-        delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        if b"\0" in raw:
+            raise utils.InputError(f"{path} is no text; export the table as CSV.") from error
+        encoding, text = "cp1252", raw.decode("cp1252", "replace")
+        print(f"{path.name} is not UTF-8; read as cp1252, the encoding of Windows in western Europe")
+    first = text.lstrip().partition("\n")[0]
+    delimiter = max(",;\t|", key=first.count)
+    try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         for row in reader:
             row = [value.strip() for value in row]
             if row not in ([], [""]):  # not an empty line
                 rows.append((begins, row))
             begins = reader.line_num + 1  # a quoted value may run over several lines
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise bad(line, "not UTF-8; convert the file, for example with iconv.") from error
     except csv.Error as error:
         raise bad(reader.line_num, f"{error}; is a quote missing there?") from error
     if len(rows) < 2:
         raise utils.InputError(f"{path} has no rows; a header and some hundred rows are needed.")
     (first, names), *rows = rows
-    for name in names:
-        if name in ("", "?") or like_number(name) or names.count(name) > 1:
+    if {len(row) for _, row in rows} == {len(names) + 1}:
+        names = ["", *names]  # as R's write.table has it: the rows' names have no name
+    for name in names[1:] + names[:1] * bool(names[0]):
+        if name in ("", "?") or NUMBER.fullmatch(name) or names.count(name) > 1:
             raise bad(first, f"{name!r} is no name, or two columns have it; the file must begin with a header that "
                              "gives each column a name of its own.")
     for line, row in rows:
@@ -141,7 +161,40 @@ def read_csv(path: Path, target: str | None) -> Table:
             raise bad(line, f"{len(row)} value{'s' * (len(row) > 1)}, but the header names {len(names)} columns; a "
                             "value that contains the separator needs quotes around it.")
     columns = dict(zip(names, map(list, zip(*(row for _, row in rows)))))
-    return Table(columns, [f"line {line}" for line, _ in rows], target, path.name, str(path.resolve()))
+    if names[0] in ("", "Unnamed: 0"):
+        del columns[names[0]]
+        print("the first column has no name: an index, left out")
+    print(f"{path.name}: {len(rows):,} rows, {len(columns)} columns, separated by {delimiter!r}, {encoding}")
+    return Table(clean(columns), [f"line {line}" for line, _ in rows], target, path.name, str(path.resolve()))
+
+
+def clean(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Columns as read -> with "" for what is missing, and numbers as Python writes them: "$3,625.00" as "3625.00".
+
+    ## NA may be Namibia. So in a column of words that has empty cells besides, those are what is missing. And 3,625 may
+    ## be a whole number or a broken one: what most numbers of the file have before their decimals decides for all.
+    """
+    cells = [value for column in columns.values() for value in column if "," in value or "." in value]
+    commas = sum(bool(re.fullmatch(r"[+-]?(0,\d+|\d+,(\d{1,2}|\d{4,}))", value)) for value in cells)
+    points = sum(bool(re.fullmatch(r"[+-]?\d*\.\d+", value)) for value in cells)
+    decimal, group = ",." if commas > points else ".,"
+    if decimal == ",":
+        print("numbers have decimal commas, such as 3,5")
+    grouped = re.compile(rf"[+-]?\d{{1,3}}([{group}' \u2019\u00a0\u202f]\d{{3}})+({re.escape(decimal)}\d+)?")
+
+    def plain(value: str) -> str:
+        value = re.sub("[$\u20ac\u00a3%]", "", value.replace("\u2212", "-")).strip()
+        if grouped.fullmatch(value):
+            value = re.sub(rf"[{group}' \u2019\u00a0\u202f]", "", value)
+        return value.replace(decimal, ".")
+
+    out = {}
+    for name, column in columns.items():
+        change = {value: plain(value) for value in set(column) if value.lower() not in MISSING}
+        if not all(map(NUMBER.fullmatch, change.values())):
+            change = {value: value for value in set(column) if value and ("" in column or value.lower() not in MISSING)}
+        out[name] = [change.get(value, "") for value in column]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -220,8 +273,8 @@ def census(n: int = 25_000, seed: int = 1) -> Table:
         word("White Black Asian-Pac-Islander Amer-Indian-Eskimo Other", race), np.where(male, "Male", "Female"), gain,
         loss, hours, word(" ".join(COUNTRIES), country, no_country), np.where(rich, ">50K", "<=50K")]
     words = [c.tolist() if c.dtype.kind == "U" else [f"{value:.0f}" for value in c] for c in columns]
-    return Table(dict(zip(COLUMNS, words)), [f"row {i}" for i in range(1, n + 1)], COLUMNS[-1], "census", "census",
-                 "UCI Adult", n * 2 // 5, p)
+    return Table(clean(dict(zip(COLUMNS, words))), [f"row {i}" for i in range(1, n + 1)], COLUMNS[-1], "census",
+                 "census", "UCI Adult", n * 2 // 5, p)
 
 
 SETS = {"adult": read_adult, "census": census}  # a data set is one function and one line here
@@ -247,128 +300,203 @@ def read_table(data: str | None = None, target: str | None = None) -> Table:
 
 
 # ---------------------------------------------------------------------------------------------- columns
-def is_missing(value: str) -> bool:
-    """Whether a value, as it is written, stands for none."""
-    return value.lower() in MISSING
+def date_format(values: set[str]) -> str | None:
+    """How all of the values are written as dates: "ISO", one of DATES, or None."""
+    def fits(form: str) -> bool:
+        try:
+            return all(to_date(value, form) for value in values)
+        except ValueError:
+            return False
+    return next(filter(fits, ("ISO", *DATES)), None)
 
 
-def is_number(value: str) -> bool:
-    """Whether a value can be read as a number, one that float32 can hold."""
-    return bool(NUMBER.fullmatch(value)) and abs(float(value)) < 1e30
-
-
-def like_number(value: str) -> bool:
-    """Whether a value is meant as a number, be it too large or with separators that can't be read for sure."""
-    return bool(NUMBER.fullmatch(value) or SEPARATED.fullmatch(value))
+def to_date(value: str, form: str) -> datetime:
+    return datetime.fromisoformat(value) if form == "ISO" else datetime.strptime(value, form)
 
 
 def column_types(table: Table, types: Sequence[str] = ()) -> dict[str, str]:
-    """{column: "numeric" or "category"}, without target and ignored ones. types: those to set, as "zip=category".
+    """{column: "numeric", "category" or "date"}, without the target and what is left out; prints all that it decides.
+
+    types: those to set, as "zip=category" or "id=ignore".
 
     ## A column of nothing but numbers is taken as one of numbers. A computer can't know better: a postcode is
     ## written as a number but is none, because the mean of two postcodes means nothing. Only you know; --types says it.
+    ## What names a row, such as a number in the file's order, is no use for rows to come. It is left out: where the
+    ## file is sorted by the target, it would tell all, and a figure would be too good to be true.
     Raises utils.InputError, naming the line, where a column can't be of the type asked for.
     """
     others = [name for name in table.columns if name != table.target]
     asked = dict(item.rpartition("=")[::2] for item in types)
     for name, kind in asked.items():
-        if name not in others or kind not in ("numeric", "category", "ignore"):
-            raise utils.InputError(f"--types {name + '=' * bool(name) + kind}: write COLUMN=numeric, COLUMN=category "
-                                   f"or COLUMN=ignore; there are the columns {', '.join(others)}.")
-    found = {}
+        if name not in others or kind not in ("numeric", "category", "date", "ignore"):
+            raise utils.InputError(f"--types {name + '=' * bool(name) + kind}: write COLUMN=numeric, category, date "
+                                   f"or ignore; there are the columns {', '.join(others)[:500]}.")
+    found, left_out = {}, {}
     for name in others:
-        column, kind = table.columns[name], asked.get(name)
-        there = [i for i, value in enumerate(column) if not is_missing(value)]
-        odd = [i for i in there if not is_number(column[i])]
-        found[name] = kind or ("numeric" if all(like_number(column[i]) for i in there) else "category")
-        if odd and found[name] == "numeric":
-            value = column[odd[0]]
-            what = "too large for a 32-bit number" if NUMBER.fullmatch(value) else "no plain number"
-            raise utils.InputError(f"column {name}, {table.lines[odd[0]]}: {value!r} is {what}; write it with digits "
-                                   "and one decimal point, without separators, or have the column read as words, "
-                                   f"--types {name}=category, or not at all, {name}=ignore.")
-        if kind is None and 0 < len(odd) < 0.1 * len(there):
-            print(f"column {name} holds numbers, but {column[odd[0]]!r} on {table.lines[odd[0]]}: so it counts as one "
-                  "of categories; empty such places to have a column of numbers")
-    found = {name: kind for name, kind in found.items() if kind != "ignore"}
+        column = table.columns[name]
+        there = [value for value in column if value]
+        values, N = set(there), len(there)
+        odd = [value for value in there if not NUMBER.fullmatch(value) or not math.isfinite(float(value))]
+        form = date_format(values) if odd and (asked.get(name, "date") == "date") else None
+        kind = asked.get(name) or ("date" if form else "category" if odd else "numeric")
+        if kind == "numeric" and odd or kind == "date" and not form:
+            raise utils.InputError(f"column {name}, {table.lines[column.index(odd[0] if odd else there[0])]}: "
+                                   f"{(odd or there)[0]!r} is no {'number' if odd else 'date'}; have the column read "
+                                   f"as words, --types {name}=category, or not at all, {name}=ignore.")
+        if name not in asked and 0 < len(odd) < 0.1 * N and not form:
+            print(f"column {name} holds numbers, but {odd[0]!r} on {table.lines[column.index(odd[0])]}: so it counts "
+                  "as one of categories; empty such places to have a column of numbers")
+        if name not in asked and table.name not in SETS:
+            numbers = [float(value) for value in values] if kind == "numeric" else []
+            named = re.search("(^|[^a-z])(id|key|uuid)$", name.lower()) and len(values) > 0.9 * N
+            row = named or numbers and len(values) == N and max(numbers) - min(numbers) < 1.5 * N
+            if len(values) + (N < len(column)) < 2:
+                left_out[name] = "constant" if values else "empty"
+            elif row and N > 20 and all(map(float.is_integer, numbers)):
+                left_out[name] = "a number for each row"
+            elif kind == "category" and len(values) > max(20, 0.5 * N):
+                left_out[name] = "free text, or a name for each row"
+        if name not in left_out and kind != "ignore":
+            found[name] = kind
     if not found:
-        raise utils.InputError(f"no column is left to predict {table.target} from; ignore fewer with --types.")
+        raise utils.InputError(f"no column is left to predict {table.target} from; --types COLUMN=category keeps "
+                               f"one of {', '.join(others)[:500]}.")
+    if table.name not in SETS:
+        print("types" + " and as asked for" * bool(types) + " (change them with --types COLUMN=TYPE):")
+        for kind in ("numeric", "category", "date"):
+            print(f"  {kind:10}{', '.join(name for name in found if found[name] == kind) or 'none'}"[:1000])
+        for name, why in left_out.items():
+            print(f"  left out  {name}: {why}; --types {name}=category keeps it")
     return found
 
 
-def target_values(table: Table) -> tuple[str, str]:
-    """(negative, positive): the target's two values, the later one in alphabetical order positive, as scikit-learn has
-    it: 1, yes, true, >50K. Raises utils.InputError, naming the line, where there are not two, of ten rows each."""
+def fit_target(table: Table, task: str | None = None, positive: str | None = None) -> dict:
+    """What is to be predicted: {"target": column, "task": "binary", "classes" or "numbers", "classes": its values}.
+
+    Of two values the later one is positive, of numbers 10 after 5, as scikit-learn has it; `positive` chooses another.
+    Raises utils.InputError, naming the line, for a target that can't be learned.
+    """
     if table.target not in table.columns:
         why = "--target is missing" if table.target is None else f"--target {table.target}: no such column"
-        raise utils.InputError(f"{why}; the first line of {table.name} names {', '.join(table.columns)}.")
+        raise utils.InputError(f"{why}; the first line of {table.name} names {', '.join(table.columns)[:500]}.")
     column = table.columns[table.target]
-    counts, missing = Counter(column), any(map(is_missing, column))
-    if len(counts) == 2 and min(counts.values()) >= 10 and not missing:
-        return tuple(sorted(counts))
-    first = dict(zip(column[::-1], table.lines[::-1]))  # value -> the line where it comes first
-    some = sorted(counts, key=lambda value: not is_missing(value))[:4]
-    listed = ", ".join(f"{value!r} in {counts[value]} (the first on {first[value]})" for value in some)
-    raise utils.InputError(f"the target {table.target} needs two values, each in 10 rows or more, and none missing; "
-                           f"it has {len(counts)}: {listed}; remove rows, or make two groups of the values.")
+    counts = Counter(value for value in column if value)
+    numeric = all(NUMBER.fullmatch(value) and math.isfinite(float(value)) for value in counts)
+    values = sorted(counts, key=float if numeric else str)
+    if task is None:
+        whole = numeric and all(float(value).is_integer() for value in values)
+        task = "numbers" if numeric and len(values) > (10 if whole else 2) else "classes"
+    if task == "numbers" and not numeric:
+        odd = next(value for value in column if value and not NUMBER.fullmatch(value))
+        raise utils.InputError(f"--task numbers: {odd!r} on {table.lines[column.index(odd)]} is no number.")
+    rare = [value for value in values if counts[value] < 3]
+    if len(values) < 2 or task == "classes" and (rare or len(values) > 100):
+        some = ", ".join(f"{value!r} in {counts[value]} (the first on {table.lines[column.index(value)]})"
+                         for value in (rare or values)[:4])
+        raise utils.InputError(f"the target {table.target} has {len(values)} values, {some}; it needs two or more, at "
+                               "most 100, of three rows each: remove rows, make groups of values, or, for many "
+                               "different numbers, add --task numbers.")
+    if positive is not None:
+        if task == "numbers" or len(values) != 2 or positive not in values:
+            raise utils.InputError(f"--positive {positive}: the target has the values {', '.join(values[:10])}; name "
+                                   "one of two.")
+        values = [value for value in values if value != positive] + [positive]
+    task = "binary" if task == "classes" and len(values) == 2 else task
+    found = {"target": table.target, "task": task, "classes": [] if task == "numbers" else values}
+    return found | ({"negative": values[0], "positive": values[1]} if task == "binary" else {})
 
 
-def fit_schema(table: Table, kinds: dict[str, str], fit: Tensor) -> dict:
+def derive(columns: dict[str, list[str]], schema: dict) -> dict[str, list[str]]:
+    """The columns and those that are made of them: parts of dates, and whether a number is given."""
+    out = dict(columns)
+    for name, form in schema["dates"].items():
+        dates = [to_date(value, form) if value else None for value in columns[name]]
+        out |= {f"{name} {part}": ["" if date is None else f"{make(date):.9g}" if part != "in days" else
+                                   repr(make(date)) for date in dates] for part, make in CLOCK.items()}
+    return out | {f"{name} given": ["yes" * bool(value) for value in out[name]] for name in schema["gaps"]}
+
+
+def fit_schema(table: Table, kinds: dict[str, str], fit: Tensor, target: dict) -> dict:
     """All that a row needs to become numbers, from the rows `fit` (indices) alone: values per column, medians.
 
+    ## Whether a number is missing may tell as much as the number: who was never asked, was not ill. So where numbers
+    ## are missing, a column of its own says so; the number itself becomes the median, which is nothing special.
     Raises utils.InputError for a column that has no value in these rows."""
-    schema = {"numeric": [], "median": [], "categorical": [], "values": [], "target": table.target,
-              **dict(zip(("negative", "positive"), target_values(table)))}
-    for name, kind in kinds.items():
-        column = table.columns[name]
-        there = [column[i] for i in fit.tolist() if not is_missing(column[i])]
+    schema = {"numeric": [], "median": [], "categorical": [], "values": [], "dates": {}, "gaps": [], **target}
+    schema["dates"] = {name: date_format(set(table.columns[name]) - {""}) for name in kinds if kinds[name] == "date"}
+    columns, fit = derive(table.columns, schema), fit.tolist()
+    kinds = {name: kind for name, kind in kinds.items() if kind != "date"}
+    for name in columns.keys() - table.columns.keys():
+        if len({columns[name][i] for i in fit} - {""}) > 1:
+            kinds[name] = "numeric"
+    kinds = dict(sorted(kinds.items(), key=lambda item: list(columns).index(item[0])))
+    schema["gaps"] = [name for name, kind in kinds.items()
+                      if kind == "numeric" and 0 < sum(not columns[name][i] for i in fit) < len(fit)]
+    columns = derive(table.columns, schema)
+    for name in [*kinds, *(f"{name} given" for name in schema["gaps"])]:
+        column = columns[name]
+        there = [column[i] for i in fit if column[i]]
         if not there:
-            first = next((line for value, line in zip(column, table.lines) if not is_missing(value)), "no line at all")
+            first = next((line for value, line in zip(column, table.lines) if value), "no line at all")
             raise utils.InputError(f"column {name} has no value among the training rows (its first is on {first}); "
                                    f"remove it, or add --types {name}=ignore.")
-        if kind == "numeric":
+        if kinds.get(name) == "numeric":
             schema["numeric"].append(name)
             schema["median"].append(np.median(np.array(there, dtype=float)).item())
         else:
             schema["categorical"].append(name)
-            schema["values"].append([value for value, _ in Counter(sorted(there)).most_common()])  # equals by alphabet
+            counts = Counter(sorted(there)).most_common()  # equals by alphabet
+            schema["values"].append([value for value, count in counts
+                                     if count >= RARE or len(set(there)) < RARE])
+    if schema["task"] == "numbers":
+        numbers = np.array([table.columns[schema["target"]][i] for i in fit], dtype=float)
+        schema |= {"center": numbers.mean().item(), "scale": numbers.std().item() or 1.0}
     return schema
 
 
 def encode(columns: dict[str, list[str]], schema: dict) -> Part:
-    """Words to numbers, by a schema fitted before. columns: name -> one value per row, the target's among them.
+    """Words to numbers, by a schema fitted before. columns: name -> one value per row; without a target it is NaN.
 
     ## A category becomes its place in the list of the training rows' values. Two places are kept free in front: 0 for
     ## "no answer", which is an answer of its own (who does not name an employer often has none), and 1 for a value that
     ## training never showed. Without it, the first Scot in the test rows would stop the program.
     """
-    numeric = [[median if is_missing(v) else float(v) for v in columns[name]]
+    columns, N = derive(columns, schema), len(next(iter(columns.values())))
+    numeric = [[median if v == "" else float(v) for v in columns[name]]
                for name, median in zip(schema["numeric"], schema["median"])]
     categories = []
     for name, values in zip(schema["categorical"], schema["values"]):
-        index = {value: i for i, value in enumerate(values, KNOWN)}
-        categories.append([NO_VALUE if is_missing(v) else index.get(v, UNSEEN) for v in columns[name]])
-    target = torch.tensor([float(v == schema["positive"]) for v in columns[schema["target"]]])
-    N = len(target)
-    return Part(torch.tensor(numeric, dtype=torch.float32).view(-1, N).T.contiguous(),  # (N, F)
-                torch.tensor(categories, dtype=torch.int64).view(-1, N).T.contiguous(), target)  # (N, L), (N,)
+        index = {"": NO_VALUE} | {value: i for i, value in enumerate(values, KNOWN)}
+        categories.append([index.get(v, UNSEEN) for v in columns[name]])
+    target, unknown = columns.get(schema["target"], [""] * N), math.nan
+    if schema["task"] == "numbers":
+        y = [(float(v) - schema["center"]) / schema["scale"] if v else unknown for v in target]
+    else:
+        index = {value: float(i) for i, value in enumerate(schema["classes"])}
+        y = [index.get(v, unknown) for v in target]
+    return Part(torch.tensor(numeric, dtype=torch.float64).view(-1, N).T.contiguous(),  # (N, F)
+                torch.tensor(categories, dtype=torch.int64).view(-1, N).T.contiguous(),  # (N, L)
+                torch.tensor(y, dtype=torch.float32))  # (N,)
+
+
+def inputs_of(schema: dict) -> dict[str, str]:
+    """The columns of the table that a model reads: name -> "numeric", "category" or "date"."""
+    made = {f"{name} {part}" for name in schema["dates"] for part in CLOCK}
+    made |= {f"{name} given" for name in schema["gaps"]}
+    kinds = dict.fromkeys(schema["numeric"], "numeric") | dict.fromkeys(schema["categorical"], "category")
+    return {name: kind for name, kind in kinds.items() if name not in made} | dict.fromkeys(schema["dates"], "date")
 
 
 def encode_row(values: dict[str, str], schema: dict) -> Part:
-    """One row, described as {column: value}; what is left out is missing. Its target, (1,), is NaN: nobody knows it.
-
-    Raises utils.InputError for a column that does not exist and for a number that is none. A category that training
-    never showed becomes UNSEEN.
-    """
-    names = schema["numeric"] + schema["categorical"]
-    row = dict.fromkeys([*names, schema["target"]], [""])
+    """One row, described as {column: value}; what is left out is missing. Raises utils.InputError for a column that
+    does not exist and for a number that is none. A category that training never showed becomes UNSEEN."""
+    names = list(inputs_of(schema))
     for name, value in values.items():
-        row[name] = [value.strip()]
         if name not in names:
-            raise utils.InputError(f"there is no column {name!r}; there are {', '.join(names)}.")
-        if name in schema["numeric"] and not is_missing(value.strip()) and not is_number(value.strip()):
+            raise utils.InputError(f"there is no column {name!r}; there are {', '.join(names)[:500]}.")
+        if name in schema["numeric"] and value and not NUMBER.fullmatch(value):
             raise utils.InputError(f"{name}={value}: {name} needs a number, digits and at most one decimal point.")
-    return encode(row, schema)._replace(target=torch.full((1,), math.nan))
+    return encode({name: [values.get(name, "")] for name in names}, schema)
 
 
 def words_of(schema: dict, k: int) -> list[str]:
@@ -378,57 +506,72 @@ def words_of(schema: dict, k: int) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- all of it
 def stratified(target: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (N - n,) and (n,) of the rows of two parts, in the table's order; both classes are shared out evenly.
+    """Indices of the rows of two parts, the second of about n rows, in the table's order; every class is shared out
+    evenly, and has a row in either part.
 
     ## Drawn without regard to the class, a small part may by chance hold more positives than the other; then a figure
     ## would move for no better reason. So each class is shuffled and divided by itself.
     """
     generator = torch.Generator().manual_seed(seed)
-    n_ones = round(n * target.sum().item() / len(target))
     second = torch.zeros(len(target), dtype=torch.bool)
-    for value, count in ((1, n_ones), (0, n - n_ones)):
+    for value in target.unique().flip(0):
         rows = (target == value).nonzero()[:, 0]
+        count = max(1, round(n * len(rows) / len(target)))
         second[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
     return (~second).nonzero()[:, 0], second.nonzero()[:, 0]
 
 
-def load_data(data: str | None = None, target: str | None = None, types: Sequence[str] | None = None) -> Data:
+def load_data(data: str | None = None, target: str | None = None, types: Sequence[str] | None = None,
+              task: str | None = None, positive: str | None = None) -> Data:
     """Read `adult`, `census` or a CSV file; None is Adult, and the census where that can't be reached.
 
     target: which column to predict, for a CSV file. types: ["zip=category", "id=ignore", ...], see column_types.
-    Raises utils.InputError, naming column and line, for whatever can't be used.
+    task, positive: see fit_target. Raises utils.InputError, naming column and line, for whatever can't be used.
     """
-    return to_data(read_table(data, target), types or [])
+    return to_data(read_table(data, target), types or [], task, positive)
 
 
-def to_data(table: Table, types: Sequence[str] = ()) -> Data:
+def to_data(table: Table, types: Sequence[str] = (), task: str | None = None, positive: str | None = None) -> Data:
     """Split a table into three parts and turn it into numbers.
 
     ## The model learns from the first part, the second picks among models and says when to stop, the third is looked at
     ## once. Everything fitted, be it a list of values or a mean, comes from the first alone: in use, too, a model meets
     ## rows that took no part in fitting anything.
     """
-    negative, positive = target_values(table)
+    fitted = fit_target(table, task, positive)
+    known = [i for i, value in enumerate(table.columns[table.target]) if value]
+    if lost := len(table.lines) - len(known):
+        print(f"{lost:,} rows have no {table.target} and are left out")
+        table = table._replace(lines=[table.lines[i] for i in known],
+                               columns={name: [c[i] for i in known] for name, c in table.columns.items()})
     kinds = column_types(table, types)
-    y = torch.tensor([float(value == positive) for value in table.columns[table.target]])  # (N,)
+    column, classes = table.columns[table.target], fitted["classes"]
+    y = torch.tensor([classes.index(value) if classes else 0 for value in column])  # (N,)
     if table.n_test:
         rest, tested = torch.arange(len(y)).split([len(y) - table.n_test, table.n_test])
     else:
         rest, tested = stratified(y, math.ceil(0.2 * len(y)), SPLIT_SEED)
-        print("types, as inferred" + " and as asked for" * bool(types) + " (change them with --types):")
-        for kind in ("numeric", "category"):
-            print(f"  {kind:10}{', '.join(column for column in kinds if kinds[column] == kind) or 'none'}")
-        print(f"target {table.target}: positive is {positive!r}, negative {negative!r}")
+        counts = ", ".join(f"{value!r} {column.count(value):,} times" for value in classes[:10])
+        positive = f"; positive is {classes[1]!r}" if len(classes) == 2 else ""
+        print(f"target {table.target}: {counts or 'a number'}{positive}")
     train, val = (rest[i] for i in stratified(y[rest], math.ceil(0.2 * len(rest)), SPLIT_SEED))
-    schema = fit_schema(table, kinds, train)
+    schema = fit_schema(table, kinds, train, fitted)
     everything = encode(table.columns, schema)
-    for name, indices in zip(schema["categorical"], everything.categories.T):
-        found = (indices == UNSEEN).nonzero()[:, 0].tolist()
-        if found:
-            print(f"{table.lines[found[0]]}: {name} {table.columns[name][found[0]]!r} is in no training row; it counts "
-                  "as unseen" + f", and so do {len(found) - 1:,} values further down" * (len(found) > 1))
+    unseen = {name: indices.tolist().index(UNSEEN) for name, indices in zip(schema["categorical"],
+              everything.categories.T) if (indices == UNSEEN).any()}
+    for name, i in list(unseen.items())[:10]:
+        count = (everything.categories[:, schema["categorical"].index(name)] == UNSEEN).sum()
+        print(f"{table.lines[i]}: {name} {table.columns[name][i]!r} is in no training row; it counts as unseen" +
+              f", and so do {count - 1:,} values further down" * (count > 1).item())
+    ## The training rows are dealt out, each class by itself, as the cards of a game.
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(len(train), generator=generator)
+    order = order[y[train][order].argsort(stable=True)]
+    fold = torch.empty_like(order).scatter_(0, order, 1 + torch.arange(len(order)) % (FOLDS - 1))
+    if len(fold.unique()) < FOLDS - 1:
+        raise utils.InputError(f"{table.name} has {len(y)} rows with a target, too few to learn from; give 20 or more.")
     parts = [Part(*(tensor[rows] for tensor in everything)) for rows in (train, val, tested)]
-    data = Data(*parts, schema, table.name, table.source, table.stand_in)
+    data = Data(*parts, torch.cat([torch.zeros_like(val), fold]), schema, table.name, table.source, table.stand_in)
     if table.p is None:
         return data
     p, y = torch.from_numpy(table.p[tested.numpy()]), data.test.target
@@ -512,41 +655,62 @@ def roc_auc(score: Tensor, target: Tensor) -> float:
 
 
 def majority_baseline(data: Data) -> float:
-    """Test accuracy of always naming the class that is more frequent in the training part."""
-    return (data.test.target == (data.train.target.mean() > 0.5).float()).float().mean().item()
+    """Test accuracy of always naming the class that is most frequent in the training part."""
+    return (data.test.target == data.train.target.mode().values).float().mean().item()
 
 
-def one_hot(part: Part, schema: dict, fitted: Tensor) -> Tensor:
-    """Standardised numbers and, for each category column, V places of which one is 1: (N, I) float32."""
-    sizes = [len(values) + KNOWN for values in schema["values"]]
-    columns = [torch.eye(V)[column] for column, V in zip(part.categories.T, sizes)]  # (N, V) each
-    return torch.cat([standardise(part.numeric, fitted), *columns], 1)
+def one_hot(part: Part, sizes: list[int], fitted: Tensor, most: int = 100) -> Tensor:
+    """Standardised numbers, for each category column V places of which one is 1, and a 1: (N, I) float64.
+
+    sizes: indices of each column. Only those of the `most` frequent values have a place; others count as unseen."""
+    columns = []
+    for column, V in zip(part.categories.T, (min(size, most + KNOWN) for size in sizes)):
+        columns.append(torch.eye(V, dtype=torch.float64)[torch.where(column < V, column, UNSEEN)])  # (N, V)
+    return torch.cat([standardise(part.numeric, fitted).double(), *columns, torch.ones(len(part.target), 1)], 1)
 
 
-def logistic_baseline(data: Data, penalty: float = 1.0) -> Tensor:
-    """Logits (N,) of the test rows by logistic regression on one-hot columns: the linear model that others must beat.
+def fit_linear(x: Tensor, target: Tensor, schema: dict, penalty: float = 1.0) -> Tensor:
+    """Weights (I, K) of the linear model that others must beat, for x (N, I), whose last column is 1.
 
-    ## The probability is p = sigmoid(x w), the loss  sum of -log p(right class) + penalty |w|^2 / 2.  Its gradient and
-    ## its second derivative are
+    ## Two values: the probability is p = sigmoid(x w), the loss  sum of -log p(right class) + penalty |w|^2 / 2.  Its
+    ## gradient and its second derivative are
     ##     g = X^T (p - y) + penalty w         H = X^T diag(p (1 - p)) X + penalty
     ## and Newton's step, w - H^-1 g, goes to where the parabola with that slope and bend has its bottom. There is only
     ## one valley, and some nine steps lead to its floor. H has I^2 entries: ten thousand for a hundred inputs, but
     ## for the weights of a network far too many; those have to do with g (from_scratch.py).
+    ## Numbers: with the squared error, H = X^T X + penalty is the same everywhere, and a single step is all it takes.
+    ## Several classes: p = softmax(x W), and K times as many weights; LBFGS guesses H from the gradients it has seen.
     """
-    fitted = fit_standard(data.train.numeric)
-    x, test = (torch.cat([one_hot(part, data.schema, fitted), torch.ones(len(part.target), 1)], 1).double()
-               for part in (data.train, data.test))  # (N, I); the last column is 1 for all, its weight the bias
-    y, w = data.train.target.double(), torch.zeros(x.shape[1], dtype=torch.float64)
-    ridge = torch.full_like(w, penalty)
-    ridge[-1] = 1e-6  # how frequent the positive class is should not be shrunk
-    for _ in range(20):
-        p = (x @ w).sigmoid()  # (N,)
-        g = x.T @ (p - y) + ridge * w
-        step = torch.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge.diag(), g)
+    ridge = torch.full((x.shape[1],), penalty, dtype=torch.float64)
+    ridge[-1] = 1e-6  # how frequent a class is should not be shrunk
+    y = target.double()
+    if schema["task"] == "classes":
+        w = torch.zeros(x.shape[1], len(schema["classes"]), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(x @ w, target.long(), reduction="sum") + (ridge[:, None] * w * w).sum() / 2
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+        return w.detach()
+    w = torch.zeros(x.shape[1], dtype=torch.float64)
+    for _ in range(20 if schema["task"] == "binary" else 1):
+        p = (x @ w).sigmoid() if schema["task"] == "binary" else x @ w  # (N,)
+        bend = p * (1 - p) if schema["task"] == "binary" else torch.ones_like(p)
+        step = torch.linalg.solve((x * bend[:, None]).T @ x + ridge.diag(), x.T @ (p - y) + ridge * w)
         w = w - step
         if step.abs().max() < 1e-8:
             break
-    return test @ w
+    return w[:, None]
+
+
+def linear_baseline(data: Data) -> Tensor:
+    """Scores (N, K) of the test rows by fit_linear, from the rows of train and val: logits, or numbers."""
+    fitted, rest = fit_standard(data.train.numeric), data.rest
+    sizes = [len(values) + KNOWN for values in data.schema["values"]]
+    return one_hot(data.test, sizes, fitted) @ fit_linear(one_hot(rest, sizes, fitted), rest.target, data.schema)
 
 
 def draw_columns(data: Data, limit: int = 16):
@@ -555,7 +719,11 @@ def draw_columns(data: Data, limit: int = 16):
     names = (schema["numeric"] + schema["categorical"])[:limit]
     height = math.ceil(len(names) / 4)
     figure = utils.pyplot().figure(figsize=(15, 3.2 * height))
-    ones = (train.target == 1).numpy()
+    if schema["task"] == "numbers":
+        middle = train.target.median()
+        groups = {"below the median": train.target < middle, "from it on": train.target >= middle}
+    else:
+        groups = {value: train.target == k for k, value in enumerate(schema["classes"][:6])}
     for place, name in enumerate(names, 1):
         a = figure.add_subplot(height, 4, place)
         a.set_title(name, fontsize=10)
@@ -573,9 +741,9 @@ def draw_columns(data: Data, limit: int = 16):
             style = dict(orientation="horizontal")
             a.set_yticks(range(len(often)), [words[i][:22] for i in often], fontsize=7)
             a.invert_yaxis()
-        classes = [x[~ones], x[ones]]
-        a.hist(classes, edges, weights=[np.full(len(c), 1 / len(c)) for c in classes],
-               label=[schema["negative"], schema["positive"]], **style)
+        parts = [x[mask.numpy()] for mask in groups.values()]
+        a.hist(parts, edges, weights=[np.full(len(part), 1 / max(1, len(part))) for part in parts], label=list(groups),
+               **style)
     figure.legend(*a.get_legend_handles_labels(), title=schema["target"], loc="lower right", fontsize=12)
     figure.suptitle(f"Each column by itself: the share of its class in the training rows ({data.label})")
     figure.tight_layout()
@@ -584,23 +752,26 @@ def draw_columns(data: Data, limit: int = 16):
 
 # ---------------------------------------------------------------------------------------------- main
 def add_options(parser) -> None:
-    """Give an ArgumentParser the three options that load_data takes."""
+    """Give an ArgumentParser the options that load_data takes."""
     add = parser.add_argument
     add("--data", help=f"{', '.join(SETS)} or a CSV file; without it adult, or census if that is out of reach")
-    add("--target", help="for a CSV file: the column to predict, which has two values")
-    add("--types", nargs="+", metavar="COLUMN=TYPE", help="numeric, category or ignore, where the guess is wrong")
+    add("--target", help="for a CSV file: the column to predict")
+    add("--types", nargs="+", metavar="COLUMN=TYPE", help="numeric, category, date or ignore, where the guess is wrong")
+    add("--task", choices=["classes", "numbers"], help="what the target is, where the guess is wrong")
+    add("--positive", help="of a target with two values the one that is looked for; without it the later one")
 
 
 def main() -> None:
     parser = utils.parser(__doc__, __file__)
     add_options(parser)
     args = utils.parse_args(parser)
-    data = load_data(args.data, args.target, args.types)
+    data = load_data(args.data, args.target, args.types, args.task, args.positive)
     schema, train = data.schema, data.train
     print(f"{data.label}: {len(train.target):,} rows to train on, {len(data.val.target):,} to validate, "
           f"{len(data.test.target):,} to test")
-    shares = [f"{part.target.mean():.1%} of {name}" for name, part in zip(Data._fields, data[:3])]
-    print(f"{schema['target']} is {schema['positive']} in {', '.join(shares)}")
+    if schema["task"] == "binary":
+        shares = [f"{part.target.mean():.1%} of {name}" for name, part in zip(Data._fields, data[:3])]
+        print(f"{schema['target']} is {schema['positive']} in {', '.join(shares)}")
     print(f"\n{'numeric column':24}{'min':>12}{'median':>12}{'mean':>12}{'max':>12}{'zeros':>8}   (training rows)")
     for name, x in zip(schema["numeric"], train.numeric.T):
         zeros = (x == 0).float().mean()
@@ -613,7 +784,7 @@ def main() -> None:
         print(f"{name:24}{len(values):10}{(column == NO_VALUE).float().mean():10.1%}{unseen:20}   {frequent}")
 
     print(f"\nthe first training row as numbers:\n  numeric     {train.numeric[0].tolist()}\n"
-          f"  categories  {train.categories[0].tolist()}, a {int(train.target[0])}")
+          f"  categories  {train.categories[0].tolist()}, target {train.target[0]:g}")
     if schema["numeric"]:
         print(f"\n{'the test rows':24}{'standardised, range':>26}{'std':>8}{'quantiles, range':>26}{'std':>8}")
         scaled = (standardise(data.test.numeric, fit_standard(train.numeric)),
@@ -621,13 +792,18 @@ def main() -> None:
         for name, *columns in zip(schema["numeric"], *(x.T for x in scaled)):
             print(f"{name:24}" + "".join(f"{f'{x.min():.2f} to {x.max():.2f}':>26}{x.std():8.2f}" for x in columns))
 
-    logits = logistic_baseline(data)
-    accuracy = ((logits > 0) == (data.test.target == 1)).float().mean().item()
-    print(f"\n{'on the test rows':36}accuracy     AUC")
-    print(f"{'always the more frequent class':36}{majority_baseline(data):8.4f}  0.5000")
-    print(f"{'logistic regression':36}{accuracy:8.4f}  {roc_auc(logits, data.test.target):.4f}")
-    if data.best_auc:
-        print(f"{'best possible: the known model':36}{data.best_accuracy:8.4f}  {data.best_auc:.4f}")
+    scores, y = linear_baseline(data), data.test.target
+    if schema["task"] == "numbers":
+        print(f"\non the test rows, R^2 (1: perfect; 0: as good as their mean): linear regression "
+              f"{1 - (scores[:, 0] - y).square().mean() / (y - y.mean()).square().mean():.4f}")
+    else:
+        binary = schema["task"] == "binary"
+        accuracy = ((scores[:, 0] > 0 if binary else scores.argmax(1)) == y).float().mean().item()
+        print(f"\n{'on the test rows':36}accuracy     AUC")
+        print(f"{'always the most frequent class':36}{majority_baseline(data):8.4f}  0.5000")
+        print(f"{'logistic regression':36}{accuracy:8.4f}" + (f"  {roc_auc(scores[:, 0], y):.4f}" if binary else ""))
+        if data.best_auc:
+            print(f"{'best possible: the known model':36}{data.best_accuracy:8.4f}  {data.best_auc:.4f}")
     utils.write_atomically(args.out / "columns.png", draw_columns(data).savefig)
     print(f"\nwrote {args.out / 'columns.png'}")
     utils.stand_in_notice(data.name, data.stand_in)

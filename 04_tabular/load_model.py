@@ -1,20 +1,25 @@
-"""Using a model of a table: one person's probability and what moved it, and what to ask of a model before trusting it.
+"""Using a model of a table: new rows, one person's probability and what moved it, and what to ask before trusting it.
 
-You learn here: how a probability becomes a decision, and why validation rows choose its threshold; what ROC,
-precision-recall and calibration curves show; which columns a model needs; which values it takes to be alike; how to
-share out a probability among the values that made it; and that one accuracy can be several, by group.
+You learn here: how a probability becomes a decision, and which rows choose its threshold; what ROC, precision-recall
+and calibration curves show; which columns a model needs; which values it takes to be alike; how to share out a
+probability among the values that made it; and that one accuracy can be several, by group.
 
     python 04_tabular/train.py                             first, to have a model
     python 04_tabular/load_model.py                        all of the above, on the test rows
     python 04_tabular/load_model.py --person "age=39, education=Bachelors, occupation=Sales, relationship=Husband"
+    python 04_tabular/load_model.py --score new.csv --out scores.csv       predictions for rows without a target
 
 You should see (Adult, the default model): accuracy .876 and F1 .72 at threshold 0.5; accuracy .844 for men and .940 for
-women; capital-gain and marital-status moving AUC most; 72 % for the person above.
+women; capital-gain and marital-status moving AUC most; some 72 % for the person above.
 Writes to outputs/: curves.png, importance.png, embeddings.png; with --person: person.png. Left out on purpose: making
 a model fair; this only shows where it is not.
 """
+import csv
+import io
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +29,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import KNOWN, NO_VALUE, SETS, UNSEEN, Data, Part, encode_row, is_missing, logistic_baseline, read_table
-from load import roc_auc, to_data, words_of
-from train import SCRIPT, TabularNet, evaluate, predict
+from load import KNOWN, NO_VALUE, NUMBER, SETS, UNSEEN, Data, Part, date_format, encode, encode_row, inputs_of
+from load import linear_baseline, read_csv, read_table, roc_auc, to_data, words_of
+from train import SCRIPT, TabularNet, combine, evaluate, predict
 
 # Shapes: N rows, F numeric columns, L columns that are looked up (the category columns), V values of one of them, E
 #         members, C width of an embedding
@@ -53,14 +58,37 @@ def data_of(saved: dict, path: str | None) -> Data:
         raise utils.InputError(f"{name}: no such file; say with --data where {saved['data']} is, the table that the "
                                "model was trained on.")
     table = read_table(name, None if name in SETS else schema["target"])
-    kinds = {**dict.fromkeys(schema["numeric"], "numeric"), **dict.fromkeys(schema["categorical"], "category")}
+    kinds = inputs_of(schema)
     if not {*kinds, schema["target"]} <= {*table.columns}:
         raise utils.InputError(f"--data {name} lacks columns that the model was trained on; give {saved['data']}.")
-    data = to_data(table, [f"{c}={kinds.get(c, 'ignore')}" for c in table.columns if c != table.target])
+    data = to_data(table, [f"{c}={kinds.get(c, 'ignore')}" for c in table.columns if c != table.target],
+                   "numbers" if schema["task"] == "numbers" else "classes", schema.get("positive"))
     if data.schema != schema:
         raise utils.InputError(f"--data {name} is not the table that the model was trained on; give {saved['data']} as "
                                "it was then.")
     return data
+
+
+def score(model: TabularNet, schema: dict, path: Path) -> list[list[str]]:
+    """The predictions for a CSV file's rows, as the rows of another: its header, then for each row the value that is
+    most likely and the probability of each, or the number. Columns are found by name, in any order; a target is not
+    needed. Raises utils.InputError, naming the line, for what the model can't read."""
+    table = read_csv(path, None)
+    for name, kind in inputs_of(schema).items():
+        if name not in table.columns:
+            raise utils.InputError(f"{path} lacks the column {name}, which the model reads.")
+        column = table.columns[name]
+        fits = {"numeric": NUMBER.fullmatch, "date": lambda v: date_format({v}) == schema["dates"][name],
+                "category": lambda v: True}[kind]
+        if odd := next((value for value in column if value and not fits(value)), None):
+            raise utils.InputError(f"{path}, {table.lines[column.index(odd)]}: {odd!r} in column {name} is no "
+                                   f"{'number' if kind == 'numeric' else 'date as in training'}.")
+    p = predict(model, encode(table.columns | {schema["target"]: [""] * len(table.lines)}, schema), schema["task"])
+    if schema["task"] == "numbers":
+        return [[schema["target"]], *([f"{value:.9g}"] for value in (p * schema["scale"] + schema["center"]).tolist())]
+    p, classes = torch.stack([1 - p, p], 1) if p.dim() == 1 else p, schema["classes"]
+    return [[schema["target"], *(f"probability of {value}" for value in classes)],
+            *([classes[row.argmax()], *(f"{value:.6f}" for value in row.tolist())] for row in p)]
 
 
 # ---------------------------------------------------------------------------------------------- columns
@@ -72,7 +100,7 @@ def to_matrix(part: Part) -> Tensor:
 def to_part(matrix: Tensor, schema: dict) -> Part:
     """The inverse of to_matrix, without targets."""
     n = len(schema["numeric"])
-    return Part(matrix[:, :n].float(), matrix[:, n:].long(), torch.full((len(matrix),), torch.nan))
+    return Part(matrix[:, :n].contiguous(), matrix[:, n:].long(), torch.full((len(matrix),), torch.nan))
 
 
 def tied_columns(matrix: Tensor) -> list[list[int]]:
@@ -166,19 +194,22 @@ def best_threshold(p: Tensor, y: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------- what the model needs
 def permutation_importance(model: TabularNet, part: Part, schema: dict, groups: list[list[int]], repeats: int,
                            seed: int) -> Tensor:
-    """How much AUC is lost on part when a group of columns is shuffled: (groups, repeats) (Breiman 2001).
+    """How much AUC, or R^2 of numbers, is lost on part when a group of columns is shuffled: (groups, repeats) (Breiman
+    2001).
 
     ## Shuffled, a column still has the values it had, but at other rows: whatever it told about its row is gone. What
     ## AUC that costs is how much the model relies on it. Not how much there is to know in it: where two columns tell
     ## nearly the same, as marital status and relationship do, the model may get by with the other one.
     """
     matrix, generator = to_matrix(part), torch.Generator().manual_seed(seed)
-    before, begun = roc_auc(predict(model, part), part.target), time.perf_counter()
+    task, figure = schema["task"], "r2" if schema["task"] == "numbers" else "auc"
+    before, begun = evaluate(predict(model, part, task), part.target, task)[figure], time.perf_counter()
     lost = torch.zeros(len(groups), repeats)
     for i in range(lost.numel()):
         columns, shuffled = groups[i // repeats], matrix.clone()
         shuffled[:, columns] = matrix[torch.randperm(len(matrix), generator=generator)][:, columns]
-        lost.view(-1)[i] = before - roc_auc(predict(model, to_part(shuffled, schema)), part.target)
+        p = predict(model, to_part(shuffled, schema), task)
+        lost.view(-1)[i] = before - evaluate(p, part.target, task)[figure]
         utils.progress(i + 1, lost.numel(), begun, "importance", "shuffles")
     return lost
 
@@ -213,7 +244,7 @@ def by_group(p: Tensor, part: Part, schema: dict, column: str, threshold: float)
         y, here = part.target[rows], p[rows]
         if len(y):
             out[word] = {"rows": len(y), "positive": y.mean().item(),
-                         "named": (here > threshold).double().mean().item(), **evaluate(here, y, threshold)}
+                         "named": (here > threshold).double().mean().item(), **evaluate(here, y, threshold=threshold)}
     return out
 
 
@@ -228,17 +259,20 @@ def read_person(text: str, data: Data, groups: list[list[int]]) -> Person:
     """A description such as "age=39, sex=Female". Raises utils.InputError for what the table has no place for."""
     schema, values, words = data.schema, {}, {}
     names, n = schema["numeric"] + schema["categorical"], len(schema["numeric"])
-    for item in text.split(","):
+    for item in re.split(r",(?=[^,=]+=)", text):  # a comma that no other column's name follows is part of a value
         name, _, value = (part.strip() for part in item.partition("="))
         if "=" not in item or name in values:
             what = f"{name} is given twice" if name in values else f"{item.strip()!r} is no COLUMN=VALUE"
             raise utils.InputError(f"--person: {what}; name each column once and separate them by commas.")
         values[name] = value
-    row, train = to_matrix(encode_row(values, schema))[0], to_matrix(data.train)  # encode_row refuses unknown columns
+    said = {name: "" if value == "?" else value for name, value in values.items()}
+    row, train = to_matrix(encode_row(said, schema))[0], to_matrix(data.train)  # encode_row refuses unknown columns
     for name, value in values.items():
+        if name not in names:
+            raise utils.InputError(f"--person: {name} is a date, which can't be described here; leave it out.")
         c = names.index(name)
         seen = train[:, c]
-        if is_missing(value) and (c < n or not (seen == NO_VALUE).any()):
+        if value in ("", "?") and (c < n or not (seen == NO_VALUE).any()):
             continue  # in training everybody answered, so what silence means was never learned
         words[c] = value
         if c < n and not seen.min() <= row[c] <= seen.max():
@@ -279,10 +313,10 @@ def fill_in(person: Person, data: Data, samples: int, generator: torch.Generator
     return rows
 
 
-def contributions(model: TabularNet, rows: Tensor, groups: list[list[int]], data: Data,
+def contributions(answer: Callable[[Tensor], Tensor], rows: Tensor, groups: list[list[int]], data: Data,
                   generator: torch.Generator) -> tuple[float, float, Tensor, Tensor]:
-    """What moved the mean probability of rows (samples, F + L), each a person, from that of as many random
-    training rows.
+    """What moved the mean answer to rows (samples, F + L), each a person, from that to as many random training rows.
+    answer: rows (N, F + L) -> probability or number of each, (N,).
 
     Returns both means, each group of columns' share of the difference, and by how much the probability falls where
     one group alone is replaced. groups: all columns, each in one of them.
@@ -302,40 +336,50 @@ def contributions(model: TabularNet, rows: Tensor, groups: list[list[int]], data
     order = torch.rand(samples, steps, generator=generator).argsort(1)  # which group comes when
     put = torch.cat([torch.zeros(samples, 1, width), mask[order].cumsum(1)], 1) > 0  # (samples, steps + 1, width)
     walks = torch.where(put, rows[:, None], start[:, None])
-    p = predict(model, to_part(walks.flatten(0, 1), data.schema)).view(samples, steps + 1)
+    p = answer(walks.flatten(0, 1)).view(samples, steps + 1)
     shares = torch.zeros(samples, steps, dtype=p.dtype).scatter_(1, order, p.diff(dim=1)).mean(0)
     without = torch.where(mask, start[:, None], rows[:, None])  # (samples, steps, width)
-    alone = p[:, -1:] - predict(model, to_part(without.flatten(0, 1), data.schema)).view(samples, steps)
+    alone = p[:, -1:] - answer(without.flatten(0, 1)).view(samples, steps)
     return p[:, -1].mean().item(), p[:, 0].mean().item(), shares, alone.mean(0)
 
 
-def show_person(model: TabularNet, data: Data, text: str, out: Path, seed: int) -> None:
-    """Print and draw one person's probability and what moved it."""
+def show_person(model: TabularNet, data: Data, text: str, threshold: float, out: Path, seed: int) -> None:
+    """Print and draw one person's probability, or number, and what moved it."""
     schema, names = data.schema, data.schema["numeric"] + data.schema["categorical"]
     person = read_person(text, data, tied_columns(to_matrix(data.train)))
-    threshold = best_threshold(predict(model, data.val), data.val.target)
     unknown = [c for c in range(len(names)) if c not in person.words]
     words = [" and ".join(f"{names[c]}={person.words[c]}" for c in group) for group in person.given]
     words += ["all that was not said, as in rows like this"] * bool(unknown)
     generator = torch.Generator().manual_seed(seed)
     rows = fill_in(person, data, 1000, generator)
-    p, mean, shares, alone = contributions(model, rows, person.given + [unknown] * bool(unknown), data, generator)
-    what = f"probability of {schema['target']} {schema['positive']}"
-    print(f"\n{what}: {p:.1%}; of a row of training on average {mean:.1%}\nabove {threshold:.2f} (best F1 on "
-          f"validation) counts as {schema['positive']}: here {schema['positive' if p > threshold else 'negative']}")
+    task, k = schema["task"], -1
+
+    def answer(matrix: Tensor) -> Tensor:
+        p = predict(model, to_part(matrix, schema), task)
+        return p * schema["scale"] + schema["center"] if task == "numbers" else p[:, k] if task == "classes" else p
+
+    if task == "classes":
+        k = int(predict(model, to_part(rows, schema), task).mean(0).argmax())  # the class that is most likely
+    p, mean, shares, alone = contributions(answer, rows, person.given + [unknown] * bool(unknown), data, generator)
+    what = schema["target"] if task == "numbers" else f"probability of {schema['target']} {schema['classes'][k]}"
+    form = ".4g" if task == "numbers" else ".1%"
+    print(f"\n{what}: {p:{form}}; of a row of training on average {mean:{form}}")
+    if task == "binary":
+        print(f"above {threshold:.2f} (best F1 on validation) counts as {schema['positive']}: here "
+              f"{schema['positive' if p > threshold else 'negative']}")
     if unknown:
         print(f"not said, and averaged over rows like this: {', '.join(names[c] for c in unknown)}")
     print(f"\n{'what moved it':52}{'share':>9}{'replaced alone':>17}")
     order = shares.abs().argsort(descending=True).tolist()
     for g in order:
-        print(f"{words[g]:52}{shares[g]:+9.1%}{alone[g]:+17.1%}")
-    print(f"{'all together':52}{shares.sum():+9.1%}")
+        print(f"{words[g]:52}{shares[g]:+9{form}}{alone[g]:+17{form}}")
+    print(f"{'all together':52}{shares.sum():+9{form}}")
     steps = shares[order].numpy()
     begins = mean + steps.cumsum(0) - steps  # each bar begins where the one above it ended
-    title = f"What moved the probability ({data.label})"
+    title = f"What moved it ({data.label})"
     figure, axes = draw_bars([words[g] for g in order], steps, title, what, begins)
-    axes.axvline(mean, color="black", lw=1, ls=":", label=f"average row {mean:.1%}")
-    axes.axvline(p, color="black", lw=1, label=f"this one {p:.1%}")
+    axes.axvline(mean, color="black", lw=1, ls=":", label=f"average row {mean:{form}}")
+    axes.axvline(p, color="black", lw=1, label=f"this one {p:{form}}")
     axes.legend(fontsize=8)
     utils.write_atomically(out / "person.png", figure.savefig)
     print(f"\nwrote {out / 'person.png'}")
@@ -379,9 +423,9 @@ def draw_embeddings(model: TabularNet, data: Data, title: str, at_least: int = 5
         counts = column.bincount(minlength=len(values) + KNOWN)[KNOWN:]
         often = (counts >= min(at_least, counts.sort(descending=True).values[2])).nonzero()[:, 0]
         places, shares = pca(value_embeddings(model, k, len(values))[often])  # (V, 2)
-        rate = [data.train.target[column == i].mean().item() for i in (often + KNOWN).tolist()]
+        rate = [data.train.target[column == i].mean().item() for i in (often + KNOWN).tolist()]  # of two values: share
         dots = a.scatter(*places.T, c=rate, cmap="viridis", s=25)
-        figure.colorbar(dots, ax=a, label=f"share of {schema['positive']}")
+        figure.colorbar(dots, ax=a, label=f"share of {schema['positive']}" if "positive" in schema else "mean target")
         a.set_title(f"{schema['categorical'][k]} ({shares.sum():.0%} of the variance)", fontsize=10)
         a.margins(0.15)
         for n, i in enumerate(places[:, 1].argsort().tolist()):  # names below and above their dots, in turn
@@ -402,39 +446,18 @@ def draw_bars(words: list[str], values: np.ndarray, title: str, x: str, begins: 
     return figure, axes
 
 
-def main() -> None:
-    parser = utils.parser(__doc__, __file__, "device", "seed")
-    add = parser.add_argument
-    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
-    add("--data", help="the table it was trained on, where that is a CSV file of yours")
-    add("--person", help='one row, as "age=39, sex=Female"; what is left out is averaged over rows like it')
-    add("--by", nargs="+", metavar="COLUMN", help="category columns to show figures by; without it sex and race")
-    add("--repeats", type=utils.count, default=3, help="shuffles of each column; more make its mean importance surer")
-    args = utils.parse_args(parser)
-    model, saved = load_tabular(args.model, args.device)
-    data = data_of(saved, args.data)
-    schema = data.schema
-    columns = args.by or [name for name in ("sex", "race") if name in schema["categorical"]]
-    if wrong := [name for name in columns if name not in schema["categorical"]]:
-        raise utils.InputError(f"--by {wrong[0]}: no such category column; there are "
-                               f"{', '.join(schema['categorical'])}.")
-    if args.person is not None:
-        show_person(model, data, args.person, args.out, args.seed)
-        return utils.stand_in_notice(data.name, data.stand_in)
-
-    ## The threshold comes from the validation rows; the figures beside it from the test rows, which chose nothing.
-    y, p = data.test.target, predict(model, data.test)
-    threshold = best_threshold(predict(model, data.val), data.val.target)
-    print(f"\n{f'test ({data.label})':32}" + "".join(f"{name:>10}" for name in evaluate(p, y)))
+def show_binary(data: Data, p: Tensor, threshold: float, columns: list[str], out: Path) -> None:
+    """Print and draw what only a target of two values has: thresholds, calibration, curves, and figures by group."""
+    y, schema = data.test.target, data.schema
+    ## The threshold comes from validation; the figures beside it from the test rows, which chose nothing.
     for name, t in (("threshold 0.50", 0.5), (f"threshold {threshold:.2f}, best F1 on val", threshold)):
-        print(f"{name:32}" + "".join(f"{value:10.4f}" for value in evaluate(p, y, t).values()))
+        print(f"{name:32}" + "".join(f"{value:10.4f}" for value in evaluate(p, y, threshold=t).values()))
     print(f"\nprobabilities and how often they came true; off by {calibration_error(p, y):.4f} on average")
     for name, values, form in zip(("said", "came true", "rows"), calibration(p, y), ("8.1%", "8.1%", "8,")):
         print(f"  {name:9}" + "".join(f"{value:{form}}" for value in values))
-    curves = {"network": p, "logistic regression": logistic_baseline(data).sigmoid()}
+    curves = {"network": p, "logistic regression": linear_baseline(data)[:, 0].sigmoid()}
     figure = draw_curves(curves, y, threshold, f"Test rows ({data.label})")
-    utils.write_atomically(args.out / "curves.png", figure.savefig)
-
+    utils.write_atomically(out / "curves.png", figure.savefig)
     ## One accuracy for all may be two: a group of few positives is easy to judge. What is missed shows in recall.
     ## Where the columns "named" and "positive" differ, a group is said to have more positives, or fewer, than it has;
     ## where recall alone is lower, more of the group's positives go unseen. Unless every guess is right, these can't
@@ -448,15 +471,55 @@ def main() -> None:
             print(f"{value:24}{figures['rows']:8,}{figures['positive']:10.1%}{figures['named']:10.1%}" +
                   "".join(f"{figures[m]:10.4f}" for m in shown))
 
+
+def main() -> None:
+    parser = utils.parser(__doc__, __file__, "device", "seed")
+    add = parser.add_argument
+    add("--model", type=Path, default=Path(__file__).parent / "outputs" / "model.pt", help="what train.py wrote")
+    add("--data", help="the table it was trained on, where that is a CSV file of yours")
+    add("--score", type=Path, help="a CSV file of new rows: write their predictions to scores.csv, or --out FILE.csv")
+    add("--person", help='one row, as "age=39, sex=Female"; what is left out is averaged over rows like it')
+    add("--by", nargs="+", metavar="COLUMN", help="category columns to show figures by; without it sex and race")
+    add("--repeats", type=utils.count, default=3, help="shuffles of each column; more make its mean importance surer")
+    args = utils.parse_args(parser)
+    model, saved = load_tabular(args.model, args.device)
+    if args.score:
+        rows = io.StringIO()
+        csv.writer(rows, lineterminator="\n").writerows(score(model, saved["schema"], args.score))
+        path = args.out if args.out.suffix else args.out / "scores.csv"
+        utils.write_atomically(path, lambda file: file.write(rows.getvalue().encode()))
+        print(f"wrote {path}")
+        return utils.stand_in_notice(saved["data"], saved["stand_in"])
+    data = data_of(saved, args.data)
+    schema, task, y = data.schema, data.schema["task"], data.test.target
+    columns = args.by or [name for name in ("sex", "race") if name in schema["categorical"]]
+    if wrong := [name for name in columns if name not in schema["categorical"]]:
+        raise utils.InputError(f"--by {wrong[0]}: no such category column; there are "
+                               f"{', '.join(schema['categorical'])}.")
+    ## What each row of validation gets from the members that did not learn from it chooses the threshold.
+    threshold = best_threshold(combine(saved["held_out"], task), data.rest.target) if task == "binary" else 0.5
+    if args.person is not None:
+        show_person(model, data, args.person, threshold, args.out, args.seed)
+        return utils.stand_in_notice(data.name, data.stand_in)
+
+    p = predict(model, data.test, task)
+    figures = evaluate(p, y, task)
+    print(f"\n{f'test ({data.label})':32}" + "".join(f"{name:>10}" for name in figures))
+    if task == "binary":
+        show_binary(data, p, threshold, columns, args.out)
+    else:
+        unit = {"rmse": schema.get("scale"), "mae": schema.get("scale")}
+        print(f"{'all members':32}" + "".join(f"{value * unit.get(name, 1):10.4g}" for name, value in figures.items()))
+
     names, groups = schema["numeric"] + schema["categorical"], tied_columns(to_matrix(data.train))
-    lost = permutation_importance(model, data.val, schema, groups, args.repeats, args.seed)  # (groups, repeats)
-    order = lost.mean(1).argsort(descending=True)
+    lost = permutation_importance(model, data.test, schema, groups, args.repeats, args.seed)  # (groups, repeats)
+    order, what = lost.mean(1).argsort(descending=True), "R^2" if task == "numbers" else "AUC"
     lost, words = lost[order], [" and ".join(names[c] for c in groups[g]) for g in order]
-    print(f"\n{'AUC lost when shuffled (validation)':40}{'mean':>8}{'std':>9}")
+    print(f"\n{what + ' lost when shuffled (test)':40}{'mean':>8}{'std':>9}")
     for word, each in zip(words, lost):
         print(f"{word:40}{each.mean():8.4f}{each.std() if args.repeats > 1 else 0.0:9.4f}")
-    title = f"AUC lost when a column is shuffled ({data.label}, validation)"
-    figure, axes = draw_bars(words, lost.mean(1).numpy(), title, "AUC; a dot is one shuffle")
+    title = f"{what} lost when a column is shuffled ({data.label}, test)"
+    figure, axes = draw_bars(words, lost.mean(1).numpy(), title, f"{what}; a dot is one shuffle")
     axes.plot(lost, range(len(words)), ".", color="black", ms=4)
     utils.write_atomically(args.out / "importance.png", figure.savefig)
     if any(len(values) > 2 for values in schema["values"]):

@@ -37,7 +37,7 @@ TRAINING = {
     "02_cnn/train.py": "--data {data}/pictures --model simple --batch-size 20 --epochs 4 --dtype float32",
     "03_lstm/train.py": "--data {data}/series.csv --horizon 6 --lookback 24 --segment 12 --hidden 16 --batch-size 64 "
                         "--lr 0.01 --dropout 0.1 --epochs 6 --dtype float32",
-    "04_tabular/train.py": "--data census --members 2 --hidden 16 --n-embd 4 --lr 0.01 --epochs 5 --batch-size 512",
+    "04_tabular/train.py": "--data census --members 5 --hidden 16 --n-embd 4 --lr 0.01 --epochs 5 --batch-size 512",
     "05_transformer/train.py": "--data {data}/text.txt --n-layer 2 --n-embd 32 --n-head 2 --block-size 32 "
                                "--batch-size 4 --dropout 0.1 --steps 80 --eval-every 20 --dtype float32",
     "06_finetune/train.py": "--model {data}/gpt2-stand-in --data {data}/text.txt --block-size 32 --batch-size 8 "

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests" / "results.json"
 
 # command, seeds, what is shown: words with the figures to fill in, each a path into "metrics" and a format
-FORECAST = "test MSE {test_mse:.4f}; NLinear {others.NLinear (336).mse:.3f}, same hour yesterday " \
-           "{others.same hour yesterday.mse:.3f}"
+FORECAST = "test MSE {test_mse:.4f}; NLinear {others.NLinear (336).mse:.3f}, one period ago " \
+           "{others.one period ago.mse:.3f}"
 SENTIMENT = "test accuracy {{test.{0}.accuracy:.2%}}; bag of words {{test.bag of words.accuracy:.2%}}"
 TEXT = "{bits_per_character:.3f} bits per character; before {before_bits_per_character:.2f}"
 COMMANDS = [
@@ -37,8 +37,8 @@ COMMANDS = [
      "test accuracy {test_accuracy:.2%}, {test_accuracy_six_views:.2%} over six views; linear {linear_accuracy:.2%}"),
     *((f"03_lstm/train.py --data etth1 --horizon {h}", 3, FORECAST) for h in (96, 192, 336, 720)),
     ("04_tabular/train.py --data adult", 5, "test accuracy {test_accuracy:.4f}, AUC {test_auc:.4f}; logistic "
-                                            "regression {logistic_regression.accuracy:.4f}, "
-                                            "{logistic_regression.auc:.4f}"),
+                                            "regression {linear_model.accuracy:.4f}, "
+                                            "{linear_model.auc:.4f}"),
     ("05_transformer/train.py --data tinyshakespeare", 3, "validation loss {val_loss:.3f} nats; bigram "
                                                           "{bigram_val_loss:.3f}"),
     *((f"06_finetune/train.py --model stand-in --data tinyshakespeare --method {m}", 3, TEXT)

@@ -9,7 +9,7 @@ import lines
 import results
 from conftest import ROOT
 
-LINES = 8900  # of code; less with every change
+LINES = 8550  # of code: 7,803 when issue 23 was done, and what reading people's own files has added since
 CHAPTERS = sorted(path.name for path in ROOT.glob("[0-9][0-9]_*"))
 
 
