@@ -395,7 +395,7 @@ def main() -> None:
           f"{epochs} epochs of {math.ceil(N / batch_size):,} steps\n"
           f"a row: {one.numeric[0].tolist()} {one.categories[0].tolist()}, rows of the embedding "
           f"{model.encode(one)[1][0].tolist()}, target {one.target[0]:g}\n"
-          f"the same answer for everyone: loss {same:.4f}\n")
+          f"before training: the same answer for everyone has loss {same:.4f}, the linear model that of epoch 0\n")
     history, lr = [], args.lr or (0.01 if N < 20_000 else 0.005)
     for row in fit(model, rest, data.fold, task, epochs, batch_size, lr, args.weight_decay,
                    args.patience or max(3, epochs // 4), args.seed):

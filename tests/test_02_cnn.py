@@ -658,8 +658,10 @@ def test_without_flips_no_picture_is_mirrored(monkeypatch):
         assert [bool(mirrored.any()) for mirrored in seen] == [flip, flip]
 
 
-def test_the_readmes_model_from_python(trained, tmp_path):
+def test_the_readmes_model_from_python(trained, tmp_path, monkeypatch):
     folder, _, data = trained
+    for name in ("load", "train", "load_model"):  # of this chapter, and not of one that another test imported
+        monkeypatch.setitem(sys.modules, name, globals()[name])
     code, = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(code.splitlines()) == 5
     TF.to_pil_image(data.test_x[0]).save(tmp_path / "my_cat.png")
