@@ -580,7 +580,7 @@ def test_train_learns_and_leaves_everything(trained, census):
     best = float(re.search(r"model behind the data +0\.\d+ +(0\.\d+)", text)[1])
     assert metrics["test_auc"] < best < 1
     share = census.rest.target.double().mean().item()
-    same = float(re.search(r"the same answer for everyone: loss ([\d.]+)", text)[1])
+    same = float(re.search(r"the same answer for everyone has loss ([\d.]+)", text)[1])
     assert same == pytest.approx(-share * math.log(share) - (1 - share) * math.log(1 - share), abs=1e-4)
     assert metrics["val_loss"] == min(row["val_loss"] for row in written["history"]) < same
     assert 0.5 < float(re.search(r"share in the answer, as validation has it: ([\d.]+)", text)[1]) <= 1
