@@ -561,7 +561,8 @@ def to_data(table: Table, types: Sequence[str] = (), task: str | None = None, po
               everything.categories.T) if (indices == UNSEEN).any()}
     for name, i in list(unseen.items())[:10]:
         count = (everything.categories[:, schema["categorical"].index(name)] == UNSEEN).sum()
-        print(f"{table.lines[i]}: {name} {table.columns[name][i]!r} is in no training row; it counts as unseen" +
+        print(f"{table.lines[i]}: {name} {table.columns[name][i]!r} is in no training row, or in too few; it counts as "
+              "unseen" +
               f", and so do {count - 1:,} values further down" * (count > 1).item())
     ## The training rows are dealt out, each class by itself, as the cards of a game.
     generator = torch.Generator().manual_seed(SPLIT_SEED)

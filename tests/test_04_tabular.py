@@ -393,11 +393,13 @@ def test_a_category_never_seen_is_said_with_its_line(tmp_path, capsys):
     i = load.stratified(y, 40, load.SPLIT_SEED)[1][7].item()  # a row to test on
     rows[i][1] = "ultraviolet"
     load.load_data(write(tmp_path / "a.csv", header, rows), "sold")
-    assert f"line {i + 2}: color 'ultraviolet' is in no training row; it counts as unseen\n" in capsys.readouterr().out
+    assert (f"line {i + 2}: color 'ultraviolet' is in no training row, "
+            f"or in too few; it counts as unseen\n") in capsys.readouterr().out
     for k in range(200):
         rows[k][1] = f"color {k}"
     data = load.load_data(write(tmp_path / "a.csv", header, rows), "sold", ["color=category"])
-    assert "is in no training row; it counts as unseen, and so do 199 values further down" in capsys.readouterr().out
+    assert ("is in no training row, "
+            "or in too few; it counts as unseen, and so do 199 values further down") in capsys.readouterr().out
     assert (torch.cat([data.val.categories, data.test.categories])[:, 0] == load.UNSEEN).all()
 
 
