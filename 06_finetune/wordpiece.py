@@ -44,8 +44,7 @@ SAMPLE = "Tokenization isn't magic: na\u00efve caf\u00e9s, unbelievably, \u4f60\
 
 # ---------------------------------------------------------------------------------------------- text to words
 NAMES, SPACES = "|".join(map(re.escape, SPECIAL)), r"\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-CHUNK = re.compile(f"[^{SPACES}]+")
-CHUNK_OR_SPECIAL = re.compile(rf"({NAMES})|(?:[^{SPACES}[]|(?!{NAMES})\[)+")  # a chunk ends before a special token
+CHUNK, NAME, ASCII_WORD = (re.compile(form) for form in (f"[^{SPACES}]+", NAMES, "[A-Za-z0-9]+|."))
 
 
 def any_of(table: str) -> re.Pattern:
@@ -120,6 +119,10 @@ def cut(chunk: str, lowercase: bool) -> Iterator[tuple[str, list[int]]]:
     ## BERT read its texts without capitals and accents: "The", "the" and "THE" are one word to learn instead of three,
     ## and what a search engine's users type has neither. What is lost with them: "Polish" and "polish" are the same.
     """
+    if chunk.isascii() and chunk.isprintable():  # most texts; nothing goes and nothing is decomposed
+        for match in ASCII_WORD.finditer(chunk.lower() if lowercase else chunk):
+            yield match[0], range(*match.span())
+        return
     spots = []  # (character, place)
     for place, c in enumerate(chunk):
         if kind(c) != "none":
@@ -216,8 +219,8 @@ class WordPiece:
             start = end
         return found or [(self.unk, len(word))]
 
-    def encode_chunk(self, chunk: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, offsets in the chunk) of a text without white space.
+    def encode_chunk(self, chunk: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        """(ids, offsets in the chunk) of a text without white space; None: one token for all of it, as most have.
 
         ## Lower-casing and decomposing change a text's length, so no token's own length says where it came from. The
         ## places do: they went along with the characters through all changes.
@@ -229,16 +232,24 @@ class WordPiece:
                 ids.append(i)
                 offsets.append((places[start], places[start + length - 1] + 1))
                 start += length
-        return ids, offsets
+        return ids, None if offsets == [(0, len(chunk))] else offsets
 
     def encode_text(self, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, offsets) of a text, without [CLS] and [SEP]; see encode."""
-        ids, offsets = [], []
-        for match in (CHUNK_OR_SPECIAL if special else CHUNK).finditer(text):
-            chunk, at = match[0], match.start()
-            found, places = ([self.vocab[chunk]], [(0, len(chunk))]) if match.lastindex else self.remembered(chunk)
-            ids += found
-            offsets += [(at + a, at + b) for a, b in places]
+        ids, offsets, done = [], [], 0
+        for name in [*NAME.finditer(text), None] if special else [None]:
+            for match in CHUNK.finditer(text, done, name.start() if name else len(text)):
+                found, places = self.remembered(match[0])
+                ids += found
+                if places is None:
+                    offsets.append(match.span())
+                else:
+                    at = match.start()
+                    offsets += [(at + a, at + b) for a, b in places]
+            if name:
+                ids.append(self.vocab[name[0]])
+                offsets.append(name.span())
+                done = name.end()
         return ids, offsets
 
     def tokens(self, text: str, special: bool = True) -> list[str]:

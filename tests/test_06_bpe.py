@@ -149,10 +149,24 @@ def test_a_hundred_thousand_random_strings_with_gpt2s_vocabulary(gpt2):
     same_tokens(*gpt2[:2], random_strings(STRINGS, 0, comparable_characters()))
 
 
-def test_long_pieces_are_merged_as_the_oracle_does_it_and_in_no_time(trained):
-    r = random.Random(0)
+def test_long_pieces_are_merged_as_the_oracle_does_it_and_in_no_time(trained, monkeypatch):
+    r, ours, looks = random.Random(0), trained[0], 0
     texts = ["".join(r.choices(letters, k=20_000)) for letters in ("a", "-", "ab", "etaoinshr", "0123456789", " ")]
     same_tokens(*trained[:2], texts)
+
+    class Counting(dict):
+        def get(self, pair):
+            nonlocal looks
+            looks += 1
+            return super().get(pair)
+
+    monkeypatch.setattr(ours, "rank", Counting(ours.rank))
+    counts = []
+    for text in (texts[3][:2_000], texts[3]):
+        looks = 0
+        ours.encode_piece(text)
+        counts.append(looks)
+    assert 0 < 9 * counts[0] < counts[1] < 11 * counts[0]  # ten times as long, ten times as many
 
 
 def test_merging_is_the_plain_rule_best_pair_first_leftmost_first(trained):
