@@ -26,7 +26,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from bpe import read_text
-from weights import open_weights, save_safetensors
+from sentences import POOLINGS, Sentences, mean_pool, read_modules, read_sentences
+from weights import bare_names, open_weights, read_json, save_safetensors
 from wordpiece import SHA256, WordPiece, pad, train_wordpiece
 
 # Shapes: B batch, T time (tokens, padding included), C channels (n_embd), A attention heads, D channels per head
@@ -127,7 +128,7 @@ class Bert(nn.Module):
         super().__init__()
         distil = config["model_type"] == "distilbert"
         c = COMMON | {"n_inner": 4 * config["n_embd"], "n_types": 0 if distil else 2, "pooler": not distil} | config
-        self.config, self.names = c, NAMES[c["model_type"]]
+        self.config, self.names, self.sentences = c, NAMES[c["model_type"]], Sentences(c["n_embd"])
         if c["n_embd"] % c["n_head"]:
             raise utils.InputError(f"n_embd {c['n_embd']} must be divisible by n_head {c['n_head']}; change one.")
         C = c["n_embd"]
@@ -174,18 +175,6 @@ class Bert(nn.Module):
         return self.pooler.dense(first).tanh() if self.config["pooler"] else first
 
 
-def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, T, C) -> (B, C): the mean over tokens, padding left out.
-
-    ## MiniLM's sentence vectors are made like this (Reimers & Gurevych 2019, section 3). [CLS] says something about a
-    ## whole text where training asked it to: BERT's did, whether one text follows another; MiniLM's asked the mean.
-    """
-    if mask is None:
-        return hidden.mean(1)
-    share = mask / mask.sum(1, keepdim=True)  # (B, T), sums to 1 over a text's tokens
-    return (hidden * share[:, :, None]).sum(1)
-
-
 # ---------------------------------------------------------------------------------------------- heads
 ## What pre-training leaves is an encoder. A task adds a head, one or two small layers that read its output; they start
 ## at random, and all of it is trained together (Devlin et al. 2019, section 3.2).
@@ -206,12 +195,12 @@ class Head(nn.Module):
 class Classifier(Head):
     """One score per class for each text: ids (B, T) -> (B, K). Named as transformers' ...ForSequenceClassification.
 
-    config: Bert's; labels, the K names of the classes; pooling, what the head reads: "cls", as in transformers, or
-    "mean", which transformers' classifiers don't have.
+    config: Bert's; labels, the K names of the classes, two if they are missing, as in transformers; pooling, what the
+    head reads: "cls", as in transformers, or "mean", which transformers' classifiers don't have.
     """
 
     def __init__(self, config: dict):
-        config = {"pooling": "cls"} | config
+        config = {"pooling": "cls", "labels": ["LABEL_0", "LABEL_1"]} | config
         super().__init__(config | {"pooler": config["model_type"] == "bert" and config["pooling"] == "cls"})
         C = self.config["n_embd"]
         if config["model_type"] == "distilbert":  # which has no pooler of its own
@@ -252,7 +241,7 @@ FIELDS = {
     "distilbert": {"vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_embd": "dim",
                    "n_layer": "n_layers", "n_head": "n_heads", "n_inner": "hidden_dim"},
 }
-# What other values of these would change, nothing here computes
+# What other values of these would change, nothing here computes; "gelu_python" is "gelu", slower
 FIXED = {"bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
                   "add_cross_attention": False}, "distilbert": {"activation": "gelu"}}
 DROPOUTS = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
@@ -260,17 +249,17 @@ DROPOUTS = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
 KINDS = {"Model": Bert, "ForSequenceClassification": Classifier, "ForQuestionAnswering": Spans}
 FAMILIES = {"bert": "Bert", "distilbert": "DistilBert"}
 # Heads of other tasks, which a file may hold besides: pre-training's, and those above.
-HEADS = ("cls.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "pre_classifier.", "classifier.",
-         "qa_outputs.", "pooler.")
+TASKS = ("pre_classifier.", "classifier.", "qa_outputs.")
+HEADS = ("cls.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "pooler.", *TASKS)
 
 
 def read_config(path: Path) -> dict:
     """Our config from a config.json of BERT's or DistilBERT's. Raises utils.InputError for another kind of model."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
         family = found["model_type"]
-        for name, value in FIXED[family].items():
-            if found.get(name, value) != value:
+        for name, value in (FIXED[family] | {"pruned_heads": {}}).items():
+            if found.get(name, value) not in (value, None, "gelu_python" if value == "gelu" else value):
                 raise ValueError(f"{name} is {found[name]!r:.60} and not {value!r}")
         config = {"model_type": family} | COMMON | {"n_types": 2 * (family == "bert")}
         for name, theirs in FIELDS[family].items():
@@ -279,28 +268,40 @@ def read_config(path: Path) -> dict:
                 raise ValueError(f"{theirs} is {value!r:.60}")
         if labels := found.get("id2label"):
             config["labels"] = [str(labels[str(i)]) for i in range(len(labels))]
+        if found.get("pooling", "cls") not in ("cls", "mean") or len(config.get("labels", "")) >= 2**16:
+            raise ValueError("pooling is neither cls nor mean, or id2label has 65,536 classes or more")
         return config | {name: found[name] for name in ("stand_in", "pooling") if name in found}
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise utils.InputError(f"{path} is no config.json of a BERT or DistilBERT that is computed here "
                                f"({type(error).__name__}: {error!s:.99}); take another model.") from error
 
 
-def read_model(path: Path, config: dict, kind: type = Bert) -> nn.Module:
+def read_model(path: Path, config: dict, kind: type = Bert, relabel: bool = False) -> nn.Module:
     """A Bert, Classifier or Spans with the weights of a file or folder, in float32; a head that is not there is new.
 
+    relabel: so is a Classifier's for another number of classes; a line says so, and names heads that are not used.
     Raises utils.InputError for tensors that don't fit. Nothing is copied: see gpt2.read_model.
     """
-    weights, prefix = open_weights(path), f"{config['model_type']}."
+    weights, prefix, n_layer = open_weights(path), f"{config['model_type']}.", config["n_layer"]
+    if 16 * n_layer > len(weights):  # 16 tensors each; asked first, as a config may claim a million layers
+        raise utils.InputError(f"{path} holds {len(weights)} tensors, too few for {n_layer} layers; take the weights "
+                               "that belong to the config.")
     ## The same tensor may stand under "bert.", where a head was saved with it, and BERT's own files, which come from
     ## TensorFlow, say gamma and beta for a norm's weight and bias.
-    found = {name.removeprefix(prefix).replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
-             for name, tensor in weights.items()}
+    found = {name.replace(".gamma", ".weight").replace(".beta", ".bias"): weights[full]
+             for name, full in bare_names(weights, prefix, path).items()}
     found.pop("embeddings.position_ids", None)  # 0, 1, 2 ...
     if kind is Bert:
         config = config | {"pooler": any(name.startswith("pooler.") for name in found)}
     with torch.device("meta"):
         model = kind(config)
     wanted = {name.removeprefix(prefix): (name, tensor.shape) for name, tensor in model.state_dict().items()}
+    bias = found.get("classifier.bias")
+    if kind is Classifier and relabel and bias is not None and len(bias) != len(config["labels"]):
+        print(f"{path}: its head for {len(bias)} classes is left out; a new one for {len(config['labels'])} is made")
+        del found["classifier.weight"], found["classifier.bias"]
+    if others := {name.split(".")[0] for name in found.keys() - wanted.keys() if name.startswith(TASKS)}:
+        print(f"{path}: {', '.join(sorted(others))}, the head of another task, is left out")
     for name in found | wanted:
         theirs = tuple(found[name].shape) if name in found else "missing"
         ours = tuple(wanted[name][1]) if name in wanted else "missing"
@@ -376,14 +377,19 @@ def open_bert(folder: Path, name: str, kind: type = Bert, labels: list[str] | No
     pooling: a Classifier's; without them those in config.json, if there are any. config also has name and, for the
     stand-in and what comes from it, stand_in. Raises utils.InputError for what doesn't fit together.
     """
-    config, tokenizer = read_config(folder / "config.json"), WordPiece.load(folder)
+    modules = read_modules(folder)
+    inner = modules[0][1]
+    config, tokenizer = read_config(inner / "config.json"), WordPiece.load(inner)
     ## DistilBERT's vocabulary and BERT's have 30,522 lines; some models round the table up, and never use the rest.
     if len(tokenizer.names) > config["vocab_size"]:
         raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.names):,} tokens, and the model "
                                f"{config['vocab_size']:,}; take vocab.txt from where the weights are from.")
+    sentences = read_sentences(folder, modules, config["n_embd"], config["n_positions"])
     config |= {"dropout": dropout, "name": name}
     config |= {key: value for key, value in (("labels", labels), ("pooling", pooling)) if value}
-    model = read_model(folder, config, kind)
+    model = read_model(inner, config, kind, labels is not None)
+    if kind is Bert:
+        model.sentences = sentences
     return model, tokenizer, model.config
 
 
@@ -496,17 +502,22 @@ def by_length(rows: list, batch_size: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def embed(model: Bert, tokenizer: WordPiece, texts: list[str], batch_size: int = 32) -> Tensor:
-    """A vector of length 1 for each text: (N, C). Texts are cut to 256 tokens, as sentence-transformers does.
+    """A vector of length 1 for each text: (N, C), or (N, model.sentences.size); texts are cut where the model says.
 
     ## The cosine of the angle between two of them says how much the texts have in common; as both have length 1, it is
     ## their dot product.
     """
-    longest = min(256, model.config["n_positions"])
-    rows = [tokenizer.encode(text, longest, special=False).ids for text in texts]
-    vectors = torch.empty(len(texts), model.config["n_embd"])
+    size, pooling, steps, longest, lowercase, prompt = model.sentences
+    texts = ["".join(map(str.lower, prompt + text)) if lowercase else prompt + text for text in texts]
+    rows = [tokenizer.encode(text, min(longest, model.config["n_positions"]), special=False).ids for text in texts]
+    vectors = torch.empty(len(texts), size)
     for some in by_length(rows, batch_size):
         ids, mask = pad([rows[i] for i in some], tokenizer.pad)
-        vectors[some] = F.normalize(mean_pool(model(ids, mask), mask), dim=-1)
+        hidden = model(ids, mask)  # (B, T, C)
+        x = torch.cat([POOLINGS[name](hidden, mask) for name in pooling], -1)
+        for step in steps:
+            x = step(x)
+        vectors[some] = F.normalize(x, dim=-1)
     return vectors
 
 

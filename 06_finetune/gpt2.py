@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from weights import open_weights, save_safetensors
+from weights import bare_names, open_weights, read_json, save_safetensors
 
 # Shapes: B batch, T time (new tokens), S positions that can be seen (S >= T), C channels (n_embd), A attention heads,
 #         D channels per head (C = A * D), V vocabulary, N tokens in a text
@@ -139,8 +139,9 @@ class Cache:
 class GPT2(nn.Module):
     """Radford et al. 2019: token ids (B, T) -> logits (B, T, V), the scores of each position's next token.
 
-    config: vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon and, while training, dropout. Weights
-    may be float32, or bfloat16 for the matrices; torch.autocast outside decides in what precision they are multiplied.
+    config: vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon and, while training, dropout; n_tokens
+    where later rows of the table only fill it up to a round number, and are never drawn. Weights may be float32, or
+    bfloat16 for the matrices; torch.autocast outside decides in what precision they are multiplied.
     """
 
     def __init__(self, config: dict):
@@ -212,10 +213,15 @@ def shrink(model: GPT2, dtype: torch.dtype = torch.bfloat16) -> GPT2:
 
 
 # ---------------------------------------------------------------------------------------------- files
+# Names in transformers of the one function that MLP computes, but for rounding
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")  # of transformers' classifiers on GPT-2
+
+
 def read_config(path: Path) -> dict:
     """Our config from a config.json of GPT-2's. Raises utils.InputError for another kind of model."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
                                "config.json, model.safetensors, vocab.json and merges.txt.") from error
@@ -226,7 +232,8 @@ def read_config(path: Path) -> dict:
             raise utils.InputError(f"{path}: {name} is {found.get(name)!r:.60}, and this GPT-2 needs {expected}; take "
                                    "another model.")
 
-    fixed = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
+    check("activation_function", found.get("activation_function", "gelu_new") in TANH_GELU, "'gelu_new'")
+    fixed = {"model_type": "gpt2", "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
     for name, value in fixed.items():
         check(name, found.get(name, None if name == "model_type" else value) == value, repr(value))
@@ -258,10 +265,18 @@ def read_model(path: Path, config: dict) -> GPT2:
     with torch.device("meta"):
         model = GPT2(config)
     ## transformers saves the same tensors under "transformer.", and older files hold each layer's causal mask.
-    found = {name.removeprefix("transformer."): name for name in weights}
+    found = bare_names(weights, "transformer.", path)
     masks = {f"h.{i}.attn.{name}" for i in range(layers) for name in ("bias", "masked_bias")}
     found = {short: name for short, name in found.items() if short not in masks}
-    found.pop("lm_head.weight", None)  # where it is there, it is wte.weight once more
+    ## lm_head.weight is wte.weight once more. A writer that leaves out doubles (safetensors' save_model) keeps the name
+    ## that comes first in the alphabet.
+    head = found.pop("lm_head.weight", None)
+    table = found.setdefault("wte.weight", head) if head else None
+    if head and table != head and (weights[head].dtype != weights[table].dtype
+                                   or not torch.equal(weights[head], weights[table])):
+        refuse(f"holds {head} other than {table}, and this GPT-2 has one table for both")
+    for short in [short for short in found if short.startswith(HEADS)]:
+        print(f"{path}: {found.pop(short)!r:.80} is another task's head, and is left out")
     needed = model.state_dict()
     for short in needed | found:
         if short not in found:
@@ -280,7 +295,7 @@ def save_model(model: GPT2, folder: Path, end: int) -> None:
 
     end: the id of <|endoftext|>. The vocabulary's files come from Tokenizer.save.
     """
-    c = {name: value for name, value in model.config.items() if name != "dropout"}
+    c = {name: value for name, value in model.config.items() if name not in ("dropout", "n_tokens")}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", **c,
               "n_ctx": c["n_positions"], "bos_token_id": end, "eos_token_id": end}
     data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
@@ -326,7 +341,8 @@ def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0,
             memory = Cache(model)
         new = text[start + (memory.length if cache else 0) :]
         hidden = model.hidden(torch.tensor([new], device=device), memory)  # (1, T, C)
-        text.append(draw(model.logits(hidden[0, -1]).float(), temperature, top_k, generator))
+        logits = model.logits(hidden[0, -1])[: model.config.get("n_tokens")]  # (V,), or fewer
+        text.append(draw(logits.float(), temperature, top_k, generator))
         if text[-1] == stop:
             return
         yield text[-1]

@@ -8,8 +8,8 @@ milliseconds; how to read a file from a stranger, every number of which may be a
 
 You should see (MiniLM): one line per tensor, then "104 tensors, 22,713,728 parameters, 90,856,960 bytes". No weight
 is read for that. Writes: nothing, or with --out model.safetensors.
-Left out on purpose: numbers of four and six bits; shards of pytorch_model.bin; big-endian machines. A program that
-shortens a file while it is mapped kills this one, as with every memory map.
+Left out on purpose: numbers of six bits, which PyTorch does not have; shards of pytorch_model.bin; big-endian machines.
+A program that shortens a file while it is mapped kills this one, as with every memory map.
 """
 
 import json
@@ -40,12 +40,12 @@ import utils
 ## number before it has checked it can open a file from anybody.
 
 # In the order in which the reference ranks them: the last are written first, so that every tensor is aligned.
-DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-          "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
-          "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
-          "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64}
-MAX_HEADER = 100_000_000  # bytes, the format's limit
+DTYPES = {"BOOL": torch.bool, "F4": torch.float4_e2m1fn_x2, "U8": torch.uint8, "I8": torch.int8,
+          "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+          "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I16": torch.int16,
+          "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32,
+          "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64}
+MAX_HEADER, MAX_CONFIG = 100_000_000, 10_000_000  # bytes: the format's limit, and ours for a folder's settings
 KNOWN = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # in a folder
 
 
@@ -128,12 +128,16 @@ def _place(entry: Any, what: str, available: int) -> tuple[torch.dtype, list[int
     fields = ("dtype", "shape", "data_offsets")
     must(isinstance(entry, dict) and entry.keys() >= set(fields), f"{what} has not all of {', '.join(fields)}")
     dtype, shape, offsets = (entry[field] for field in fields)
-    must(isinstance(dtype, str) and dtype in DTYPES, f"{what} has dtype {_short(dtype)}, which is not known here")
+    must(isinstance(dtype, str) and dtype in DTYPES, f"{what} has dtype {_short(dtype)}, which "
+         f"{'PyTorch does not have' if dtype in ('F6_E2M3', 'F6_E3M2') else 'is not known here'}")
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         ## To Python True is an int and 2.0 equals 2, so only the exact type will do.
         must(isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers),
              f"{what} has {field} other than a list of whole numbers from 0")
     must(len(offsets) == 2 and offsets == sorted(offsets), f"{what} has data_offsets other than a begin and an end")
+    if dtype == "F4":  # numbers of four bits: two of them are one element to PyTorch
+        must(shape and shape[-1] % 2 == 0, f"{what} has a shape whose last number is odd, and F4 comes in pairs")
+        shape = [*shape[:-1], shape[-1] // 2]
     begin, end = offsets
     must(end <= available, f"{what} ends at byte {end:,} of the data, which have {available:,}: the header is wrong, "
          "or the file was cut short")
@@ -162,6 +166,29 @@ def _json(data: bytes, what: str) -> Any:
         return value
     except (ValueError, RecursionError) as error:  # a UnicodeError is a ValueError
         raise Fault(f"{what} is not valid JSON in UTF-8 ({error})") from None
+
+
+def read_json(path: Path) -> Any:
+    """A folder's settings. Raises OSError, ValueError, also for more than 10 MB, and RecursionError."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_CONFIG + 1)
+    if len(data) > MAX_CONFIG:
+        raise ValueError(f"more than {MAX_CONFIG:,} bytes")
+    return json.loads(data)
+
+
+def bare_names(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, str]:
+    """Bare name -> name in the file at path: without prefix, and without what torch.compile puts before a name.
+
+    Raises utils.InputError where two names become one.
+    """
+    bare = {name.replace("_orig_mod.", "").removeprefix(prefix): name for name in tensors}
+    if len(bare) < len(tensors):
+        twice = next(name for short, other in bare.items() for name in tensors
+                     if name != other and name.replace("_orig_mod.", "").removeprefix(prefix) == short)
+        raise utils.InputError(f"{path} is refused: {_short(twice)} is in it twice, with and without a prefix; have it "
+                               "written anew.")
+    return bare
 
 
 def _short(value: Any) -> str:
@@ -228,7 +255,9 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: 
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
-        if name == "__metadata__" or tensor.dtype not in names or tensor.layout != torch.strided or tensor.is_meta:
+        pair = tensor.dtype == DTYPES["F4"] and not tensor.dim()  # two numbers, where no dimension can say so
+        if (name == "__metadata__" or tensor.dtype not in names or tensor.layout != torch.strided or tensor.is_meta
+                or pair):
             raise utils.InputError(f"{_short(name)} ({tensor.dtype}, {tensor.layout}, {tensor.device}) can't be stored "
                                    "in safetensors; convert it, or give it another name.")
     ## The largest numbers first: then each tensor begins at a multiple of its number's size, and can be mapped.
@@ -237,7 +266,10 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: 
     header, end = {} if metadata is None else {"__metadata__": metadata}, 0
     for name in order:
         begin, end, dtype = end, end + tensors[name].nbytes, names[tensors[name].dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+        shape = list(tensors[name].shape)
+        if dtype == "F4":
+            shape[-1] *= 2
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
 

@@ -331,6 +331,9 @@ def config_text(family="bert", **changes):
     (config_text(is_decoder=True), ["is_decoder"]), (config_text(add_cross_attention=True), ["add_cross_attention"]),
     (config_text(layer_norm_eps=0), ["layer_norm_eps"]), (config_text(layer_norm_eps=math.nan), ["layer_norm_eps"]),
     (config_text(id2label={"0": "a", "2": "c"}), ["KeyError: '1'"]), (config_text(id2label=[7]), ["TypeError"]),
+    (config_text(pruned_heads={"0": [1]}), ["pruned_heads"]), (config_text(pooling="max"), ["pooling is neither"]),
+    (config_text(id2label={str(i): "" for i in range(2**16)}), ["65,536"]),
+    (" " * 10_000_001, ["more than 10,000,000"]),
     ('{"model_type": "bert"}', ["hidden_size", "None"]), ('{"model_type": "distilbert"}', ["dim", "None"]),
     *[(config_text(**{name: value}), [name]) for name in set(BERT) - {"layer_norm_eps"}
       for value in ("2" * 999, 0, -1, True, 2.0, [1], 2**24)],
@@ -361,7 +364,7 @@ def without(name):
     (lambda state: {f"distilbert.{name}": t for name, t in state.items()}, {}, ["and missing in"]),
     (lambda state: state | {"embeddings.LayerNorm.bias": torch.ones(17)}, {}, ["LayerNorm.bias", "(17,)", "(16,)"]),
     (dict, {"n_layer": 1}, ["encoder.layer.1", "and missing in"]),
-    (dict, {"n_layer": 3}, ["'encoder.layer.2", "is missing in"]),
+    (dict, {"n_layer": 3}, ["39 tensors, too few for 3 layers"]), (dict, {"n_layer": 2**23}, ["too few for 8388608"]),
     (dict, {"n_embd": 32}, ["is (16,) in the file and (32,) in"]),
     (dict, {"n_types": 3}, ["token_type_embeddings", "(2, 16)", "(3, 16)"]),
     (dict, {"model_type": "distilbert", "n_types": 0}, ["missing in"]),
@@ -373,11 +376,150 @@ def test_weights_that_are_refused(tmp_path, edit, config, words):
         bert.read_model(path, SMALL | config)
 
 
-def test_a_head_of_other_classes_is_refused(tmp_path):
-    save(make_theirs("bert", "ForSequenceClassification"), tmp_path, vocab=True)
-    assert bert.load_bert(str(tmp_path), bert.Classifier)[2]["labels"] == LABELS
-    with refused("'classifier.bias' is (3,) in the file and (2,) in"):
-        bert.load_bert(str(tmp_path), bert.Classifier, labels=["no", "yes"])
+@pytest.mark.parametrize("family", bert.FAMILIES)
+def test_a_head_of_other_classes_is_made_anew_aloud_or_refused(tmp_path, capsys, family):
+    save(make_theirs(family, "ForSequenceClassification"), tmp_path, vocab=True)
+    model, _, config = bert.load_bert(str(tmp_path), bert.Classifier)
+    assert config["labels"] == LABELS and not capsys.readouterr().out
+    new, _, config = bert.load_bert(str(tmp_path), bert.Classifier, labels=["no", "yes"])
+    assert config["labels"] == ["no", "yes"] and new.classifier.weight.shape == (2, 24)
+    assert "its head for 3 classes is left out; a new one for 2 is made" in capsys.readouterr().out
+    for name, p in model.named_parameters():
+        assert name.startswith("classifier.") or torch.equal(p, new.get_parameter(name))
+    bert.load_bert(str(tmp_path))
+    assert "classifier" in (out := capsys.readouterr().out) and "the head of another task, is left out" in out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with refused("'classifier.bias' is (3,) in the file and (2,) in"):  # its own config and weights
+        bert.load_bert(str(tmp_path), bert.Classifier)
+
+
+@torch.no_grad()
+def test_transformers_names_two_classes_where_a_config_names_none(tmp_path):
+    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT)).eval()
+    save(theirs, tmp_path, vocab=True)
+    assert "id2label" not in json.loads((tmp_path / "config.json").read_text())
+    ours, _, config = bert.load_bert(str(tmp_path), bert.Classifier)
+    assert dict(enumerate(config["labels"])) == theirs.config.id2label
+    ids, mask, types = a_batch(theirs)
+    assert close(ours(ids, mask, types), theirs(**inputs(theirs, ids, mask, types)).logits)
+
+
+def test_a_compiled_model_s_names_and_a_name_that_stands_twice(tmp_path):
+    state = bert.Bert(SMALL).state_dict()
+    path = tmp_path / "model.safetensors"
+    weights.save_safetensors({f"_orig_mod.bert.{name}": t for name, t in state.items()}, path)
+    assert all(torch.equal(p, state[name]) for name, p in bert.read_model(path, SMALL).state_dict().items())
+    weights.save_safetensors(state | {"bert.embeddings.LayerNorm.bias": torch.ones(16)}, path)
+    with refused("embeddings.LayerNorm.bias' is in it twice"):
+        bert.read_model(path, SMALL)
+
+
+# ---------------------------------------------------------------------------------------------- sentence-transformers
+TEXTS = ["a b c", "D e f g h i j k l m n o p q r s", "b", "a A"]
+MEAN = {"word_embedding_dimension": 24, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
+DENSE = {"in_features": 24, "out_features": 7, "bias": True,
+         "activation_function": "torch.nn.modules.activation.Tanh"}
+
+
+def write_json(path, value):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def sentence_folder(folder, pooling=MEAN, dense=None, normalize=False, inner="", **first):
+    """As sentence-transformers writes it: modules.json, and a folder for each module. Returns transformers' model."""
+    kinds = ["Transformer", "Pooling"] + ["Dense"] * bool(dense) + ["Normalize"] * normalize
+    modules = [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else inner,
+                "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
+    save(theirs := make_theirs(), folder / inner, vocab=True)
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    if dense:
+        write_json(folder / "2_Dense" / "config.json", dense)
+        torch.manual_seed(0)
+        state = {"linear.weight": 0.1 * torch.randn(dense["out_features"], dense["in_features"])}
+        state |= {"linear.bias": torch.randn(dense["out_features"])} if dense["bias"] else {}
+        torch.save(state, folder / "2_Dense" / "pytorch_model.bin")
+    if first:
+        write_json(folder / inner / "sentence_bert_config.json", first)
+    return theirs
+
+
+@pytest.mark.parametrize("pooling, names, dense, more", [
+    (MEAN, ["mean"], None, {}),
+    (MEAN | {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, ["cls"], None,
+     {"max_seq_length": 9, "do_lower_case": False, "inner": "0_BERT"}),
+    (MEAN | {"pooling_mode_mean_tokens": False}, ["mean"], DENSE, {"max_seq_length": None, "normalize": True}),
+    ({"embedding_dimension": 24, "pooling_mode": "max", "include_prompt": True}, ["max"],
+     DENSE | {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}, {"max_seq_length": 5}),
+    ({"embedding_dimension": 24, "pooling_mode": ["mean", "cls", "max"]}, ["mean", "cls", "max"],
+     DENSE | {"in_features": 72}, {"normalize": True, "do_lower_case": True})])
+@torch.no_grad()
+def test_sentence_vectors_are_made_as_the_folder_says(tmp_path, pooling, names, dense, more):
+    """Oracle: transformers' hidden states, and PyTorch's own mean, max, Linear and Tanh, a text at a time."""
+    theirs = sentence_folder(tmp_path, pooling, dense, **more)
+    model, tokenizer, _ = bert.open_bert(tmp_path, "x")
+    vectors, expected = bert.embed(model, tokenizer, TEXTS), []
+    for text in TEXTS:
+        ids = tokenizer.encode(text).ids
+        longest = more.get("max_seq_length") or 19
+        ids = ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]]
+        hidden = theirs(torch.tensor([ids])).last_hidden_state[0]
+        x = torch.cat([{"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.max(0).values}[name] for name in names])
+        if dense:
+            layer = torch.nn.Linear(dense["in_features"], 7, dense["bias"])
+            layer.load_state_dict({name.removeprefix("linear."): t for name, t in
+                                   torch.load(tmp_path / "2_Dense" / "pytorch_model.bin").items()})
+            x = layer(x).tanh() if "Tanh" in dense["activation_function"] else layer(x)
+        expected.append(F.normalize(x, dim=-1))
+    assert close(vectors, torch.stack(expected)) and not close(vectors[:1], vectors[2:3], 0.01)
+    assert bert.embed(model, tokenizer, []).shape == (0, len(expected[0]))
+    assert bert.open_bert(tmp_path, "x", bert.Spans)[0].encoder.config["n_embd"] == 24
+
+
+def test_a_prompt_and_lower_case_come_before_the_text(tmp_path):
+    """The vocabulary has small letters alone; so the tokenizer is told to keep capitals, which become [UNK]."""
+    sentence_folder(tmp_path, do_lower_case=True)
+    write_json(tmp_path / "config_sentence_transformers.json",
+               {"__version__": {"pytorch": "2"}, "prompts": {"query": "a b: ", "other": ""},
+                "default_prompt_name": "query", "similarity_fn_name": "cosine"})
+    write_json(tmp_path / "tokenizer_config.json", {"do_lower_case": False})
+    model, tokenizer, _ = bert.open_bert(tmp_path, "x")
+    one, other = bert.embed(model, tokenizer, ["C D"]), bert.embed(model, tokenizer, ["c d"])
+    model.sentences = model.sentences._replace(prompt="", lowercase=False)
+    assert torch.equal(one, other) and close(one, bert.embed(model, tokenizer, ["a b: c d"]))
+    assert not close(one, bert.embed(model, tokenizer, ["C D"]), 0.01)
+
+
+@pytest.mark.parametrize("file, edit, words", [
+    ("modules.json", [], ["its modules are"]), ("modules.json", {"a": 1}, ["TypeError"]),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}] * 2, ["'Transformer, Transformer'"]),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "1_Pooling"},
+                      {"type": "a.LSTM", "path": "2_LSTM"}], ["Transformer, Pooling, LSTM"]),
+    ("modules.json", [{"type": "a.Transformer", "path": "../secret"}, {"type": "a.Pooling", "path": "1"}],
+     ["'../secret' is not the name of a folder in it"]),
+    ("1_Pooling/config.json", MEAN | {"pooling_mode_mean_sqrt_len_tokens": True},
+     ["config.json of Pooling says 'pooling_mode_mean_sqrt_len_tokens': True"]),
+    ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, ["KeyError: 'lasttoken'"]),
+    ("1_Pooling/config.json", MEAN | {"include_prompt": False}, ["'include_prompt': False"]),
+    ("1_Pooling/config.json", MEAN | {"from_the_future": 1}, ["'from_the_future': 1"]),
+    ("2_Dense/config.json", DENSE | {"use_residual": True}, ["'use_residual': True"]),
+    ("2_Dense/config.json", DENSE | {"activation_function": "my.module.Tanh"}, ["activation_function is 'my.module"]),
+    ("2_Dense/config.json", DENSE | {"activation_function": "torch.nn.modules.activation.Mish"}, ["'Mish'"]),
+    ("2_Dense/config.json", DENSE | {"out_features": 8}, ["2_Dense holds (7, 24), (7,) where 24 numbers are made 8"]),
+    ("sentence_bert_config.json", {"max_seq_length": "9"}, ["max_seq_length is '9'"]),
+    ("sentence_bert_config.json", {"query_length": 9}, ["sentence_bert_config.json of Transformer says 'query_len"]),
+    ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, ["'transformer_task': 'fill-mask'"]),
+    ("config_sentence_transformers.json", {"default_prompt_name": "q", "prompts": {}}, ["KeyError: 'q'"]),
+    ("config_sentence_transformers.json", {"truncate_dim": 4}, ["'truncate_dim': 4"]),
+])
+def test_what_a_sentence_folder_says_and_nothing_here_computes_is_named(tmp_path, file, edit, words):
+    sentence_folder(tmp_path, dense=DENSE)
+    write_json(tmp_path / file, edit)
+    with refused(tmp_path, "sentence-transformers", *words):
+        bert.open_bert(tmp_path, "x")
 
 
 # ---------------------------------------------------------------------------------------------- which model

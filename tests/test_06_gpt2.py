@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, chapter
@@ -336,6 +337,12 @@ WAYS = {
     "float64": lambda theirs, folder: theirs.double().save_pretrained(folder),
     "original": write_original,
     "head too": write_head_too,
+    "one of two tied names": lambda theirs, folder: safetensors.torch.save_model(theirs, folder / "model.safetensors"),
+    "compiled": lambda theirs, folder: weights.save_safetensors(
+        {f"_orig_mod.{name}": t for name, t in theirs.state_dict().items()}, folder / "model.safetensors"),
+    "a classifier's": lambda theirs, folder: weights.save_safetensors(
+        {f"transformer.{name}": t for name, t in theirs.transformer.state_dict().items()}
+        | {"score.weight": torch.ones(2, 16)}, folder / "model.safetensors"),
     "pytorch_model.bin": lambda theirs, folder: torch.save(theirs.state_dict(), folder / "pytorch_model.bin"),
     "old pytorch_model.bin": lambda theirs, folder: torch.save(theirs.transformer.state_dict(), folder /
                                                               "pytorch_model.bin", _use_new_zipfile_serialization=False)
@@ -344,7 +351,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_we_open_what_transformers_writes(tmp_path, way):
+def test_we_open_what_transformers_writes(tmp_path, capsys, way):
     theirs = make_theirs(layer_norm_epsilon=0.01)
     theirs.config.save_pretrained(tmp_path)
     WAYS[way](theirs, tmp_path)
@@ -358,6 +365,7 @@ def test_we_open_what_transformers_writes(tmp_path, way):
     assert config == SMALL | {"layer_norm_epsilon": 0.01}
     ours = gpt2.read_model(tmp_path, config)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert ("'score.weight' is another task's head, and is left out" in capsys.readouterr().out) == ("class" in way)
     ids = some_ids(ours)
     assert close(ours(ids), theirs.float()(ids).logits)
     file = sorted(name for name in names if name.startswith(("model", "pytorch")))[-1]  # a file as well as its folder
@@ -452,6 +460,33 @@ def test_configs_that_are_taken(tmp_path):
     assert gpt2.read_config(path) == gpt2.COMMON | gpt2.SIZES["gpt2"] | {"layer_norm_epsilon": 1}
 
 
+def test_an_activation_is_taken_under_each_of_its_names_and_no_other(tmp_path):
+    """Oracle: transformers' own functions by name. The largest difference between the five is rounding."""
+    x, path = torch.linspace(-8, 8, 10_001), tmp_path / "config.json"
+    for name in transformers.activations.ACT2FN:
+        same = (transformers.activations.ACT2FN[name](x) - F.gelu(x, approximate="tanh")).abs().max() < 1e-5 \
+            if "gelu" in name and "10" not in name else False
+        assert same == (name in gpt2.TANH_GELU), name
+        path.write_text(config_text(activation_function=name))
+        if same:
+            assert gpt2.read_config(path) == SMALL
+        else:
+            with refused("activation_function", repr(name)):
+                gpt2.read_config(path)
+
+
+def test_rows_that_only_fill_the_table_up_are_never_drawn(tmp_path):
+    ours = make_ours(make_theirs())
+    ours.wte.weight.data[25:] *= 9  # the likeliest, were they asked
+    drawn = list(gpt2.generate(ours, [1], 60))
+    assert max(drawn) >= 25
+    ours.config["n_tokens"] = 25
+    for temperature in (0, 1):
+        assert max(gpt2.generate(ours, [1], 60, temperature)) < 25
+    gpt2.save_model(ours, tmp_path, 0)
+    assert gpt2.read_config(tmp_path / "config.json") == SMALL
+
+
 def change(**changes):
     return lambda state: state | changes
 
@@ -462,6 +497,8 @@ def without(name):
 
 @pytest.mark.parametrize("edit, config, words", [
     (without("wpe.weight"), {}, ["lacks wpe.weight"]),
+    (change(**{"lm_head.weight": torch.ones(29, 16)}), {}, ["lm_head.weight other than wte.weight", "one table"]),
+    (change(**{"transformer.ln_f.bias": torch.ones(16)}), {}, ["ln_f.bias' is in it twice"]),
     (without("ln_f.bias"), {}, ["lacks ln_f.bias"]),
     (without("h.1.mlp.c_proj.bias"), {}, ["lacks h.1.mlp.c_proj.bias", "2 layers"]),
     (change(**{"h.2.ln_1.bias": torch.ones(16)}), {}, ["holds 'h.2.ln_1.bias'", "no use"]),
