@@ -29,8 +29,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import KNOWN, NO_VALUE, NUMBER, SETS, UNSEEN, Data, Part, date_format, encode, encode_row, inputs_of
-from load import linear_baseline, read_csv, read_table, roc_auc, to_data, words_of
+from load import KNOWN, NO_VALUE, SETS, UNSEEN, Data, Part, encode, encode_row, inputs_of, linear_baseline
+from load import read_table, roc_auc, to_data, words_of
+from reading import NUMBER, date_formats, read_csv
 from train import SCRIPT, TabularNet, combine, evaluate, predict
 
 # Shapes: N rows, F numeric columns, L columns that are looked up (the category columns), V values of one of them, E
@@ -78,7 +79,7 @@ def score(model: TabularNet, schema: dict, path: Path) -> list[list[str]]:
         if name not in table.columns:
             raise utils.InputError(f"{path} lacks the column {name}, which the model reads.")
         column = table.columns[name]
-        fits = {"numeric": NUMBER.fullmatch, "date": lambda v: date_format({v}) == schema["dates"][name],
+        fits = {"numeric": NUMBER.fullmatch, "date": lambda v: schema["dates"][name] in date_formats({v}),
                 "category": lambda v: True}[kind]
         if odd := next((value for value in column if value and not fits(value)), None):
             raise utils.InputError(f"{path}, {table.lines[column.index(odd)]}: {odd!r} in column {name} is no "

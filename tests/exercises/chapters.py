@@ -13,7 +13,7 @@ def chapter(folder: str, *names: str):
     ## A folder that starts with a digit is no package, so its scripts are found by path, and import each other by their
     ## plain names. What was imported from another chapter before stays usable: it only loses its place in sys.modules.
     """
-    for name in ("load", "from_scratch", "train", "load_model", "experiment"):
+    for name in ("reading", "load", "from_scratch", "train", "load_model", "experiment"):
         sys.modules.pop(name, None)
     sys.path.insert(0, str(ROOT / folder))  # before the other chapters
     try:
