@@ -112,12 +112,13 @@ def main() -> None:
     model = SimpleNN(hidden=args.hidden).to(args.device)
     print(f"{data.label}: {data.sizes}; labels {train[1][:8].tolist()} ...\n{utils.count_parameters(model):,} "
           f"parameters; loss before training {evaluate(model, *val)[0]:.4f} (guessing: ln 10 = 2.3026)\n")
-    history, best = [], {"val_accuracy": -1.0}
+    history, best = [], {"val_accuracy": -1.0, "val_loss": float("inf")}
     for row in fit(model, train, val, args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed):
         history.append(row)
         print("step {}, epoch {}: {:.1f} s, train {:.4f}, validation {:.4f}, {:.2%}".format(*row.values()), flush=True)
-        if row["val_accuracy"] > best["val_accuracy"]:
-            best = row
+        ## Of epochs that are correct equally often, the one with the lower loss counts.
+        best = max(best, row, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        if best is row:
             utils.write_atomically(args.out / "model.pt", torch.save, data.facts | {"script": SCRIPT, "metrics": best,
                 "torch": str(torch.__version__), "config": {"hidden": args.hidden}, "model": model.state_dict()})
     model.load_state_dict(utils.load_checkpoint(args.out / "model.pt", SCRIPT)["model"])  # the best, maybe not the last
