@@ -116,8 +116,7 @@ def main() -> None:
     for row in fit(model, train, val, args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed):
         history.append(row)
         print("step {}, epoch {}: {:.1f} s, train {:.4f}, validation {:.4f}, {:.2%}".format(*row.values()), flush=True)
-        ## Of epochs that are correct equally often, the one with the lower loss counts.
-        best = max(best, row, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        best = max(best, row, key=lambda row: (row["val_accuracy"], -row["val_loss"]))  # of equals the lower loss
         if best is row:
             utils.write_atomically(args.out / "model.pt", torch.save, data.facts | {"script": SCRIPT, "metrics": best,
                 "torch": str(torch.__version__), "config": {"hidden": args.hidden}, "model": model.state_dict()})
