@@ -18,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, chapter
@@ -503,40 +502,34 @@ def gpt2_generation(length: int = 256) -> None:
 
 
 def boosting(seeds: int = 3) -> None:
-    """UCI Adult: train.py of chapter 04 as a user runs it, and scikit-learn's boosted trees with default settings."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
+    """UCI Adult: train.py of chapter 04 by default, and boosted trees with default settings on the same rows."""
+    import own_tables
 
-    tab_load, tab_train = chapter("04_tabular", "load", "train")
-    data = tab_load.load_data(None)
-    if data.stand_in:
+    if not (utils.DATA_DIR / "adult.data").exists():
         print("04 boosting: left out, UCI Adult is not at hand")
         return
-    train_x, val_x, test_x = (torch.cat([part.numeric, part.categories], 1).numpy() for part in data[:3])
-    words = [False] * data.train.numeric.shape[1] + [True] * data.train.categories.shape[1]
-    # The peer sets a tenth of its rows aside for early stopping. So it may also have those that ours stops by.
-    both = np.concatenate([train_x, val_x]), torch.cat([data.train.target, data.val.target]).numpy()
-    peers = {"training rows": (train_x, data.train.target.numpy()), "training and validation rows": both}
-    ours, theirs = [], {name: [] for name in peers}
-    for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, ROOT / "04_tabular" / "train.py", "--data", "adult", "--seed", str(seed)]
-            subprocess.run([*command, "--out", out], check=True, stdout=subprocess.DEVNULL)
-            written = json.loads((Path(out) / "metrics.json").read_text())
-        figures = written["metrics"]
-        ours.append((100 * figures["test_accuracy"], 100 * figures["test_auc"], written["seconds"]))
-        for name, (x, y) in peers.items():
-            peer = HistGradientBoostingClassifier(categorical_features=words, random_state=seed)
-            start = time.perf_counter()
-            peer.fit(x, y)
-            seconds = time.perf_counter() - start
-            figures = tab_train.evaluate(torch.from_numpy(peer.predict_proba(test_x)[:, 1]), data.test.target)
-            theirs[name].append((100 * figures["accuracy"], 100 * figures["auc"], seconds))
-    for peer, runs in theirs.items():
-        note = f"HistGradientBoostingClassifier, defaults, {peer}; mean of {seeds} seeds"
-        names = ("test accuracy, %", "test AUC, %", "seconds of training")
-        for i, name in enumerate(names):
-            mine, other = (statistics.mean(run[i] for run in side) for side in (ours, runs))
-            row(f"04 {name}", mine, other, note, lower=i == 2)
+    runs = {}  # of each side: accuracy and AUC in %, seconds of training
+    with tempfile.TemporaryDirectory() as out:
+        for seed in range(seeds):
+            written, _ = own_tables.ours(seed, Path(out), "--data", "adult")
+            figures = {name: written["metrics"][f"test_{name}"] for name in ("accuracy", "auc")}
+            sides = {"ours": figures | {"seconds": written["seconds"]}} | own_tables.peers("adult", None, seed)
+            for side, figures in sides.items():
+                runs.setdefault(side, []).append((100 * figures["accuracy"], 100 * figures["auc"], figures["seconds"]))
+    for peer in set(runs) - {"ours"}:
+        for i, name in enumerate(("test accuracy, %", "test AUC, %", "seconds of training")):
+            mine, other = (statistics.mean(run[i] for run in runs[side]) for side in ("ours", peer))
+            row(f"04 {name}", mine, other, f"{peer}, defaults, same rows; mean of {seeds} seeds", lower=i == 2)
+
+
+def tables() -> None:
+    """A folder of tables of one's own, beside the linear model and boosted trees: tests/own_tables.py."""
+    import own_tables
+
+    if args.own is None:
+        print("04 tables: left out, --own names no folder with a tables.json (see tests/own_tables.py)")
+    else:
+        own_tables.compare(args.own)
 
 
 def bert_folder(folder: Path, method: str) -> str:
@@ -568,7 +561,7 @@ def bert_side(side: str, folder: Path, method: str, steps: int = 8) -> None:
         config = bert.read_config(folder / "config.json") | {"dropout": 0.0}
         model = bert.read_model(folder, config, bert.Classifier).train()
         if method != "full":
-            peft_files.load_adapter(model, folder / "adapter", "", bert_train.heads(model))
+            peft_files.load_adapter(model, folder / "adapter", "")
             bert_train.shrink(model, dtype)
         options = {"fused": True}
     else:
@@ -667,6 +660,7 @@ ROWS = {
     "generation": generation,
     "time_to_loss": time_to_loss,
     "boosting": boosting,
+    "tables": tables,
     "lora": lora,
     "gpt2_generation": gpt2_generation,
     "bert": bert,
@@ -676,6 +670,7 @@ ROWS = {
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--own", type=Path, help="a folder of tables, for the row `tables`")
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)  # lora starts this script anew
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--job", default="lora", help=argparse.SUPPRESS)  # what the new script does

@@ -1,12 +1,13 @@
 """Chapter 04 on tables of one's own: every file of a folder by default, beside its linear model and boosted trees.
 
     ../shared/cases/own-data/export /tmp/own; python tests/own_tables.py /tmp/own             all files, with peers
-    python tests/own_tables.py /tmp/own --only iris taxi --peers                              some, the network alone
+    python tests/own_tables.py /tmp/own --only iris taxi --no-peers                           some, the network alone
 
 The folder holds tables.json, a list of {"name", "file", "target"}. Tables below 1,000 rows are shuffled four times. All
 get the rows for testing that train.py sets aside, and all others to learn from. Score: AUC of two values, mean AUC of
 each class against the rest, or R^2; loss: log loss or mean squared error, beside that of train.py's linear model.
-catboost is not in tests/requirements.txt; where it is missing, its column is empty.
+catboost is not in tests/requirements.txt (`pip install catboost`); where it is missing, its column is empty.
+tests/benchmark.py has the same peers on UCI Adult (`--rows boosting`) and these tables (`--rows tables --own FOLDER`).
 """
 import argparse
 import contextlib
@@ -24,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 sys.path.append(str(ROOT / "tests"))
-from conftest import chapter
+from conftest import call_main, chapter
 
 load, train = chapter("04_tabular", "load", "train")
 
@@ -40,20 +41,21 @@ def shuffled(path: Path, seed: int, folder: Path) -> Path:
     return folder / path.name
 
 
-def ours(path: Path, target: str, seed: int, out: Path) -> tuple[dict, float, str]:
-    """train.py by default: its metrics, seconds of the whole run without the imports, and what it printed."""
-    begun, said, sys.argv = time.perf_counter(), io.StringIO(), [
-        "train.py", "--data", str(path), "--target", target, "--seed", str(seed), "--out", str(out)]
-    with contextlib.redirect_stdout(said):
-        train.main()
-    return json.loads((out / "metrics.json").read_text()), time.perf_counter() - begun, said.getvalue()
+def ours(seed: int, out: Path, *options: str) -> tuple[dict, float]:
+    """train.py by default: its metrics.json, and seconds of the whole run without the imports."""
+    begun = time.perf_counter()
+    call_main(train, *options, "--seed", seed, "--out", out)
+    return json.loads((out / "metrics.json").read_text()), time.perf_counter() - begun
 
 
-def peers(path: Path, target: str, seed: int) -> dict[str, float]:
-    """Scores of boosted trees with default settings on the same rows. Missing numbers are missing to them, too."""
+def peers(data: str, target: str | None, seed: int) -> dict[str, dict]:
+    """Figures of boosted trees with default settings on the same rows: {peer: evaluate's and "seconds" of training}.
+
+    Missing numbers are missing to them, too. They get the same parts of dates.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     with contextlib.redirect_stdout(io.StringIO()):
-        data = load.load_data(str(path), target)
+        data = load.load_data(data, target)
     schema, task = data.schema, data.schema["task"]
     names = schema["categorical"]
     words = [k for k, name in enumerate(names) if name.removesuffix(" given") not in schema["gaps"]]
@@ -81,49 +83,45 @@ def peers(path: Path, target: str, seed: int) -> dict[str, float]:
         else:
             table = [np.concatenate(part, 1) for part in x]
             peer = kind[task == "numbers"](random_state=seed, categorical_features=[False] * F + few)
+        begun = time.perf_counter()
         peer.fit(table[0], y)
+        seconds = time.perf_counter() - begun
         if task == "numbers":
             p = torch.from_numpy(peer.predict(table[1]))
         else:
             p = torch.zeros(len(x[1][0]), len(schema["classes"]), dtype=torch.float64)
             p[:, torch.from_numpy(peer.classes_).long()] = torch.from_numpy(peer.predict_proba(table[1]))
             p = p[:, 1] if task == "binary" else p
-        scores[name] = train.evaluate(p, data.test.target, task)["r2" if task == "numbers" else "auc"]
+        scores[name] = train.evaluate(p, data.test.target, task) | {"seconds": seconds}
     return scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="+", help="names of tables")
-    parser.add_argument("--peers", action="store_false", help="leave the peers out")
-    parser.add_argument("--write", type=Path, help="a JSON file for the rows")
-    args = parser.parse_args()
+def compare(folder: Path, only: list[str] | None = None, with_peers: bool = True, write: Path | None = None) -> None:
+    """Run the tables and print a row each, and their means; write: a JSON file for the rows."""
     rows, names = {}, ("network", "linear", "HistGradientBoosting", "CatBoost")
     print(f"{'table':14}{'rows':>7}" + "".join(f"{name[:12]:>13}" for name in names) + "   loss/linear  seconds")
-    for table in json.loads((args.folder / "tables.json").read_text()):
-        if args.only and table["name"] not in args.only:
+    for table in json.loads((folder / "tables.json").read_text()):
+        if only and table["name"] not in only:
             continue
         runs = []
-        with tempfile.TemporaryDirectory() as folder:
-            path, n = args.folder / table["file"], 0
-            with open(path, "rb") as file:
+        with tempfile.TemporaryDirectory() as scratch:
+            with open(folder / table["file"], "rb") as file:
                 n = sum(1 for _ in file) - 1
             for seed in range(4 if n < 1000 else 1):
-                path = shuffled(args.folder / table["file"], seed, Path(folder))
-                written, seconds, _ = ours(path, table["target"], seed, Path(folder))
+                path = shuffled(folder / table["file"], seed, Path(scratch))
+                written, seconds = ours(seed, Path(scratch), "--data", str(path), "--target", table["target"])
                 m = written["metrics"]
-                key, loss = ("r2", "rmse") if "test_r2" in m else ("auc", "log_loss")
-                power = 2 if loss == "rmse" else 1
+                key, loss, power = ("r2", "rmse", 2) if "test_r2" in m else ("auc", "log_loss", 1)
+                others = peers(str(path), table["target"], seed) if with_peers else {}
                 runs.append({"network": m[f"test_{key}"], "linear": m["linear_model"][key], "seconds": seconds,
                              "loss": m[f"test_{loss}"] ** power, "linear_loss": m["linear_model"][loss] ** power}
-                            | (peers(path, table["target"], seed) if args.peers else {}))
+                            | {name: figures[key] for name, figures in others.items()})
         row = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
         rows[table["name"]] = row | {"ratio": row["loss"] / row["linear_loss"]}
         print(f"{table['name']:14}{n:7,}" + "".join(f"{row.get(name, np.nan):13.4f}" for name in names)
               + f"{rows[table['name']]['ratio']:14.3f}{row['seconds']:9.1f}", flush=True)
-        if args.write:
-            args.write.write_text(json.dumps(rows, indent=1))
+        if write:
+            write.write_text(json.dumps(rows, indent=1))
     ratios = [row["ratio"] for row in rows.values()]
     means = [np.mean([row.get(name, np.nan) for row in rows.values()]) for name in names]
     print(f"{'mean':21}" + "".join(f"{mean:13.4f}" for mean in means)
@@ -132,4 +130,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="+", help="names of tables")
+    parser.add_argument("--no-peers", action="store_true", help="leave the peers out")
+    parser.add_argument("--write", type=Path, help="a JSON file for the rows")
+    args = parser.parse_args()
+    compare(args.folder, args.only, not args.no_peers, args.write)
