@@ -218,7 +218,7 @@ def load_result(folder: Path, options: dict, out: Path, kind: type, labels: list
     if options["method"] != "lora":
         return open_bert(out / "model", "", kind)[:2]
     model, tokenizer, _ = open_bert(folder, options["model"], kind, labels, pooling=options.get("pooling"))
-    load_adapter(model, out / "adapter", "", heads(model))
+    load_adapter(model, out / "adapter", "")
     return model.eval(), tokenizer
 
 

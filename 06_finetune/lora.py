@@ -104,10 +104,10 @@ def matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def build(model: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float, rslora: bool = False,
-          prefix: str = "") -> dict[str, LoRA]:
-    """Name -> LoRA for each layer that, with prefix before its name, a target matches; the model stays as it is.
-    Raises ValueError for numbers out of range, and for matches that are neither Linear nor Conv1D."""
+def build(model: nn.Module, targets: list[str] | dict[str, str], rank: int, alpha: float, dropout: float,
+          rslora: bool = False, kind: type = LoRA) -> dict[str, LoRA]:
+    """Name -> LoRA (or kind) for each layer that a target matches, or that a dict of name -> target has; the model
+    stays as it is. Raises ValueError for numbers out of range, and for matches that are neither Linear nor Conv1D."""
     if adapters(model):
         raise ValueError("the model already has LoRA layers; call remove first, or start from the base again.")
     for name, value, kinds, low, high in (("rank", rank, (int,), 0, math.inf), ("alpha", alpha, (int, float), 0, 1e38),
@@ -116,7 +116,8 @@ def build(model: nn.Module, targets: list[str], rank: int, alpha: float, dropout
             raise ValueError(f"LoRA's {name} {value!r:.40} is no number, or out of its range; usual: rank 8, alpha 16.")
     layers = {}
     for name, module in model.named_modules():
-        target = next((target for target in targets if name and matches(prefix + name, target)), None)
+        target = targets.get(name) if isinstance(targets, dict) else next(
+            (target for target in targets if name and matches(name, target)), None)
         if target is None:
             continue
         if not (isinstance(module, nn.Linear) or transposed(module)):
@@ -125,7 +126,7 @@ def build(model: nn.Module, targets: list[str], rank: int, alpha: float, dropout
         if rank > min(module.weight.shape):
             raise ValueError(f"LoRA's rank {rank!r:.40} is above the smaller side of {name}; choose "
                              f"{min(module.weight.shape)} or less.")
-        layers[name] = LoRA(module, rank, alpha, dropout, rslora)
+        layers[name] = kind(module, rank, alpha, dropout, rslora)
         layers[name].target = target  # for adapter_config.json
     return layers
 
@@ -146,9 +147,8 @@ def install(model: nn.Module, layers: dict[str, LoRA]) -> None:
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: list[str]) -> list[str]:
-    """Freeze model, put a LoRA around each Linear and Conv1D that a target matches, and return their names. What else
-    is to be trained gets requires_grad_() afterwards; another dtype, before. Raises ValueError, as build does and for a
-    target that is no layer's name, with the model as it was."""
+    """Freeze model, put LoRA around each Linear and Conv1D that a target matches, and return their names. What else is
+    to be trained gets requires_grad_() afterwards. Raises ValueError as build does, and for one that is no name."""
     for target in targets or [""]:
         if not any(matches(name, target) for name, _ in model.named_modules() if name):
             raise ValueError(f"LoRA target {target!r:.200} is no layer's name; choose from {candidates(model)}.")

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 import warnings
 
 import peft
@@ -17,6 +18,7 @@ from conftest import ROOT, chapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 import utils
 
@@ -389,12 +391,8 @@ def test_what_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "name"), [
-    ({"use_dora": True}, "use_dora"), ({"bias": "lora_only"}, "bias"),
-    ({"modules_to_save": ["wte"]}, "modules_to_save"), ({"exclude_modules": ["h.0.attn.c_attn"]}, "exclude_modules"),
-    ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"), ({"alpha_pattern": {"c_attn": 2}}, "alpha_pattern"),
-    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"target_modules": ".*c_attn"}, "target_modules"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"lora_bias": True}, "lora_bias"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"bias": "all"}, "bias"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ({"lora_bias": True}, "lora_bias"), ({"trainable_token_indices": [1]}, "trainable_token_indices"),
 ])
 def test_what_peft_wrote_and_we_do_not_support_is_named(tmp_path, options, name):
     model = with_peft(pair()[1], **{"r": 4, "target_modules": ["c_attn"], **options})
@@ -404,13 +402,148 @@ def test_what_peft_wrote_and_we_do_not_support_is_named(tmp_path, options, name)
             "not supported")
 
 
+# What PEFT can say of layers: options, names of the adapted layers' ends
+FIRST, SECOND = "h.0.attn.c_attn", "h.1.attn.c_attn"
+OPTIONS = [
+    ({"rank_pattern": {"h.1.attn.c_attn": 2}, "alpha_pattern": {"c_fc": 3, r"h\.\d\.attn.c_attn": 5}}, 6),
+    ({"rank_pattern": {"attn": 1, "c_.*": 3}, "use_rslora": True}, 6),
+    ({"target_modules": r".*\.(c_attn|c_fc)"}, 4), ({"target_modules": r"transformer\.h\.[01]\.mlp.*proj"}, 2),
+    ({"target_modules": "all-linear"}, 8), ({"layers_to_transform": [1]}, 3), ({"layers_to_transform": 0}, 3),
+    ({"layers_to_transform": [0], "layers_pattern": "h"}, 3),
+    ({"layers_to_transform": [0], "layers_pattern": ["x"]}, 0),
+    ({"layers_to_transform": [0], "target_modules": ["transformer.h.1.mlp.c_fc", "c_attn"]}, 2),
+    ({"exclude_modules": ["h.0.attn.c_attn", "c_fc"]}, 3), ({"exclude_modules": r".*\.0\..*"}, 3),
+    ({"modules_to_save": ["ln_f", "h.1.mlp"]}, 4), ({"modules_to_save": ["f", "n_1"]}, 6), ({"bias": "lora_only"}, 6),
+    ({"use_dora": True}, 6),
+    ({"use_dora": True, "bias": "lora_only", "rank_pattern": {"c_fc": 2}, "use_rslora": True}, 6),
+]
+
+
+@pytest.mark.parametrize(("options", "n"), OPTIONS, ids=range(len(OPTIONS)))
+def test_options_of_peft_are_obeyed_both_ways(tmp_path, options, n):
+    """Theirs here and ours there: equal logits, tensors, and gradients of the same parameters."""
+    ours, theirs = pair()
+    options = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1,
+               "target_modules": ["c_attn", "mlp.c_proj", "c_fc"]} | options
+    if not n:
+        with pytest.raises(ValueError, match="No modules were targeted|not found"):
+            with_peft(theirs, **options)
+        return
+    model = with_peft(theirs, **options)
+    for name, p in model.named_parameters():
+        if p.requires_grad and "lora_" not in name or "magnitude" in name:
+            p.data += torch.randn_like(p) / 5
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(tmp_path / "theirs")
+    if options["target_modules"] == "all-linear":  # PEFT writes names; the word alone is a setting of training tools
+        path = tmp_path / "theirs" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))
+    config = peft_files.load_adapter(ours, tmp_path / "theirs")
+    layers, state = lora.adapters(ours), load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert len(layers) == n and not any(module.training for module in ours.modules())
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert close(ours(IDS), expected) and not close(pair()[0](IDS), expected, 0.01)
+    # what is trained, and its gradients
+    for each in (ours, model):
+        F.cross_entropy((each(IDS) if each is ours else each(IDS).logits).flatten(0, 1), IDS.flatten()).backward()
+    grads = {re.sub(r"\.(modules_to_save|default|base_layer)\b|\.weight$", "", name): p.grad
+             for name, p in model.named_parameters() if p.requires_grad}
+    mine = {"base_model.model.transformer." + name.replace(".base.", ".").removesuffix(".weight"): p.grad
+            for name, p in ours.named_parameters() if p.requires_grad}
+    assert mine.keys() == grads.keys() and len(mine) >= 2 * n
+    assert all(close(mine[name], grads[name], 1e-4) for name in mine)
+    # ours, written and read by PEFT
+    heads = tuple(name for name, module in ours.named_modules() if name and
+                  f"transformer.{name}".endswith(tuple(config["modules_to_save"] or ["-"])))
+    peft_files.save_adapter(ours, tmp_path / "ours", "name", heads=heads)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        again = peft.PeftModel.from_pretrained(pair()[1], tmp_path / "ours").eval()
+    assert not [w for w in seen if "keys" in str(w.message)]
+    mine = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert mine.keys() == state.keys() and all(torch.equal(mine[name], state[name]) for name in state)
+    with torch.no_grad():
+        assert close(again(IDS).logits, expected)
+        lora.merge(ours)
+        assert close(ours(IDS), expected)
+        lora.remove(ours)
+        assert close(ours(IDS), expected) and not lora.adapters(ours)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(7, 11), gpt2.Conv1D(7, 11), nn.Linear(7, 11, bias=False)])
+def test_dora_begins_at_the_base_and_drops_as_peft(base):
+    torch.manual_seed(0)
+    x, layer = torch.randn(5, 7), peft_files.DoRA(base, 3, 6, 0.5)
+    assert close(layer(x), base(x), 1e-6)
+    same = copy.deepcopy(base)
+    if lora.transposed(base):  # PEFT knows transformers' own
+        same = Conv1D(11, 7)
+        same.load_state_dict(base.state_dict())
+    theirs = peft.tuners.lora.Linear(same, "default", peft.LoraConfig(
+        r=3, lora_alpha=6, lora_dropout=0.5, use_dora=True, fan_in_fan_out=lora.transposed(base)), r=3, lora_alpha=6)
+    fill(layer).train()
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            part = name.split(".")[0]
+            p.data.copy_(getattr(layer, part))
+    outputs = []
+    for each in (layer, theirs.train()):
+        torch.manual_seed(1)
+        outputs.append(each(x))
+    assert close(*outputs) and not close(outputs[0], base(x), 0.01)
+
+
+def test_a_compiled_model_s_adapter_an_old_file_and_an_empty_one(tmp_path):
+    ours, state = adapted(["c_attn"]), {}
+    peft_files.save_adapter(ours, tmp_path, "gpt2")
+    path, expected = tmp_path / "adapter_model.safetensors", ours(IDS)
+    state = load_file(path)
+    compiled = {name.replace("model.transformer", "model._orig_mod.transformer"): t for name, t in state.items()}
+    for save in (lambda: save_file(compiled, path), lambda: torch.save(state, tmp_path / "adapter_model.bin")):
+        path.unlink()
+        save()
+        model = pair()[0]
+        peft_files.load_adapter(model, tmp_path)
+        assert torch.equal(model(IDS), expected)
+    save_file({}, path)
+    untouched(tmp_path, "transformer.", "is an empty adapter: its file holds no tensor")
+    save_file(state | {next(iter(compiled)): torch.ones(1)}, path)
+    untouched(tmp_path, "transformer.", "another base")
+
+
+def test_expressions_that_would_take_long_are_refused_and_the_worst_that_pass_are_quick():
+    assert peft_files.quick([r".*\.(q|v)_proj", r"^(?!.*lm_head).*\.c_attn", r"layers\.\d+\.attn", "c_attn"])
+    for slow in ("(a+)+b", "(a|a)*b", "(a?){40}", ".*.*.*.*b", "a" * 60_000, "(", "[", r"(.*)\1?.*.*"):
+        assert not peft_files.quick([slow]), slow
+    assert not peft_files.quick([".*.*.*b"] * 4)
+    model = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2)]) for _ in range(100))
+    config = {"target_modules": "all-linear", "exclude_modules": None, "layers_pattern": None, "modules_to_save": None,
+              "layers_to_transform": None, "r": 1, "lora_alpha": 1, "alpha_pattern": None,
+              "rank_pattern": dict.fromkeys([".*.*.*b", ".*.*.*c", ".*.*.*d", *map(str, range(500))], 2)}
+    start = time.process_time()
+    chosen = peft_files.choose(model, config, "base_model.model.encoder.layers.attention.")
+    assert len(chosen) == 100 and time.process_time() - start < 5
+
+
 EDITS = [
     (b"", "can't be read as JSON (JSONDecodeError)"), (b"\xff", "can't be read as JSON (UnicodeDecodeError)"),
     (b"[" * 100_000, "can't be read as JSON (RecursionError)"), (b"[1]", "'peft_type' is None"),
     (b"{}", "'peft_type' is None"),
     (None, "can't be read as JSON (FileNotFoundError)"), ({"peft_type": "LOHA"}, "'peft_type' is 'LOHA'"),
     ({"peft_type": ""}, "'peft_type' is ''"), ({"peft_type": ["LORA"]}, "'peft_type' is ['LORA']"),
-    ({"target_modules": "all-linear"}, "'target_modules' is 'all-linear'"),
+    ({"target_modules": "c_attn"}, "lora_A.weight' is (4, 32) in the file and missing"),  # a whole name to PEFT
+    ({"target_modules": "(.*)*x"}, "'target_modules' is '(.*)*x'"), ({"rank_pattern": {"(": 2}}, "'rank_pattern' is"),
+    ({"rank_pattern": {"c_attn": "4"}}, "rank '4' is no number"), ({"rank_pattern": ["c_attn"]}, "'rank_pattern' is"),
+    ({"alpha_pattern": {"c_attn": [1]}}, "alpha [1] is no number"), ({"exclude_modules": [1]}, "'exclude_modules' is"),
+    ({"exclude_modules": {"a": 1}}, "'exclude_modules' is"), ({"layers_to_transform": "1"}, "'layers_to_transform' is"),
+    ({"layers_to_transform": [True]}, "'layers_to_transform' is"),
+    ({"modules_to_save": "ln_f"}, "'modules_to_save' is"),
+    ({"modules_to_save": [""]}, "'modules_to_save' is"), ({"modules_to_save": ["wte"]}, "modules_to_save holds wte, a"),
+    ({"modules_to_save": ["ln_f"]}, "ln_f.bias' is missing in the file"),
+    ({"layers_pattern": 3}, "'layers_pattern' is"),
+    ({"bias": "lora_only"}, "c_attn.bias' is missing in the file"), ({"bias": "all"}, "'bias' is 'all'"),
+    ({"use_dora": True}, "lora_magnitude_vector' is missing in the file"), ({"use_dora": 2}, "'use_dora' is 2"),
     ({"target_modules": None}, "'target_modules' is None"), ({"target_modules": [1]}, "'target_modules' is [1]"),
     ({"target_modules": ["attn"]}, "h.0.attn, of type Attention"), ({"target_modules": []}, "'target_modules' is []"),
     ({"from_the_future": {"a": 1}}, "'from_the_future' is"), ({"target_parameters": ["a"]}, "'target_parameters' is"),
@@ -457,7 +590,6 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         (good | {name: torch.zeros(96, 4, dtype=torch.long)}, [f"{name!r} is torch.int64 in the file and (96, 4)"]),
         ({n: t for n, t in good.items() if n != name}, [f"{name!r} is missing in the file and (96, 4) in this model"]),
         (good | {"\x1b[2J": torch.zeros(2)}, [r"'\x1b[2J' is (2,) in the file and missing in this model"]),
-        ({}, ["lora_A.weight' is missing in the file"]),
     ]:
         save_file(bad, path)
         untouched(tmp_path, "transformer.", *parts, *last)
