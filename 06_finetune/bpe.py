@@ -20,9 +20,11 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
@@ -39,26 +41,29 @@ SAMPLE = "Hello world! We're testing tokenization in 2024: na\u00efve \u4f60\u59
 
 
 # ---------------------------------------------------------------------------------------------- text to pieces
+GPT2_CUTS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Python's \s and isspace also hold \x1c to \x1f, the separators of old tape formats; Unicode's White_Space does not.
+WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
+
+
 @functools.cache
-def pattern() -> re.Pattern:
+def pattern(cuts: str = GPT2_CUTS) -> re.Pattern:
     """The expression that cuts a text into pieces; no merge ever crosses a cut. Made on first use, then kept.
 
     ## Without cuts the most frequent pairs would be of the kind "e " and ". T", and "dog", "dog." and "dog!" would be
-    ## three unrelated tokens. GPT-2 (Radford et al. 2019, section 2.2; encoder.py of its code) cuts with
-    ##     's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
-    ## in words: endings as in "we'll"; a run of letters, of numbers, or of anything else that is seen, each with the
-    ## one space before it; white space. \\s+(?!\\S) leaves the last of several spaces to the word after it.
+    ## three unrelated tokens. GPT-2 (Radford et al. 2019, section 2.2; encoder.py of its code) cuts into words: endings
+    ## as in "we'll"; a run of letters, of numbers, or of anything else that is seen, each with the one space before it;
+    ## white space. \\s+(?!\\S) leaves the last of several spaces to the word after it.
     ## Python's re has no \\p{L} (letters of any script) and \\p{N} (numbers). But unicodedata knows each character's
     ## category, two letters such as Lu or Nd, and a character class made of all ranges of L.. is just what \\p{L} is.
     """
     ## Planes 4 to 16 hold no letters: unassigned, tags, private use. Leaving them out saves three quarters of the time.
     categories = "".join(map(unicodedata.category, map(chr, range(0x40000))))  # two letters for each code point
-
-    L, N = ("".join(f"{chr(run.start() // 2)}-{chr(run.end() // 2 - 1)}"
-                    for run in re.finditer(f"(?:{kind}.)+", categories)) for kind in "LN")
-    # Python's \s also holds \x1c to \x1f, the separators of old tape formats; Unicode's White_Space does not.
-    S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+")
+    cuts = re.sub(r"(\[.*?])|(\\p{.}|\\s)", lambda some: some[1] or f"[{some[2]}]", cuts.replace(r"\S", r"[^\s]"))
+    for kind in "LN":
+        cuts = cuts.replace(rf"\p{{{kind}}}", "".join(f"{chr(run.start() // 2)}-{chr(run.end() // 2 - 1)}"
+                                                      for run in re.finditer(f"(?:{kind}.)+", categories)))
+    return re.compile(cuts.replace(r"\s", WHITE))
 
 
 ## Every text is bytes (UTF-8), and there are 256 of them, so nothing is ever unknown. To keep its files readable GPT-2
@@ -79,44 +84,97 @@ def utf8(piece: str) -> bytes:
                                "character; read the text as UTF-8, or remove it.") from error
 
 
+# ---------------------------------------------------------------------------------------------- added tokens
+class Added(NamedTuple):
+    """A token that is looked for in the text itself: nothing cuts it, and no merge makes it."""
+
+    id: int
+    special: bool = True  # it tells the model something, as <|endoftext|> does
+    lstrip: bool = False  # it takes the white space before it along
+    rstrip: bool = False  # and the white space after it
+    single_word: bool = False  # no letter, digit or _ may touch it
+    normalized: bool = False  # it is looked for in the normalized text
+
+
+# Letters in circles and squares, and joiners: no letters by category, but in Unicode's own \w.
+OTHER_LETTERS = re.compile("[\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]")
+
+
+def in_word(c: str) -> bool:
+    """Whether c is one of the characters that words are made of; an empty string is not."""
+    return c != "" and bool(re.match("[LM]|Nd|Nl|Pc", unicodedata.category(c)) or OTHER_LETTERS.match(c))
+
+
+class AddedTokens:
+    """Finds added tokens in a text: the leftmost first, and of those that begin at the same place the longest."""
+
+    def __init__(self, tokens: dict[str, Added]):
+        self.tokens = tokens
+        self.find = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    def split(self, text: str, special: bool = True) -> Iterator[tuple[int, int, int | None]]:
+        """Yield (start, end, id) for each token, (start, end, None) for text between them. special: see encode."""
+        done = 0
+        for match in self.find.finditer(text) if self.tokens else ():
+            (start, end), token = match.span(), self.tokens[match[0]]
+            if token.special and not special or token.single_word and (
+                    in_word(text[start - 1 : start]) or in_word(text[end : end + 1])):
+                continue
+            while token.lstrip and start > done and text[start - 1] in WHITE:
+                start -= 1
+            while token.rstrip and end < len(text) and text[end] in WHITE:
+                end += 1
+            if done < start:
+                yield done, start, None
+            yield start, end, token.id
+            done = end
+        if done < len(text):
+            yield done, len(text), None
+
+
 # ---------------------------------------------------------------------------------------------- pieces to tokens
 class Tokenizer:
-    """Encode and decode with a vocabulary {token: id} and merges [(left, right), ...], both in byte symbols."""
+    """Encode and decode with a vocabulary {token: id} and merges [(left, right), ...], both in byte symbols.
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
-        self.vocab, self.merges = vocab, merges
-        self.byte_id = [vocab[SYMBOL[byte]] for byte in range(256)]
+    added: tokens to find in the text; None: <|endoftext|>, if the vocabulary has it. The rest is for GPT-2's relatives.
+    cuts: see pattern. normalize: what happens to a text first. prefix_space: whether a text gets a space before it.
+    before, after: ids around each text. whole: whether a piece that is a token is not merged from its bytes.
+    Raises KeyError for a merge of what is not in the vocabulary.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], added: dict[str, Added] | None = None,
+                 cuts: str = GPT2_CUTS, normalize: Callable[[str], str] | None = None, prefix_space: bool = False,
+                 before: Iterable[int] = (), after: Iterable[int] = (), whole: bool = False):
+        if added is None:
+            added = {END: Added(vocab[END])} if END in vocab else {}
+        self.added = {token: some.id for token, some in added.items()}  # token -> id
+        self.vocab, self.merges = vocab | self.added, merges
+        self.cuts, self.normalize, self.prefix_space, self.whole = cuts, normalize, prefix_space, whole
+        self.before, self.after = list(before), list(after)
+        self.end = self.vocab.get(END)  # id of what stands between documents, None: nothing does
+        self.max_length: int | None = None  # how many tokens the model was made for, None: not known
+        self.raw = AddedTokens({token: some for token, some in added.items() if not some.normalized})
+        self.normal = AddedTokens({normalize(token) if normalize else token: some
+                                   for token, some in added.items() if some.normalized})
+        self.byte_id = [vocab.get(SYMBOL[byte]) for byte in range(256)]
         self.rank = {(vocab[left], vocab[right]): rank for rank, (left, right) in enumerate(merges)}
         self.made = [vocab[left + right] for left, right in merges]  # rank of a merge -> id of what it makes
-        self.bytes = {i: bytes(BYTE[symbol] for symbol in token) for token, i in vocab.items()}
         ## Text repeats itself: Tiny Shakespeare is 297,833 pieces, 15,057 of them different. Merge each once.
         self.remembered = functools.lru_cache(1_000_000)(self.encode_piece)
 
+    @functools.cached_property
+    def bytes(self) -> dict[int, bytes]:
+        """The bytes of each id; an added token's are those of its text."""
+        symbols, known = {ord(symbol): byte for symbol, byte in BYTE.items()}, {}
+        for token, i in self.vocab.items():
+            own = token in self.added or not BYTE.keys() >= set(token)
+            known[i] = token.encode() if own else token.translate(symbols).encode("latin-1")
+        return known
+
     @classmethod
     def from_files(cls, vocab_path: Path | str, merges_path: Path | str) -> "Tokenizer":
-        """Read GPT-2's two files. Raises utils.InputError for one that is missing, damaged, or unfit for the other."""
-        advice = "take both files from the same place, such as GPT-2's."
-        text, merges = read_text(vocab_path), []
-        try:
-            vocab = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise utils.InputError(f"{vocab_path} is not JSON, or was cut short; {advice}") from error
-        for number, line in enumerate(read_text(merges_path).splitlines(), 1):
-            pair = tuple(line.split(" "))
-            if line and not (number == 1 and line.startswith("#version")):  # "#" may also begin a merge
-                if len(pair) != 2 or not all(pair):
-                    raise utils.InputError(f"{merges_path}, line {number}: {line[:40]!r} is not two symbols with a "
-                                           f"space between them; {advice}")
-                merges.append(pair)
-        numbers = isinstance(vocab, dict) and all(type(i) is int for i in vocab.values())
-        if not numbers or sorted(vocab.values()) != list(range(len(vocab))):
-            raise utils.InputError(f"{vocab_path} must map tokens to the ids 0, 1, 2 ..., each once; {advice}")
-        made = {*BYTE, END, *map("".join, merges)}
-        wrong = made ^ vocab.keys() | {symbol for pair in merges for symbol in pair} - made
-        if wrong:
-            raise utils.InputError(f"{vocab_path} and {merges_path} don't fit each other: {min(wrong)!r} is in one of "
-                                   f"them only; {advice}")
-        return cls(vocab, merges)
+        """Read GPT-2's two files; see read_files."""
+        return cls(*read_files(vocab_path, merges_path))
 
     def save(self, folder: Path | str) -> None:
         """Write vocab.json and merges.txt in GPT-2's format, byte for byte the originals if those were read."""
@@ -132,17 +190,32 @@ class Tokenizer:
         ## With special=False it is seven ordinary tokens. Use that for text that others wrote: the one id tells the
         ## model that a document is over and what stood before no longer matters, which is not for strangers to say.
         """
-        ids, remembered = [], self.remembered
-        for part, document in enumerate(text.split(END) if special else [text]):
-            if part:
-                ids.append(self.vocab[END])
-            for piece in pattern().findall(document):
-                ids += remembered(piece)
-        return ids
+        ids, find = list(self.before), pattern(self.cuts).findall
+        for part, i in self.parts(text, special):
+            if i is not None:
+                ids.append(i)
+            else:
+                ids += chain.from_iterable(map(self.remembered, find(part)))
+        return ids + self.after
+
+    def parts(self, text: str, special: bool) -> Iterator[tuple[str, int | None]]:
+        """Yield each added token with its id, and each text between two of them, normalized, with None."""
+        for start, end, i in self.raw.split(text, special):
+            part = text[start:end]
+            if i is not None or not (self.normalize or self.normal.tokens or self.prefix_space):
+                yield part, i
+                continue
+            part = self.normalize(part) if self.normalize else part
+            for a, b, j in self.normal.split(part, special):
+                space = self.prefix_space and j is None and part[a] not in WHITE
+                yield " " * space + part[a:b], j
 
     def encode_piece(self, piece: str) -> list[int]:
         """Ids of one piece: its bytes, merged until no pair in it is in the list."""
-        ids = [self.byte_id[byte] for byte in utf8(piece)]
+        data = utf8(piece)
+        if self.whole and (known := self.vocab.get("".join(SYMBOL[byte] for byte in data))) is not None:
+            return [known]
+        ids = [self.byte_id[byte] for byte in data if self.byte_id[byte] is not None]  # as others do, when one has none
         for _ in self.merge(ids):
             pass
         return [i for i in ids if i is not None]
@@ -188,6 +261,38 @@ class Tokenizer:
         ## model may write the first without the second. Such a rest becomes U+FFFD, a question mark in a diamond.
         """
         return self.decode_bytes(ids).decode("utf-8", errors)
+
+
+# ---------------------------------------------------------------------------------------------- files
+def read_files(vocab_path: Path | str, merges_path: Path | str, named: Iterable[str] = ()
+               ) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(vocab, merges) from GPT-2's two files. Raises utils.InputError for one that is damaged or unfit for the other.
+
+    named: the tokens that no merge makes; by default <|endoftext|>, which then has to be there.
+    """
+    advice = "take both files from the same place, such as GPT-2's."
+    text, merges = read_text(vocab_path), []
+    try:
+        vocab = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise utils.InputError(f"{vocab_path} is not JSON, or was cut short; {advice}") from error
+    for number, line in enumerate(read_text(merges_path).splitlines(), 1):
+        pair = tuple(line.split(" "))
+        if line and not (number == 1 and line.startswith("#version")):  # "#" may also begin a merge
+            if len(pair) != 2 or not all(pair):
+                raise utils.InputError(f"{merges_path}, line {number}: {line[:40]!r} is not two symbols with a "
+                                       f"space between them; {advice}")
+            merges.append(pair)
+    numbers = isinstance(vocab, dict) and all(type(i) is int for i in vocab.values())
+    if not numbers or sorted(vocab.values()) != list(range(len(vocab))):
+        raise utils.InputError(f"{vocab_path} must map tokens to the ids 0, 1, 2 ..., each once; {advice}")
+    needed = {*BYTE, *map("".join, merges), *([] if named else [END])}
+    wrong = needed - vocab.keys() | vocab.keys() - needed - {END, *named}
+    wrong |= {symbol for pair in merges for symbol in pair} - needed
+    if wrong:
+        raise utils.InputError(f"{vocab_path} and {merges_path} don't fit each other: {min(wrong)!r} is in one of "
+                               f"them only; {advice}")
+    return vocab, merges
 
 
 # ---------------------------------------------------------------------------------------------- learning the merges
@@ -304,7 +409,7 @@ def show(tokenizer: Tokenizer, text: str) -> None:
     row = lambda ids: " ".join(write(tokenizer.bytes[i]) for i in ids)  # noqa: E731
 
     print(f"{text!r}\n\n1. cut into pieces, as bytes written in symbols, and 2. merged into tokens with ids:")
-    pieces = pattern().findall(text)
+    pieces = pattern(tokenizer.cuts).findall(text)
     for piece in pieces:
         ids = tokenizer.encode_piece(piece)
         print(f"   {piece!r:18} {write(utf8(piece)):18} {row(ids):20} {ids}")

@@ -18,7 +18,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from bpe import read_text, replace_pair
+from bpe import Added, AddedTokens, read_text, replace_pair
 
 # Shapes: B batch, T time (tokens in the longest sequence). A chunk is what stands between white space, a word what BERT
 # cuts chunks into, a piece what has an id.
@@ -43,8 +43,8 @@ SAMPLE = "Tokenization isn't magic: na\u00efve caf\u00e9s, unbelievably, \u4f60\
 
 
 # ---------------------------------------------------------------------------------------------- text to words
-NAMES, SPACES = "|".join(map(re.escape, SPECIAL)), r"\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-CHUNK, NAME, ASCII_WORD = (re.compile(form) for form in (f"[^{SPACES}]+", NAMES, "[A-Za-z0-9]+|."))
+SPACES = r"\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+CHUNK, ASCII_WORD = re.compile(f"[^{SPACES}]+"), re.compile("[A-Za-z0-9]+|.")
 
 
 def any_of(table: str) -> re.Pattern:
@@ -113,22 +113,23 @@ def strip_accents(spots: list[tuple[str, int]]) -> list[tuple[str, int]]:
     return kept
 
 
-def cut(chunk: str, lowercase: bool) -> Iterator[tuple[str, list[int]]]:
-    """Yield BERT's words, each with its characters' places in the chunk.
+def normalized(chunk: str, lowercase: bool, strip: bool) -> list[tuple[str, int]]:
+    """The characters that BERT sees, each with its place in the chunk; Chinese ones between spaces.
 
     ## BERT read its texts without capitals and accents: "The", "the" and "THE" are one word to learn instead of three,
     ## and what a search engine's users type has neither. What is lost with them: "Polish" and "polish" are the same.
     """
-    if chunk.isascii() and chunk.isprintable():  # most texts; nothing goes and nothing is decomposed
-        for match in ASCII_WORD.finditer(chunk.lower() if lowercase else chunk):
-            yield match[0], range(*match.span())
-        return
-    spots = []  # (character, place)
+    spots = []
     for place, c in enumerate(chunk):
         if kind(c) != "none":
             spots += [(" ", place), (c, place), (" ", place)] if kind(c) == "chinese" else [(c, place)]
-    if lowercase and not chunk.isascii():
+    if strip and not chunk.isascii():
         spots = strip_accents(spots)
+    return [(small, place) for c, place in spots for small in c.lower()] if lowercase else spots
+
+
+def words(spots: Iterable[tuple[str, int]]) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield the words among characters with their places: punctuation stands alone, a space ends a word."""
     word, places = "", []
     for c, place in spots:
         alone = c == " " or kind(c) == "punctuation"
@@ -136,12 +137,21 @@ def cut(chunk: str, lowercase: bool) -> Iterator[tuple[str, list[int]]]:
             yield word, places
             word, places = "", []
         if not alone:
-            word += c.lower() if lowercase else c  # a single character each: the few exceptions are decomposed by now
+            word += c
             places.append(place)
         elif c != " ":
             yield c, [place]
     if word:
         yield word, places
+
+
+def cut(chunk: str, lowercase: bool, strip: bool | None = None) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield BERT's words, each with its characters' places in the chunk. strip: accents go, None: where capitals go."""
+    if chunk.isascii() and chunk.isprintable():  # the same in a third of the time
+        for match in ASCII_WORD.finditer(chunk.lower() if lowercase else chunk):
+            yield match[0], range(*match.span())
+    else:
+        yield from words(normalized(chunk, lowercase, lowercase if strip is None else strip))
 
 
 # ---------------------------------------------------------------------------------------------- words to tokens
@@ -154,11 +164,14 @@ class Encoding(NamedTuple):
 class WordPiece:
     """Encode with the tokens of a vocab.txt, in the order of their ids.
 
-    Raises utils.InputError where the special ones are not all among them.
+    added: those to find in the text as they are; None: the special ones. strip: whether accents go; None: where
+    capitals go. Raises utils.InputError where the special ones are not all among the names.
     """
 
-    def __init__(self, names: list[str], lowercase: bool = True):
-        self.names, self.lowercase = names, lowercase
+    def __init__(self, names: list[str], lowercase: bool = True, strip: bool | None = None,
+                 added: dict[str, Added] | None = None):
+        self.names, self.lowercase, self.strip = names, lowercase, lowercase if strip is None else strip
+        self.max_length: int | None = None  # how many tokens the model was made for, None: not known
         self.vocab = {name: i for i, name in enumerate(names)}
         for name in SPECIAL:
             if name not in self.vocab:
@@ -166,6 +179,11 @@ class WordPiece:
                                        "from where the model's weights are from.")
         self.pad, self.unk, self.cls, self.sep, self.mask = (self.vocab[name] for name in SPECIAL)
         self.longest = max(map(len, names))
+        added = {name: Added(self.vocab[name]) for name in SPECIAL} if added is None else added
+        self.added = {name: some.id for name, some in added.items()}  # token -> id
+        self.raw = AddedTokens({name: some for name, some in added.items() if not some.normalized})
+        self.normal = AddedTokens({"".join(c for c, _ in normalized(name, lowercase, self.strip)): some
+                                   for name, some in added.items() if some.normalized})
         ## Words repeat themselves, so each chunk is cut once and remembered. Without the limit a server would fill its
         ## memory in the end.
         self.remembered = functools.lru_cache(1_000_000)(self.encode_chunk)
@@ -179,7 +197,7 @@ class WordPiece:
         path = Path(path) / "vocab.txt" if Path(path).is_dir() else Path(path)
         config, config_path = {}, path.with_name("tokenizer_config.json")
         try:
-            names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            names = read_names(path)
             if config_path.exists():
                 config = dict(json.loads(config_path.read_bytes()))
         except (OSError, RecursionError, TypeError, ValueError) as error:
@@ -219,37 +237,50 @@ class WordPiece:
             start = end
         return found or [(self.unk, len(word))]
 
-    def encode_chunk(self, chunk: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+    def encode_chunk(self, chunk: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]] | None]:
         """(ids, offsets in the chunk) of a text without white space; None: one token for all of it, as most have.
 
         ## Lower-casing and decomposing change a text's length, so no token's own length says where it came from. The
         ## places do: they went along with the characters through all changes.
         """
         ids, offsets = [], []
-        for word, places in cut(chunk, self.lowercase):
-            start = 0
-            for i, length in self.pieces(word):
-                ids.append(i)
-                offsets.append((places[start], places[start + length - 1] + 1))
-                start += length
+
+        def add(found: Iterable[tuple[str, Sequence[int]]]) -> None:
+            for word, places in found:
+                start = 0
+                for i, length in self.pieces(word):
+                    ids.append(i)
+                    offsets.append((places[start], places[start + length - 1] + 1))
+                    start += length
+
+        if self.normal.tokens:
+            spots = normalized(chunk, self.lowercase, self.strip)
+            for start, end, i in self.normal.split("".join(c for c, _ in spots), special):
+                if i is None:
+                    add(words(spots[start:end]))
+                else:
+                    ids.append(i)
+                    offsets.append((spots[start][1], spots[end - 1][1] + 1))
+        else:
+            add(cut(chunk, self.lowercase, self.strip))
         return ids, None if offsets == [(0, len(chunk))] else offsets
 
     def encode_text(self, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, offsets) of a text, without [CLS] and [SEP]; see encode."""
-        ids, offsets, done = [], [], 0
-        for name in [*NAME.finditer(text), None] if special else [None]:
-            for match in CHUNK.finditer(text, done, name.start() if name else len(text)):
-                found, places = self.remembered(match[0])
+        ids, offsets, remembered = [], [], self.remembered
+        for start, end, i in self.raw.split(text, special):
+            if i is not None:
+                ids.append(i)
+                offsets.append((start, end))
+                continue
+            for match in CHUNK.finditer(text, start, end):
+                found, places = remembered(match[0], special)
                 ids += found
                 if places is None:
                     offsets.append(match.span())
                 else:
                     at = match.start()
                     offsets += [(at + a, at + b) for a, b in places]
-            if name:
-                ids.append(self.vocab[name[0]])
-                offsets.append(name.span())
-                done = name.end()
         return ids, offsets
 
     def tokens(self, text: str, special: bool = True) -> list[str]:
@@ -365,6 +396,14 @@ def train_wordpiece(text: str, vocab_size: int, lowercase: bool = True) -> list[
 
 
 # ---------------------------------------------------------------------------------------------- which vocabulary
+def read_names(path: Path | str) -> list[str]:
+    """The lines of a vocab.txt. Raises utils.InputError where it can't be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise utils.InputError(f"{path} can't be read ({type(error).__name__}); put the model's own there.") from error
+
+
 def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[WordPiece, str, str]:
     """The tokenizer that --data asks for, its name, and what it stands in for; one learned here is written to out."""
     if data and (Path(data).is_dir() or Path(data).name == "vocab.txt"):
