@@ -1,7 +1,8 @@
 """Makes utils importable, gives each worker process one core, and skips `real` tests where their data is missing.
 
 pytest.ini starts as many workers as there are cores (pytest-xdist), a test file each. Two workers of two threads on two
-cores would wait for each other most of the time, hence one thread each; scripts that a test starts inherit it.
+cores would wait for each other most of the time, hence one thread each; scripts that a test starts inherit it. Files
+that take long go first: were one of them the last, all workers but one would have nothing to do meanwhile.
 """
 
 import contextlib
@@ -76,6 +77,14 @@ REAL = Path(os.environ.get("DATA_DIR", ROOT / "data"))
 def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch; benchmark.py keeps all cores
     config.addinivalue_line("markers", "real(file): runs only where DATA_DIR holds this real data file")
+
+
+LONG = ["robustness", "02_cnn", "copies", "06_bpe", "06_train", "05_transformer", "chapters", "01_basics", "utils"]
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def pytest_runtest_setup(item):

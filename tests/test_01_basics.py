@@ -492,6 +492,8 @@ def test_load_runs(tmp_path):
 def test_experiment_runs(tmp_path, monkeypatch):
     trained, fit_deep = [], experiment.fit_deep
     monkeypatch.setattr(experiment, "fit_deep", lambda *options: trained.append(fit_deep(*options)))
+    *_, (_, distorted), _ = experiment.LIMITS
+    monkeypatch.setitem(distorted, "epochs", 30)  # three, by --epochs 1, for each of four networks
     printed = call_main(experiment, "--data", "typeset", "--seeds", 1, "--epochs", 1, "--out", tmp_path)
     assert printed.count("STAND-IN") == 2 and "lowest validation loss" in printed
     tables = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in experiment.PARTS}

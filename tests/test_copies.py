@@ -22,7 +22,7 @@ SCRIPTS = {
     "01_basics": {
         "load.py": "--out {out}", "from_scratch.py": "--data typeset --epochs 1 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --out {out}",
-        "experiment.py": "--data typeset --only choices --seeds 1 --epochs 1 --out {out}"},
+        "experiment.py": "--data typeset --only tanh --seeds 1 --epochs 1 --out {out}"},
     "02_cnn": {
         "load.py": "--out {out}", "from_scratch.py": "--data {data}/pictures --epochs 1 --out {out}",
         "train.py": "TRAIN", "load_model.py": "--model {out}/model.pt --out {out}",

@@ -108,7 +108,7 @@ NAMED = {  # what --data (or --model) names when it means the real thing
     "06_finetune/bert_classify.py": ["--data sst2", "--model minilm"],
     "06_finetune/bert_qa.py": ["--data squad", "--model minilm"]}
 SHORT = {
-    "01_basics/train.py": "--epochs 1", "02_cnn/train.py": "--model simple --batch-size 1000 --epochs 1",
+    "01_basics/train.py": "--epochs 1", "02_cnn/train.py": "--model simple --small 1 --batch-size 1000 --epochs 1",
     "03_lstm/train.py": "--horizon 2 --lookback 4 --segment 2 --hidden 4 --batch-size 4096 --epochs 1",
     "04_tabular/train.py": "--members 5 --hidden 8 --n-embd 2 --epochs 1 --batch-size 2048",
     "05_transformer/train.py": "--n-layer 1 --n-embd 16 --n-head 1 --batch-size 2 --steps 5",
