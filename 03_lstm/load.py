@@ -115,6 +115,8 @@ def read_series(data: str | None = None, **reading) -> Table:
             return read_series("station")
     if data not in SETS and not Path(data).is_file():
         raise utils.InputError(f"{data} is no file; give a CSV file, or one of {', '.join(SETS)}.")
+    if data not in SETS and Path(data).stat().st_size > 2e6:
+        print(f"reading {data}, {Path(data).stat().st_size / 1e6:.0f} MB", flush=True)
     table = SETS[data]() if data in SETS else read_table(Path(data), **reading)
     print("\n".join(table.said), end="\n" * bool(table.said))
     utils.stand_in_notice(table.name, table.stand_in)
@@ -157,7 +159,7 @@ def sizes(table: Table, lookback: int | None, horizon: int | None, longest: int 
     train_end, val_end, test_end = split(table)
     whole = lambda n: max(1, n - n % table.period if n > table.period else n)  # noqa: E731
     P = horizon or min(96, whole(min(val_end - train_end, test_end - val_end) // 2))
-    return lookback or min(longest, whole((train_end - P) // 3)), P
+    return lookback or whole(min(longest, (train_end - P) // 3)), P
 
 
 def load_data(data: str | None = None, lookback: int = 336, horizon: int = 96, earlier: int = 0, **reading) -> Data:

@@ -48,6 +48,7 @@ MODELS = {
 }
 ONLY = {"segment": "segment", "line": "segment", "teacher_forcing": "seq2seq"}  # options of one model alone
 PENALTIES = (1e-5, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # of ridge, as shares of the inputs' mean square
+LINE_SHARE = 0.3  # of the straight line in a blend, whatever the rolling origins say
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -231,7 +232,7 @@ def ridge(S: Tensor, T: int, lookback: int, level: str, penalty: float) -> Tenso
     used = [*range(T - lookback, T), n]
     xx, xy = S[used][:, used], S[used][:, T:n]
     ## x[last] - last is always 0, so that not even a solution without a penalty is unique. A tiny one makes it so.
-    xx.diagonal().add_((penalty / lookback + 1e-9) * xx.diagonal()[:lookback].sum())
+    xx.diagonal().add_((penalty / lookback + 1e-9) * xx.diagonal()[:lookback].sum().clamp(min=1.0))
     A = torch.zeros(T + 1, n - T, dtype=S.dtype)
     A[[*range(T - lookback, T), T]] = torch.linalg.solve(xx, xy)
     if level == "last":
@@ -289,9 +290,13 @@ class NLinear(nn.Module):
         ## Which of them to mean is learned from rolling origins: each time solved for the rows before, judged by the
         ## next ones. The error of y - A x is linear in the window, so moments tell it, too. A mean of linear
         ## forecasters is one itself: what was chosen from 26 is in the end a single matrix.
+        ##     A later origin counts more, because it was solved for more rows, as the answer will be. One where even
+        ## the best forecaster errs far counts less, or a single wild year would decide. And a part goes to the straight
+        ## line without being asked, because few origins are easily mistaken.
         """
         T, n, N = self.lookback, self.lookback + self.horizon, len(rows)
-        origins = torch.linspace(max(0.4 * N, n + 1), N, 9 if n <= 400 else 4).int().tolist()
+        few = n > 400 or rows.numel() > 10**6  # solving takes time
+        origins = torch.linspace(max(0.4 * N, n + 1), N, 4 if few else 9).int().tolist()
         G, begun = 0, time.perf_counter()
         for i, (a, b) in enumerate(zip(origins, origins[1:]), 1):
             part = rows[max(0, a - T) : b + self.horizon - 1]
@@ -299,9 +304,11 @@ class NLinear(nn.Module):
                 A = candidates(moments(rows[:a], n), T, period)
                 D = torch.cat([-A[:, :T], torch.eye(self.horizon, dtype=A.dtype).expand(len(A), -1, -1), -A[:, T:]], 1)
                 S = moments(part, n)
-                G = G + (b - a) / S[-1, -1] * (S @ D).flatten(1) @ D.flatten(1).T  # D (K, n + 1, P)
+                products = (S @ D).flatten(1) @ D.flatten(1).T / S[-1, -1]  # D (K, n + 1, P), products (K, K)
+                G = G + i**2 * (b - a) / products.diag().min().clamp(min=1e-12).sqrt() * products
             utils.progress(i, len(origins) - 1, begun, "a blend of lines", "solutions", len(A))
-        shares = mix(G)
+        shares = (1 - LINE_SHARE) * mix(G)
+        shares[-len(PENALTIES)] += LINE_SHARE
         solve = lambda rows: torch.tensordot(shares, candidates(moments(rows, n), T, period), 1).float()  # noqa: E731
         self.weight.copy_(solve(rows[:end]))
         return solve(rows)
@@ -364,11 +371,14 @@ def evaluate(forecast: Callable[[Tensor], Tensor], part: Tensor, lookback: int, 
     sums, n = torch.zeros(4, dtype=torch.float64), 0
     ## A mean of the batches' means would count the windows of a smaller last batch more; and leaving that batch out
     ## ("drop_last"), as PatchTST's code did, makes the figure hang on the batch size. So: sums, and one division.
-    size = batch_of(part, lookback + horizon)
-    for x, y in zip(*(side.split(size) for side in windows(part, lookback, horizon))):  # (B, T, C), (B, P, C)
+    inputs, targets = windows(part, lookback, horizon)
+    size, begun = batch_of(part, lookback + horizon), time.perf_counter()
+    for x, y in zip(inputs.split(size), targets.split(size)):  # (B, T, C), (B, P, C)
         error, y = (y - forecast(x)).cpu().double(), y.cpu().double()  # .cpu(): Apple's GPUs have no float64
         sums += torch.stack([error.square().sum(), error.abs().sum(), y.sum(), y.square().sum()])
         n += y.numel()
+        if time.perf_counter() - begun > 3:
+            utils.progress(n // y[0].numel(), len(inputs), begun, "judging forecasts", "windows")
     mse, mae, mean, mean_square = (sums / n).tolist()
     variance = mean_square - mean**2
     return {"mse": mse, "rmse": math.sqrt(mse), "mae": mae, "r2": 1 - mse / variance if variance else 0.0}
@@ -393,20 +403,21 @@ def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 def fit(model: nn.Module, train: Tensor, val: Tensor, lookback: int, horizon: int, epochs: int, batch_size: int,
         lr: float, seed: int, loss: str = "mae", weight_decay: float = 0.0, grad_clip: float = 1.0,
-        teacher_forcing: float = 0.0) -> Iterator[dict]:
+        teacher_forcing: float = 0.0, per_epoch: int | None = None) -> Iterator[dict]:
     """Train on all windows of train (N, C); pause after each epoch and yield its figures on val, (T + N_val, C).
 
-    A model with `nets` is trained as so many nets side by side. seed decides the order; dropout is torch's own.
+    per_epoch: an epoch has at most so many steps, even where they don't reach every window. A model with `nets` is
+    trained as so many nets side by side. seed decides the order; dropout is torch's own.
     """
     inputs, targets = windows(train, lookback, horizon)  # (N, T, C), (N, P, C): views
     nets, generator = list(getattr(model, "nets", [model])), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    per_epoch, begun = math.ceil(len(inputs) / batch_size), time.perf_counter()
+    per_epoch, begun = min(math.ceil(len(inputs) / batch_size), per_epoch or sys.maxsize), time.perf_counter()
     steps = epochs * per_epoch
     for epoch in range(epochs):
         losses = []
         model.train()
-        for step, rows in enumerate(batches(len(inputs), batch_size, generator), epoch * per_epoch):
+        for step, rows in enumerate(batches(len(inputs), batch_size, generator)[:per_epoch], epoch * per_epoch):
             ## A warm-up that is longer than the run would never end.
             optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, min(50, 1 + steps // 10))
             x, y = inputs[rows.to(train.device)], targets[rows.to(train.device)]  # (B, T, C), (B, P, C)
@@ -428,7 +439,7 @@ def fit(model: nn.Module, train: Tensor, val: Tensor, lookback: int, horizon: in
             losses.append(each.detach().mean() * len(rows))
             if step % 10 == 9:  # looking at the loss makes a GPU wait, so not at every step
                 utils.progress(step + 1, steps, begun, f"loss {each.mean().item():.3f}", "windows", batch_size)
-        train_loss = torch.stack(losses).sum().item() / len(inputs)  # waits for a GPU to finish
+        train_loss = torch.stack(losses).sum().item() / min(len(inputs), per_epoch * batch_size)  # waits for a GPU
         seconds = time.perf_counter() - begun
         if not math.isfinite(train_loss):
             raise utils.InputError(f"the loss became {train_loss} in epoch {epoch + 1}; try a smaller lr.")
@@ -473,7 +484,7 @@ def parse_options():
     add("--line", choices=["blend", "nlinear"], help="segment only: under the net, for a file, or beside it")
     add("--no-linear", dest="line", action="store_const", const="none", help="segment only: no straight line at all")
     add("--teacher-forcing", type=utils.number(float, "[0, 1]"), help="seq2seq only: share of batches taught")
-    add("--epochs", type=utils.count, help="passes over the training windows; without it as many as make `steps`")
+    add("--epochs", type=utils.count, help="passes over the windows, each at most `steps`; without it `steps` in all")
     add("--batch-size", type=utils.count, help="windows per step, fewer where there are few windows or many channels")
     add("--lr", type=utils.positive, help="AdamW's highest learning rate; too large, and the loss stays high")
     add("--weight-decay", type=utils.number(float, "[0, inf)"), default=0.0, help="share of weights taken, times rate")
@@ -509,10 +520,13 @@ def settle(args, windows: int, channels: int, own: bool) -> int:
         preset["hidden"] //= 2
     vars(args).update({name: value for name, value in preset.items() if vars(args).get(name) is None})
     args.keep = args.keep or ("last" if args.line == "nlinear" else "best")
-    per_epoch = math.ceil(windows / args.batch_size)
-    args.epochs = args.epochs or math.ceil(args.steps / per_epoch)
+    ## With many channels a step takes long, and learns from many series at once: so there are fewer. And no epoch is
+    ## longer than the whole run should be, however many rows a file has.
+    args.steps = min(args.steps, max(100, 2**18 // channels))
+    args.per_epoch = min(math.ceil(windows / args.batch_size), args.steps)
+    args.epochs = args.epochs or math.ceil(args.steps / args.per_epoch)
     args.patience = args.patience or max(5, args.epochs // 4)
-    return args.epochs * per_epoch
+    return args.epochs * args.per_epoch
 
 
 def save(args, model: nn.Module, config: dict, data: Data, best: dict) -> None:
@@ -538,20 +552,25 @@ def advise(epoch: int, steps: int, simple: tuple[float, str], mse: float) -> Non
 def main() -> None:
     args = parse_options()
     table = read_series(args.data, **how_to_read(args))
-    T, P = args.lookback, args.horizon = sizes(table, args.lookback, args.horizon, MODELS[args.model]["lookback"])
+    longest = min(MODELS[args.model]["lookback"], max(1, 2**18 // len(table.columns)))  # T C numbers in a window
+    T, P = args.lookback, args.horizon = sizes(table, args.lookback, args.horizon, longest)
     data = prepare(table, T, P, args.earlier)
     label = data.label + f", {args.earlier:,} rows earlier" * bool(args.earlier)
     train, val, test = (part.to(args.device) for part in (data.train, data.val, data.test))
     count = len(train) - T - P + 1
     steps = settle(args, count, len(data.columns), data.ends is None)
 
+    print(f"{label}: {count:,} windows to train on, {len(val) - T - P + 1:,} to validate, {len(test) - T - P + 1:,} to "
+          f"test; each {T} rows -> {P} rows of {len(data.columns)} channels", flush=True)
+
     torch.manual_seed(args.seed)
     config = dict(channels=len(data.columns), horizon=P, hidden=args.hidden, dropout=args.dropout)
     config |= dict(lookback=T, segment=args.segment, norms=args.norm, line=args.line) if args.model == "segment" \
         else dict(norm=args.norm[0])
     model = build(args.model, config).to(args.device)
-    line = NLinear(min(T, LINEAR_LOOKBACK), P).fit(train).to(args.device)
-    if blend := args.line == "blend":
+    blend = args.line == "blend"
+    line = NLinear(min(T, LINEAR_LOOKBACK), P).fit(torch.cat([train, val[T:]]) if blend else train).to(args.device)
+    if blend:
         refitted = model.line.blend(torch.cat([train, val[T:]]), len(train), data.period)
     elif args.line == "nlinear":
         model.line.load_state_dict(line.state_dict())
@@ -566,14 +585,12 @@ def main() -> None:
     def level(x: Tensor) -> Tensor:
         return torch.stack([level_and_spread(x, norm)[0] for norm in args.norm]).mean(0).expand(-1, P, -1)
 
-    before = evaluate(untrained, val, T, P)["mse"]
-    print(f"{label}: {count:,} windows to train on, {len(val) - T - P + 1:,} to validate, {len(test) - T - P + 1:,} to "
-          f"test; each {T} rows -> {P} rows of {len(data.columns)} channels\n{args.model}: "
-          f"{utils.count_parameters(model):,} parameters; {str(args.dtype)[6:]} on {args.device.type}; "
+    before = evaluate(model.line if blend else untrained, val, T, P)["mse"]
+    print(f"{args.model}: {utils.count_parameters(model):,} parameters; {str(args.dtype)[6:]} on {args.device.type}; "
           f"{steps:,} steps\nbefore training: validation MSE {before:.4f} (repeating the window's level: "
           f"{evaluate(level, val, T, P)['mse']:.4f})\n")
     how = (args.epochs, args.batch_size, args.lr, args.seed, args.loss, args.weight_decay, args.grad_clip,
-           args.teacher_forcing or 0.0)
+           args.teacher_forcing or 0.0, args.per_epoch)
     history, best = [], {"epoch": 0, "val_mse": before if blend else math.inf}
     start = copy.deepcopy(model.state_dict())
     for row in fit(model, train, val, T, P, *how):
@@ -607,14 +624,16 @@ def main() -> None:
     baselines = list(forecasters)
     if args.model == "segment":
         forecasters |= {"the blend of lines": model.line} if blend else {}
-        forecasters |= {f"its net {i}, {name}": net for i, (name, net) in enumerate(zip(args.norm, model.nets), 1)}
+        nets = model.nets if best["epoch"] else ()  # at epoch 0 they say nothing yet, and the line is the model
+        forecasters |= {f"its net {i}, {name}": net for i, (name, net) in enumerate(zip(args.norm, nets), 1)}
     ## The test part is used here, once in a run. It chooses nothing: not the epoch, not an option.
-    table = {name: evaluate(f, test, T, P) for name, f in (forecasters | {
-        f"{args.model}, epoch {best['epoch']}": model}).items()}
+    table = {}
+    print(f"\n{f'test, {P} rows ahead ({label})':40}" + "".join(f"{name:>10}" for name in ("MSE", "RMSE", "MAE", "R2")))
+    for name, f in (forecasters | {
+            f"{args.model}, epoch {best['epoch']}": model if best["epoch"] else model.line}).items():
+        table[name] = evaluate(f, test, T, P)
+        print(f"{name:40}" + "".join(f"{value:10.4f}" for value in table[name].values()), flush=True)
     *others, ours = table.values()
-    print(f"\n{f'test, {P} rows ahead ({label})':40}" + "".join(f"{name.upper():>10}" for name in ours))
-    for name, figures in table.items():
-        print(f"{name:40}" + "".join(f"{value:10.4f}" for value in figures.values()))
     print(f"{history[-1]['seconds']:.0f} s of training")
     advise(best["epoch"], steps, min((table[name]["mse"], name) for name in baselines), ours["mse"])
     utils.save_metrics(args, SCRIPT, data, model, {f"test_{name}": value for name, value in ours.items()} | {
