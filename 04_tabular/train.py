@@ -278,16 +278,22 @@ def shrink(model: TabularNet, part: Part, fold: Tensor, task: str) -> tuple[floa
     """Multiply what the networks add to their linear models by the one of 0, 0.1, ... 1 that validation trusts; return
     it, and the outputs for each row of those members that did not learn from it, (1, N, K). part and fold as in fit.
 
-    ## The best of many epochs is in part a lucky one. So an improvement counts less four standard errors: what luck may
-    ## give, on these rows of all. Where nothing is left of it, the factor is 0, and the linear model stays.
+    ## The best of many epochs is in part a lucky one, and networks are surest where they have seen few rows. So what
+    ## they gain has to outweigh one more row: the one on which they would be most wrong, if its target lay where they
+    ## lead away from. The factor with the best such sum counts, if the sum is below 0 by two standard errors, which is
+    ## what luck in these rows may give. Otherwise the factor is 0, and the linear model stays.
     """
-    line, target = model.encode(part)[2].cpu().transpose(0, 1), part.target  # (FOLDS, N, K)
+    line, target, N = model.encode(part)[2].cpu().transpose(0, 1), part.target, len(part.target)  # (FOLDS, N, K)
     line = line.gather(0, fold.cpu()[None, :, None].expand(1, -1, line.shape[2]))  # (1, N, K)
     added = held_out(model, part, fold) - line
-    before, best = losses(line, target, task)[0], (0.0, 0.0)
+    might_be = ([target, 2 * line[0, :, 0] - target] if task == "numbers" else  # as far from the line on either side
+                [torch.full_like(target, k) for k in range(max(2, line.shape[2]))])
+    best = (0.0, 0.0, 0.0)
     for factor in torch.linspace(0.1, 1, 10).tolist():
-        change = losses(line + factor * added, target, task)[0] - before  # (N,)
-        best = min(best, (change.mean().item() + 4 * change.std().item() / len(change) ** 0.5, factor))
+        change = (losses(line + factor * added, target, task) - losses(line, target, task))[0]  # (N,)
+        worst = max((losses(line + factor * added, t, task) - losses(line, t, task)).max().item() for t in might_be)
+        best = min(best, (change.mean().item() + worst / N, factor, 2 * change.std().item() / N**0.5))
+    best = best if best[0] + best[2] < 0 else (0.0, 0.0)
     model.head.weight.mul_(best[1])
     model.head.bias.mul_(best[1])
     return best[1], line + best[1] * added
@@ -402,6 +408,8 @@ def main() -> None:
         history.append(row)
         print("epoch {epoch:2}  {seconds:4.0f} s  train {train_loss:.4f}  validation {val_loss:.4f}  better than ever "
               "in {improved} members".format(**{"train_loss": math.nan} | row), flush=True)
+    if history[-1]["improved"] > args.members / 2:
+        print("most members became better in the last epoch: more --epochs may give more")
     factor, held = shrink(model, rest, data.fold, task)
     model.solve(data, apart=False)
     print(f"\nthe networks' share in the answer, as validation has it: {factor:.1f}")
