@@ -4,7 +4,7 @@ You learn here: to let a file's content say what it is, and to refuse where it c
 
     from reading import read_table; table = read_table(Path("my.csv"))
 
-Left out on purpose: Excel's own files, dates and hours in columns of their own, dates without a constant step.
+Left out on purpose: Excel's own files, dates without a constant step.
 """
 
 import calendar
@@ -33,11 +33,14 @@ ROW_NAMES = {"", "index", "id", "no", "row", "rownames", "unnamed: 0", "x"}  # o
 FEW = 0.25  # share of a column that is filled without being asked
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 DAYS = ("%Y-%m-%d %Y/%m/%d %Y.%m.%d %d.%m.%Y %d/%m/%Y %m/%d/%Y %d-%m-%Y %m-%d-%Y %d.%m.%y %d/%m/%y %m/%d/%y "
-        "%b-%d-%Y %d-%b-%Y %d-%b-%y %d/%b/%Y").split() + [
+        "%b-%d-%Y %Y-%b-%d %d-%b-%Y %d-%b-%y %d/%b/%Y").split() + [
     "%d %b %Y", "%d %B %Y", "%b %d %Y", "%b %d, %Y", "%B %d, %Y", "%a %b %d %Y"]
 CLOCKS = ["", " %H:%M", " %H:%M:%S", "T%H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p", " %H"]
-MONTHS = ["%Y-%m", "%Y/%m", "%YM%m", "%Y:%m", "%m/%Y", "%m.%Y", "%m-%Y", "%b %Y", "%b-%Y", "%B %Y", "%Y %b", "%Y-%b",
-          "%b-%y", "%b %y"]
+MONTHS = ["FY%Y", "%Y-M%m", "%Y-%m", "%Y/%m", "%YM%m", "%Y:%m", "%m/%Y", "%m.%Y", "%m-%Y", "%b %Y", "%b-%Y", "%B %Y",
+          "%Y %b", "%Y-%b", "%b-%y", "%b %y"]
+PARTS = ("year", "month", "quarter", "day")  # names of columns that hold parts of a date
+CLOCK = re.compile(r"([01]?\d|2[0-4])(?:[:.](\d\d))?(?:[:.](\d\d))?(?:\.0)?(?: ?([ap])\.?m\.?)?", re.I)  # such as 1 PM
+TAIL = re.compile(r"\.0+$| (UTC|GMT)$")  # of a date; says nothing
 DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 
 
@@ -133,16 +136,17 @@ def readers(cell: str) -> Iterator[tuple[str, Callable[[str], datetime]]]:
     """Ways to read a date that fit one cell, by name. Of several, the rest of the column decides."""
     form = lambda name: (name, lambda cell: datetime.strptime(cell, name))  # noqa: E731
     if cell.isdecimal():
-        if 8 < len(cell) < 14:
-            unit = 1000 if len(cell) > 11 else 1
-            yield (f"{'milli' * (unit > 1)}seconds since 1970",
-                   lambda cell: datetime(1970, 1, 1) + timedelta(seconds=int(cell) / unit))
+        if 8 < len(cell) < 20 and len(cell) != 14:
+            power = (len(cell) - 9) // 3
+            yield (f"{('', 'milli', 'micro', 'nano')[power]}seconds since 1970",
+                   lambda cell: datetime(1970, 1, 1) + timedelta(seconds=int(cell) / 1000**power))
         yield from [form(DIGITS[len(cell)])] if len(cell) in DIGITS else []
-    elif re.fullmatch(r"\d{4}[ :./-]?Q[1-4]|Q[1-4][ :./-]?\d{4}", cell, re.I):
-        def quarter(cell: str) -> datetime:
+    elif part := re.fullmatch(r"\d{4}[ :./-]?([QH])[1-4]|([QH])[1-4][ :./-]?\d{4}", cell, re.I):
+        months = 3 if (part[1] or part[2]) in "Qq" else 6
+        def first_day(cell: str) -> datetime:
             number, year = sorted(map(int, re.findall(r"\d+", cell)))
-            return datetime(year, 3 * number - 2, 1)
-        yield "quarters", quarter
+            return datetime(year, months * (number - 1) + 1, 1)
+        yield "quarters" if months == 3 else "half years", first_day
     elif re.fullmatch(r"\d{4}[ -]?W\d\d?(-\d)?", cell):
         yield "weeks", lambda cell: datetime.fromisocalendar(*(*map(int, re.findall(r"\d+", cell)), 1)[:3])
     else:
@@ -179,10 +183,11 @@ def pick_dates(header: list[str], columns: list[list[str]], lines: list[int], na
     """The column of dates, how it was read, and its dates. Raises utils.InputError where there is none, or two ways."""
     numeric = None
     for j in sorted(range(len(header)), key=lambda j: header[j].lower() not in DATE_NAMES):
-        cells = [cell.removesuffix(".0") for cell in columns[j]]
-        plain = header[j].lower() not in DATE_NAMES and cells[0].replace(".", "").isdecimal()
-        if not all(cells) or not read_dates(cells[:3] + cells[-3:], form):
+        cells = columns[j]
+        if not all(cells) or not read_dates([TAIL.sub("", cell) for cell in cells[:3] + cells[-3:]], form):
             continue
+        cells = [TAIL.sub("", cell) for cell in cells]
+        plain = header[j].lower() not in DATE_NAMES and cells[0].replace(".", "").isdecimal()
         ways = read_dates(cells, form)
         if len({date.tzinfo is None for dates in ways.values() for date in dates}) > 1:
             raise utils.InputError(f"{name}: some dates have a time zone and others have none; write all in one way.")
@@ -207,7 +212,40 @@ def pick_dates(header: list[str], columns: list[list[str]], lines: list[int], na
                            f"{columns[j][0]!r}; name the form by --date-format, such as %d/%m/%Y.")
 
 
+def add_parts(header: list[str], columns: list[list[str]], place: int,
+              dates: list[datetime]) -> tuple[int, list[datetime]]:
+    """Dates with the month, day and hour that other columns hold. Such columns leave header and columns, which change.
+
+    place: of the column that dates were read from; its new place is returned. What names no other dates stays as it is.
+    """
+    names, taken = [name.lower() for name in header], [place]
+    parts = [names.index(name) for name in PARTS if name in names]
+    if names[place] == "year" and len(parts) > 1:
+        written = ["-".join("Q" * (names[j] == "quarter") + cell.removesuffix(".0").zfill(1 + (names[j] != "quarter"))
+                            for j, cell in zip(parts, row)) for row in zip(*(columns[j] for j in parts))]
+        for dates in list(read_dates(written).values())[:1]:
+            taken = parts
+    for j, column in enumerate(columns) if len(set(dates)) < len(dates) else ():
+        found = [CLOCK.fullmatch(cell) for cell in column] if j not in taken else [None]
+        if all(found):
+            ## Hours from 1 to 24 name the end of each: the first lasts from 0:00 to 1:00.
+            first = min(int(match[1]) for match in found) == 1 and max(int(match[1]) for match in found) == 24
+            later = [date + timedelta(
+                hours=int(h) % (12 if half else 99) + 12 * ((half or "").lower() == "p") - first,
+                minutes=int(m or 0), seconds=int(s or 0)) for date, (h, m, s, half) in zip(dates, (
+                    match.groups() for match in found))]
+            ordered = later in (sorted(later), sorted(later, reverse=True))
+            if ordered and regular(later) and 10 * len(set(later)) > 9 * len(dates):
+                dates, taken = later, [*taken, j]
+                break
+    header[place] = " + ".join(header[j] for j in taken)
+    for j in sorted(set(taken) - {place}, reverse=True):
+        del header[j], columns[j]
+    return place - sum(j < place for j in taken), dates
+
+
 # ---------------------------------------------------------------------------------------------- numbers
+ABOVE = re.compile(r'#.*\n|\s*|[^,;\t|"]* [^,;\t|"]*\n')  # a comment, an empty line, or words
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
 
 
@@ -222,6 +260,7 @@ def number(cell: str, decimal: str = ".") -> float:
     if cell in MISSING:
         return float("nan")
     cell = cell.translate(str.maketrans(",.", ".,")) if decimal == "," else cell
+    cell = f"-{cell[1:-1]}" if cell[0] + cell[-1] == "()" else cell  # as accountants write
     cell = cell.replace(",", "") if THOUSANDS.fullmatch(cell) else cell
     return float(cell.replace("_", "?"))  # 1_000 is a number in Python alone
 
@@ -238,18 +277,24 @@ def numbers(cells: tuple[str, ...], decimal: str) -> tuple[np.ndarray, list[int]
 
 
 # ---------------------------------------------------------------------------------------------- the file
-def read_cells(path: Path, name: str) -> tuple[list[str], dict[int, list[str]], str]:
-    """Header, rows by their line in the file, and the separator. Raises utils.InputError for what is no such table."""
+def read_cells(path: Path, name: str) -> tuple[list[str], dict[int, list[str]], str, int]:
+    """Header, rows by their line in the file, the separator, and lines above the header, which are comments or titles.
+
+    Raises utils.InputError for what is no such table.
+    """
     try:
         text = path.read_bytes()
         text = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        first = [line for line in text.splitlines()[:50] if line.strip()]
+        lines = text.splitlines(keepends=True)
+        above = next((i for i, line in enumerate(lines[:50]) if not ABOVE.fullmatch(line)), 0) if any(
+            map(re.compile("[,;\t|]").search, lines[:50])) else 0
+        first = [line for line in lines[above : above + 50] if line.strip()]
         def columns(separator: str) -> int:  # 0 where the lines differ, but for a header that lacks the row names
             width, *others = map(len, csv.reader(first, delimiter=separator)) if len(first) > 1 else (0, 0)
             return width * (Counter(others).most_common(1)[0][0] in (width, width + 1))
         separator = max(",;\t| ", key=columns)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-        rows = {reader.line_num: row for row in reader if "".join(row).strip()}  # blank lines carry nothing
+        reader = csv.reader(io.StringIO("".join(lines[above:]), newline=""), delimiter=separator, skipinitialspace=True)
+        rows = {above + reader.line_num: row for row in reader if "".join(row).strip()}  # blank lines carry nothing
     except (UnicodeDecodeError, csv.Error) as error:
         raise utils.InputError(f"{name} is no CSV in UTF-8 ({error}); convert it, for example with iconv.") from error
     if len(rows) < 3:
@@ -269,7 +314,7 @@ def read_cells(path: Path, name: str) -> tuple[list[str], dict[int, list[str]], 
         if len(row) != len(header):
             raise utils.InputError(f"{name}: line {line} has {len(row)} cells, but line 1 names {len(header)} columns; "
                                    "correct the line.")
-    return header, rows, separator
+    return header, rows, separator, above
 
 
 def read_table(path: Path, name: str | None = None, *, columns: list[str] | None = None, where: list[str] = (),
@@ -280,7 +325,7 @@ def read_table(path: Path, name: str | None = None, *, columns: list[str] | None
     utils.InputError, with line and column or count, for whatever a forecaster could silently learn nonsense from.
     """
     name = name or path.name
-    header, rows, separator = read_cells(path, name)
+    header, rows, separator, above = read_cells(path, name)
     for condition in where:
         column, _, value = condition.partition("=")
         there = Counter(row[header.index(column)].strip() for row in rows.values()) if column in header else header
@@ -289,7 +334,10 @@ def read_table(path: Path, name: str | None = None, *, columns: list[str] | None
         rows = {line: row for line, row in rows.items() if row[header.index(column)].strip() == value}
     cells, lines = [[cell.strip() for cell in column] for column in zip(*rows.values())], list(rows)
     place, way, dates = pick_dates(header, cells, lines, name, date_format)
+    if len(set(dates)) < len(dates):
+        place, dates = add_parts(header, cells, place, dates)
     said = [f"{name}: separator {separator!r}, dates in column {header[place]!r} read as {way}"]
+    said += [f"passed over: {above} lines above the header"] if above else []
     if dates[0] > dates[-1] and sorted(dates, reverse=True) == dates:
         for column in (dates, lines, *cells):
             column.reverse()
@@ -298,7 +346,7 @@ def read_table(path: Path, name: str | None = None, *, columns: list[str] | None
 
     ## A column of numbers is one in which most cells are numbers; then the others are mistakes, and are named.
     commas = [cell for j, column in enumerate(cells) if j != place for cell in column[:200]
-              if re.fullmatch(r"-?[\d.]*,\d+", cell)]
+              if re.fullmatch(r"-?[\d.\s]*,\d+", cell)]
     decimal = "," if commas and (separator != "," or not all(map(THOUSANDS.fullmatch, commas))) else "."
     said[0] += f", decimal {decimal!r}" if decimal == "," else ""
     kept, dropped = {}, {}

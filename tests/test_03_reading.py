@@ -2,6 +2,7 @@
 
 import calendar
 import math
+import re
 from datetime import datetime, timedelta
 
 import pytest
@@ -47,6 +48,10 @@ FORMS = {
     "seconds": (HOURS, lambda d: int((d - datetime(1970, 1, 1)).total_seconds())),
     "milliseconds": (HOURS, lambda d: int(1000 * (d - datetime(1970, 1, 1)).total_seconds())),
     "seconds.0": (HOURS, lambda d: (d - datetime(1970, 1, 1)).total_seconds()), "hour": (HOURS, "%Y%m%d%H"),
+    "nanoseconds": (HOURS, lambda d: int((d - datetime(1970, 1, 1)).total_seconds()) * 10**9),
+    "1960-M01": (MONTHS, "%Y-M%m"), "1960H1": (MONTHS[::6], lambda d: f"{d.year}H{1 + d.month // 7}"),
+    "FY1960": (YEARS, "FY%Y"), "UTC": (HOURS, "%Y-%m-%d %H:%M:%S UTC"), "Q1-1974": (
+        QUARTERS, lambda d: "-".join(reversed(quarter(d).replace("Q", " Q").split()))),
     "first days, by what follows": (MONTHS, "%d/%m/%Y"), "midnight": (HOURS, lambda d: d if d.hour else d.date()),
 }
 
@@ -76,6 +81,40 @@ def test_the_date_column_is_found_by_what_it_holds(tmp_path):
     assert found.columns == ["people", "b"] and found.dates == DAYS and "'state' (text)" in found.said[1]
 
 
+PAIRS = {
+    "date,hour,a": lambda d: f"{d.date()},{d.hour}", "hour,date,a": lambda d: f"{d.hour},{d:%d.%m.%Y}",
+    "date,hour ending,a": lambda d: f"{d.date()},{d.hour + 1}", "Date,Time,a": lambda d: f"{d:%d-%b-%Y},{d:%H:%M}",
+    "day,time,a": lambda d: f"{d:%Y%m%d},{d:%I:%M:%S %p}", "date,clock,a": lambda d: f"{d.date()},{d:%H.%M.%S}",
+    "year,month,day,hour,a": lambda d: f"{d.year},{d.month},{d.day},{d.hour}",
+    "hour,day,month,year,a": lambda d: f"{d.hour},{d:%d,%b},{d.year}",
+}
+
+
+@pytest.mark.parametrize("header", PAIRS)
+def test_date_and_hour_in_columns_of_their_own(tmp_path, header):
+    (tmp_path / "x.csv").write_text("\n".join([header, *(f"{PAIRS[header](d)},{i % 7}" for i, d in enumerate(HOURS))]))
+    found = reading.read_table(tmp_path / "x.csv")
+    assert found.dates == HOURS and found.columns == ["a"] and found.step.name == "hour"
+    assert " + " in found.said[0]
+
+
+def test_year_and_quarter_or_month_in_columns_of_their_own(tmp_path):
+    for header, dates, write in (("year,quarter,a", QUARTERS, lambda d: f"{d.year}.0,{1 + d.month // 3}.0"),
+                                 ("a,year,month", MONTHS, lambda d: f"{d.day},{d.year},{d.month}")):
+        rows = [f"{write(d)},{i * i % 7}" if header[0] == "y" else f"{i * i % 7},{d.year},{d.month}"
+                for i, d in enumerate(dates)]
+        (tmp_path / "x.csv").write_text("\n".join([header, *rows]))
+        found = reading.read_table(tmp_path / "x.csv")
+        assert found.dates == dates and found.columns == ["a"]
+
+
+def test_numbers_of_shops_are_no_hours(tmp_path):
+    rows = [f"{date.date()},{shop},{i}" for i, date in enumerate(DAYS) for shop in range(1, 6)]
+    (tmp_path / "x.csv").write_text("\n".join(["date,shop,a", *rows]))
+    with pytest.raises(utils.InputError, match="5 series below each other, told apart by column shop"):
+        reading.read_table(tmp_path / "x.csv")
+
+
 # ---------------------------------------------------------------------------------------------- steps
 STEPS = [(HOURS, "hour", 24), ([HOURS[0] + i * timedelta(minutes=30) for i in range(400)], "half an hour", 48),
          (DAYS, "day", 7), ([date for date in DAYS if date.weekday() < 5], "business day", 5), (WEEKS, "week", 52),
@@ -95,7 +134,7 @@ def test_steps_have_a_period_and_go_on_as_they_were(tmp_path, dates, name, perio
 
 # ---------------------------------------------------------------------------------------------- cells and columns
 NUMBERS = {"1.5": 1.5, "1,234.5": 1234.5, "1,234,567": 1234567, "$3,625.00": 3625, "12 %": 12, "\u22122": -2,
-           "1e3": 1000, "n/a": math.nan}
+           "1e3": 1000, "n/a": math.nan, "(101.5)": -101.5, "1\u202f000": 1000}
 
 
 def test_numbers_as_people_write_them():
@@ -113,6 +152,25 @@ def test_separators_and_decimal_commas_are_recognised(tmp_path, separator, decim
                  lambda i: f"{i / 8}{separator}{-i / 4}".replace(".", decimal))
     assert found.values.tolist() == [[i / 8, -i / 4] for i in range(80)]
     assert f"separator {separator!r}" in found.said[0] and ("decimal ','" in found.said[0]) == (decimal == ",")
+
+
+def test_lines_above_the_header_are_passed_over_and_said(tmp_path):
+    for above in ("# exported\n# unit: MW, GW\n", "Sales of all shops\n\n"):
+        (tmp_path / "x.csv").write_text(above + "date,a\n" + "\n".join(f"{d.date()},{i}" for i, d in enumerate(DAYS)))
+        found = reading.read_table(tmp_path / "x.csv")
+        assert found.dates == DAYS and found.columns == ["a"] and "passed over: 2 lines above the header" in found.said
+    (tmp_path / "x.csv").write_text("# exported\ndate,a\n2020-01-01,1\n2020-01-02\n2020-01-03,2\n2020-01-04,5")
+    with pytest.raises(utils.InputError, match="line 4 has 1 cells"):
+        reading.read_table(tmp_path / "x.csv")
+
+
+def test_a_large_file_is_announced_before_it_is_read(tmp_path, capsys):
+    start = datetime(2020, 1, 1)
+    rows = [f"{start + timedelta(minutes=i)}{f',{i % 97}.4567' * 8}" for i in range(30_000)]
+    (tmp_path / "x.csv").write_text("\n".join(["date,a,b,c,d,e,f,g,h", *rows]))
+    table = load.read_series(str(tmp_path / "x.csv"))
+    assert table.values.shape == (30_000, 8) and table.values[1, 0] == 1.4567
+    assert re.match(r"reading .*x\.csv, 2 MB\n", capsys.readouterr().out)
 
 
 def test_row_names_texts_and_empty_columns_are_left_out_and_columns_choose(tmp_path):

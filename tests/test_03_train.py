@@ -368,6 +368,8 @@ def test_train_learns_and_leaves_what_it_should(trained, table):
     for name, theirs in (("mse", "mean_squared_error"), ("mae", "mean_absolute_error"), ("r2", "r2_score")):
         assert metrics["metrics"][f"test_{name}"] == pytest.approx(
             getattr(sklearn_metrics, theirs)(y.flatten().numpy(), f), rel=1e-4)
+    line = train.NLinear(48, 24).fit(torch.cat([data.train, data.val[48:]]))  # of the rows that the model learned from
+    assert others["NLinear (48)"]["mse"] == pytest.approx(train.evaluate(line, data.test, 48, 24)["mse"], rel=1e-4)
     columns = re.search(r"test, 24 rows ahead.*\n(.*)\n", printed)
     assert columns[1].startswith("repeat last")
 
@@ -500,6 +502,34 @@ def test_defaults_follow_the_size(tmp_path):
     assert 650 <= steps < 750 and "one per month; period 12 rows" in out
     few = call_main(train, "--data", tmp_path / "season.csv", "--device", "cpu", "--epochs", 1, "--out", tmp_path / "o")
     assert re.search(r"\d+ steps are few for a net; try more --epochs", few)
+
+
+def test_many_channels_take_fewer_steps_and_long_files_no_longer_epochs(monkeypatch):
+    steps = {}
+    for channels, windows in ((7, 7825), (862, 1417), (8, 120_000)):
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        args = train.parse_options()
+        args.lookback, args.horizon = 720, 96
+        steps[channels] = train.settle(args, windows, channels, True), args.per_epoch
+    assert steps == {7: (735, 245), 862: (304, 304), 8: (650, 650)}
+
+
+def test_an_epoch_of_few_steps_sees_so_many_windows():
+    model, seen = small("lstm"), []
+    forward = model.forward
+    model.forward = lambda x: seen.append(len(x)) or forward(x)
+    part = torch.randn(300, C)
+    for _ in train.fit(model.train(), part, part[: T + P], T, P, 2, 8, 1e-3, 0, per_epoch=5):
+        pass
+    assert seen.count(8) == 10 and len(seen) == 12  # and one window to validate, twice
+
+
+def test_a_file_of_few_rows_has_a_blend():
+    """A lookback of one row below its own level is always 0, and a constant series has no spread."""
+    for series in (torch.randn(24, 1), torch.zeros(24, 1)):
+        line = train.NLinear(6, 3)
+        again = line.blend(series, 18, 12)
+        assert line.weight.isfinite().all() and again.isfinite().all()
 
 
 def test_what_loses_or_adds_nothing_is_said(capsys):
