@@ -25,8 +25,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from bpe import read_text
+from bpe import read_own, read_text
 from sentences import POOLINGS, Sentences, mean_pool, read_modules, read_sentences
+from tokenizer_json import open_tokenizer
 from weights import bare_names, open_weights, read_json, save_safetensors
 from wordpiece import SHA256, WordPiece, pad, train_wordpiece
 
@@ -71,8 +72,9 @@ def put(parent: nn.Module, name: str, module: nn.Module) -> None:
 def new_linear(n_in: int, n_out: int) -> nn.Linear:
     """A linear layer that begins as BERT's do."""
     layer = nn.Linear(n_in, n_out)
-    nn.init.normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
+    if not layer.weight.is_meta:  # where there are shapes alone: normal_ would import 900 modules first
+        nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -136,7 +138,9 @@ class Bert(nn.Module):
                   "token_type_embeddings": c["n_types"]}
         for name, rows in tables.items():
             if rows:
-                put(self, f"embeddings.{name}", nn.Embedding.from_pretrained(0.02 * torch.randn(rows, C), freeze=False))
+                table = torch.empty(rows, C)
+                table = table if table.is_meta else 0.02 * torch.randn(rows, C)
+                put(self, f"embeddings.{name}", nn.Embedding.from_pretrained(table, freeze=False))
         put(self, "embeddings.LayerNorm", nn.LayerNorm(C, c["layer_norm_epsilon"]))
         put(self, self.names["layers"], nn.ModuleList(Layer(c) for _ in range(c["n_layer"])))
         if c["pooler"]:
@@ -371,7 +375,7 @@ def load_bert(name: str | None = None, kind: type = Bert, **options) -> tuple[nn
 
 def open_bert(folder: Path, name: str, kind: type = Bert, labels: list[str] | None = None, dropout: float = 0.1,
               pooling: str | None = None) -> tuple[nn.Module, WordPiece, dict]:
-    """(model, tokenizer, config) from a folder with config.json, weights and vocab.txt.
+    """(model, tokenizer, config) from a folder with config.json, weights, and tokenizer.json or vocab.txt.
 
     kind: Bert, Classifier or Spans. A head that the files do not hold is drawn from torch's generator. labels and
     pooling: a Classifier's; without them those in config.json, if there are any. config also has name and, for the
@@ -379,12 +383,13 @@ def open_bert(folder: Path, name: str, kind: type = Bert, labels: list[str] | No
     """
     modules = read_modules(folder)
     inner = modules[0][1]
-    config, tokenizer = read_config(inner / "config.json"), WordPiece.load(inner)
+    config, tokenizer = read_config(inner / "config.json"), open_tokenizer(inner)
+    n, rows = len(tokenizer.vocab), config["vocab_size"]
     ## DistilBERT's vocabulary and BERT's have 30,522 lines; some models round the table up, and never use the rest.
-    if len(tokenizer.names) > config["vocab_size"]:
-        raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.names):,} tokens, and the model "
-                               f"{config['vocab_size']:,}; take vocab.txt from where the weights are from.")
-    sentences = read_sentences(folder, modules, config["n_embd"], config["n_positions"])
+    if not isinstance(tokenizer, WordPiece) or n > rows:
+        raise utils.InputError(f"{name}: its vocabulary has {n:,} tokens, and the model {rows:,}; take vocab.txt or "
+                               "tokenizer.json from where the weights are from.")
+    sentences = read_sentences(folder, modules, config["n_embd"], config["n_positions"], tokenizer.max_length)
     config |= {"dropout": dropout, "name": name}
     config |= {key: value for key, value in (("labels", labels), ("pooling", pooling)) if value}
     model = read_model(inner, config, kind, labels is not None)
@@ -540,7 +545,7 @@ def main() -> None:
     add("--query", default=QUERY, help="the sentence to look for")
     add("--sentences", help="a text file, one sentence per line; without it eight of our own")
     args = utils.parse_args(parser)
-    texts = [line for line in (read_text(args.sentences) if args.sentences else SENTENCES).splitlines() if line.strip()]
+    texts = [line for line in (read_own(args.sentences) if args.sentences else SENTENCES).splitlines() if line.strip()]
     if not args.query.strip() or not texts:
         raise utils.InputError("--query and --sentences must hold some words.")
     model, tokenizer, config = load_bert(args.model)

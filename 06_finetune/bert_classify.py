@@ -34,7 +34,7 @@ import utils
 from bert import Classifier, by_length, download_all
 from bert_train import (
     Data, batches, fit, load_result, load_set, load_trained, new_parser, parse, place, prepare, report)
-from bpe import read_text
+from bpe import read_own
 from wordpiece import pad
 
 # Shapes: B batch, T time (tokens, padding included), C channels (n_embd), K classes, N texts, V vocabulary
@@ -122,7 +122,7 @@ def read_cells(path: Path) -> list[tuple[int, list[str]]]:
     ## its own, as in SST-2. Else a cell that begins with a quotation mark may hold commas and line breaks, as CSV has
     ## it; but between tabs that mark is usually the text's own, so that lines are first cut at tabs alone.
     """
-    lines = read_text(str(path)).replace("\r\n", "\n").rstrip("\n").split("\n")
+    lines = read_own(str(path)).replace("\r\n", "\n").rstrip("\n").split("\n")
     plain, tab = re.fullmatch(rf".*\t{NUMBER}", lines[0]), "\t" in lines[0]
     rows = [(n, line.rsplit("\t", 1 if plain else -1)) for n, line in enumerate(lines, 1)]
     if not tab or not plain and len({len(cells) for _, cells in rows}) > 1:
@@ -138,7 +138,7 @@ def read_cells(path: Path) -> list[tuple[int, list[str]]]:
 def read_folders(folder: Path) -> Data:
     """train/CLASS/*.txt and test/CLASS/*.txt, as IMDB comes; the test's classes are those that count."""
     labels = [path.name for path in folder.glob("test/[!.]*/")]  # without IMDB's train/unsup, which is not labelled
-    train, test = ([Row(read_text(str(path)).replace("<br />", " "), label, str(path)) for label in sorted(labels)
+    train, test = ([Row(read_own(str(path)).replace("<br />", " "), label, str(path)) for label in sorted(labels)
                     for path in sorted((folder / part / label).glob("[!.]*.txt"))] for part in ("train", "test"))
     random.Random(0).shuffle(train)
     n = 1 + len(train) // 10
@@ -305,7 +305,8 @@ ALL_MATRICES = {"bert": ["query", "key", "value", "attention.output.dense", "int
 
 def classify(args) -> None:
     """Print label and probability for each text of the command line, by the model in --out."""
-    model, tokenizer, saved = load_trained(args, SCRIPT, Classifier)
+    model, tokenizer, saved = load_trained(args.out, SCRIPT, Classifier)
+    model.to(args.device)
     longest = min(saved["options"]["max_length"], model.config["n_positions"])
     rows = [tokenizer.encode(text, max_length=longest, special=False).ids for text in args.texts]
     for text, row in zip(args.texts, predict(model, rows, tokenizer.pad, torch.float32).exp()):

@@ -32,6 +32,7 @@ import utils
 from bert import Spans, by_length, download_all
 from bert_train import (
     Data, batches, fit, load_result, load_set, load_trained, new_parser, parse, place, prepare, report)
+from bpe import read_own
 from wordpiece import Encoding, WordPiece, pad
 
 # Shapes: B batch (windows), T time (tokens in a window, padding included)
@@ -78,9 +79,9 @@ def download_squad() -> Data:
 
 def read_squad(path: Path) -> list[Question]:
     """The questions of a JSON file: data -> paragraphs -> context and qas. Raises utils.InputError for another one."""
-    found = {}
+    found, text = {}, read_own(path)
     try:
-        for i, article in enumerate(json.loads(path.read_bytes())["data"]):
+        for i, article in enumerate(json.loads(text)["data"]):
             for paragraph, qa in ((paragraph, qa) for paragraph in article["paragraphs"] for qa in paragraph["qas"]):
                 answers, context = qa["answers"], paragraph["context"]
                 if not answers or not context[answers[0]["answer_start"] :].startswith(answers[0]["text"]):
@@ -88,7 +89,7 @@ def read_squad(path: Path) -> list[Question]:
                 name = str(qa["id"])  # a number in some files; predictions.json, as all of JSON, has strings as keys
                 found[name] = Question(name, i, context, qa["question"], [some["text"] for some in answers],
                                        answers[0]["answer_start"])
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise utils.InputError(f"{path} is not in the format of SQuAD v1.1 ({type(error).__name__}: {error!s:.99}); "
                                "give its train-v1.1.json or dev-v1.1.json, or templates.") from error
     return list(found.values())
@@ -370,7 +371,8 @@ SQUAD_LIMIT = 2000  # questions of SQuAD's 87,599 that are learned from without 
 
 def ask(args) -> None:
     """Print the best answer to --question from --context, by the model in --out."""
-    model, tokenizer, saved = load_trained(args, SCRIPT, Spans)
+    model, tokenizer, saved = load_trained(args.out, SCRIPT, Spans)
+    model.to(args.device)
     options, asked = saved["options"], [Question("", 0, args.context, args.question, ["?"], 0)]
     windows = make_windows(asked, tokenizer, min(options["max_length"], model.config["n_positions"]), options["stride"])
     said = answer(model, asked, windows, tokenizer.pad, torch.float32, options["max_answer"])[0]

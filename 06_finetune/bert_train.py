@@ -222,14 +222,14 @@ def load_result(folder: Path, options: dict, out: Path, kind: type, labels: list
     return model.eval(), tokenizer
 
 
-def load_trained(args, script: str, kind: type) -> tuple[nn.Module, WordPiece, dict]:
-    """(model, tokenizer, checkpoint) of the run in args.out."""
-    saved = utils.load_checkpoint(args.out / "checkpoint.pt", script)
+def load_trained(out: Path, script: str, kind: type) -> tuple[nn.Module, WordPiece, dict]:
+    """(model, tokenizer, checkpoint) of the run in the folder out, on the CPU."""
+    saved = utils.load_checkpoint(out / "checkpoint.pt", script)
     options = saved["options"]
-    folder = find_bert(options["model"])[0] if options["method"] == "lora" else args.out
-    model, tokenizer = load_result(folder, options, args.out, kind, saved.get("labels"))
+    folder = find_bert(options["model"])[0] if options["method"] == "lora" else out
+    model, tokenizer = load_result(folder, options, out, kind, saved.get("labels"))
     print("{method}, {model}, learned from {data}:".format(**options))
-    return model.to(args.device), tokenizer, saved
+    return model, tokenizer, saved
 
 
 def report(args, script: str, data: Data, model: nn.Module, history: list[dict], metrics: dict, curves: list[str],

@@ -13,6 +13,7 @@ Left out on purpose: normalisation and dropout of merges; padding; offsets into 
 after this Python was made are cut as signs; others may cut them as letters.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -378,6 +379,28 @@ def read_text(path: Path | str) -> str:
         raise utils.InputError(f"{path} cannot be read ({error.strerror}); give a UTF-8 text file.") from error
     except UnicodeDecodeError as error:
         raise utils.InputError(f"{path} is not UTF-8 (byte {error.start}); convert it, say with iconv.") from error
+
+
+def read_own(path: Path | str) -> str:
+    """read_text for what people bring along: UTF-16 with its mark is read too, and cp1252, which is said.
+
+    ## cp1252, Windows' older encoding for western Europe, has a character for nearly every byte. So a file that is not
+    ## UTF-8 and holds no control characters is most likely of that kind.
+    """
+    try:
+        return read_text(path)
+    except utils.InputError as error:
+        if not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        data = error.__cause__.object
+        name = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        if name == "cp1252" and re.search(rb"[\0-\x08\x0e-\x1f\x81\x8d\x8f\x90\x9d]", data):
+            raise
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(name)
+            print(f"{path} is not UTF-8 (byte {error.__cause__.start}), and is read as {name}")
+            return text
+        raise
 
 
 def get_tokenizer(data: str | None, vocab_size: int, out: Path) -> tuple[Tokenizer, str]:

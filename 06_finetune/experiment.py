@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import bpe
 import utils
 from gpt2 import GPT2, read_model, save_model
 from load import MODELS, TEXTS, Base, Data, find_base, load_data, load_result
@@ -64,7 +63,7 @@ def from_scratch(base: Base, folder: Path, seed: int) -> None:
     """
     torch.manual_seed(seed)
     base.tokenizer.save(folder)
-    save_model(GPT2(base.config), folder, base.tokenizer.vocab[bpe.END])
+    save_model(GPT2(base.config), folder, base.tokenizer.end)
 
 
 def train(options: list, out: Path) -> dict:
@@ -221,10 +220,11 @@ def main() -> None:
     add("--seeds", type=utils.count, default=3, help="runs per row, with seeds 0, 1, 2, ...")
     add("--steps", type=utils.count, default=300, help="updates in each run")
     add("--batch-size", type=utils.count, default=4, help="windows per step")
-    add("--block-size", type=utils.count, default=256, help="tokens in a window")
+    add("--block-size", type=utils.count, help="tokens in a window; without it 256, or the model's n_positions if less")
     add("--passages", type=utils.number(int, "[2, inf)"), default=100, help="held-out passages to continue (bleu)")
     args = utils.parse_args(parser)
     base = find_base(args.model)  # made or downloaded here, once
+    args.block_size = args.block_size or min(256, base.config["n_positions"])
     text = load_data(args.data, base.tokenizer, 1)
     label = f"{base.label}, on {text.label}"
     print(f"{label}; {args.steps} steps; mean ± std of {args.seeds} seeds\n")

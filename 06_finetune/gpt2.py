@@ -40,6 +40,15 @@ COMMON = {"vocab_size": 50257, "n_positions": 1024, "layer_norm_epsilon": 1e-5} 
 
 
 # ---------------------------------------------------------------------------------------------- the network
+def normal(rows: int, columns: int, std: float) -> Tensor:
+    """(rows, columns) normal random numbers; on the meta device, which has shapes alone, none.
+
+    ## There randn would import 900 modules first, and opening a model would take two seconds more.
+    """
+    empty = torch.empty(rows, columns)
+    return empty if empty.is_meta else torch.randn(rows, columns) * std
+
+
 class Conv1D(nn.Module):
     """y = x W + b: (..., n_in) -> (..., n_out).
 
@@ -49,7 +58,7 @@ class Conv1D(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, std: float = 0.02):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_in, n_out) * std)
+        self.weight = nn.Parameter(normal(n_in, n_out, std))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,8 +160,8 @@ class GPT2(nn.Module):
         if c["n_embd"] % c["n_head"]:
             raise utils.InputError(f"n_embd {c['n_embd']} must be divisible by n_head {c['n_head']}.")
         V, n, C = c["vocab_size"], c["n_positions"], c["n_embd"]
-        self.wte = nn.Embedding.from_pretrained(0.02 * torch.randn(V, C), freeze=False)  # tokens; the last layer too
-        self.wpe = nn.Embedding.from_pretrained(0.01 * torch.randn(n, C), freeze=False)  # positions
+        self.wte = nn.Embedding.from_pretrained(normal(V, C, 0.02), freeze=False)  # tokens; the last layer too
+        self.wpe = nn.Embedding.from_pretrained(normal(n, C, 0.01), freeze=False)  # positions
         self.h = nn.ModuleList(Block(c) for _ in range(c["n_layer"]))
         self.ln_f = nn.LayerNorm(C, c["layer_norm_epsilon"])
         self.dropout = nn.Dropout(c["dropout"])
@@ -224,7 +233,7 @@ def read_config(path: Path) -> dict:
         found = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
-                               "config.json, model.safetensors, vocab.json and merges.txt.") from error
+                               "config.json, model.safetensors and the tokenizer's files.") from error
     found = found if isinstance(found, dict) else {}
 
     def check(name: str, right: bool, expected: str) -> None:
@@ -290,10 +299,10 @@ def read_model(path: Path, config: dict) -> GPT2:
     return model.requires_grad_().eval()
 
 
-def save_model(model: GPT2, folder: Path, end: int) -> None:
+def save_model(model: GPT2, folder: Path, end: int | None) -> None:
     """Write model.safetensors and config.json as GPT-2's are, so that transformers' from_pretrained reads them too.
 
-    end: the id of <|endoftext|>. The vocabulary's files come from Tokenizer.save.
+    end: the id of <|endoftext|>, if there is one. The vocabulary's files come from Tokenizer.save.
     """
     c = {name: value for name, value in model.config.items() if name not in ("dropout", "n_tokens")}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", **c,

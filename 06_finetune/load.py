@@ -29,6 +29,7 @@ import utils
 from bpe import Tokenizer
 from gpt2 import COMMON, GPT2, SIZES, read_config, read_model, save_model
 from peft_files import load_adapter, save_adapter
+from tokenizer_json import open_tokenizer
 from weights import open_weights
 
 # Shapes: B batch, T time (tokens in a window), V vocabulary, N tokens in a text
@@ -73,8 +74,8 @@ class Data(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- models
-MODELS = ("gpt2, stand-in, or a folder with config.json, model.safetensors, vocab.json, merges.txt of any size; "
-          "without it gpt2, or the stand-in if that is out of reach")
+MODELS = ("gpt2, stand-in, or a folder with config.json, model.safetensors and tokenizer.json (or vocab.json and "
+          "merges.txt) of any size; without it gpt2, or the stand-in if that is out of reach")
 
 
 def find_base(name: str | None = None) -> Base:
@@ -97,14 +98,19 @@ def find_base(name: str | None = None) -> Base:
         if name == "stand-in" and not (path / "config.json").exists():
             pretrain(path)
         if not path.is_dir():
-            raise utils.InputError(f"{name} is no folder; give one with config.json, model.safetensors, vocab.json and "
-                                   "merges.txt, or gpt2, or stand-in.")
+            raise utils.InputError(f"{name} is no folder; give one with config.json, model.safetensors and "
+                                   "tokenizer.json (or vocab.json and merges.txt), or gpt2, or stand-in.")
         name = name if name == "stand-in" else str(path)  # absolute: an adapter's config names its base
-        config = read_config(path / "config.json")
-        tokenizer = Tokenizer.from_files(path / "vocab.json", path / "merges.txt")
-    if len(tokenizer.vocab) != config["vocab_size"]:
-        raise utils.InputError(f"{name}: its vocabulary has {len(tokenizer.vocab):,} tokens, and the model "
-                               f"{config['vocab_size']:,}; take vocab.json and merges.txt of these weights.")
+        config, tokenizer = read_config(path / "config.json"), open_tokenizer(path)
+    n, rows = len(tokenizer.vocab), config["vocab_size"]
+    ## Some tables are filled up to a round number, as 50,304: such sizes are fast on a GPU. No text has those rows. But
+    ## where many are left over, the tokenizer is likely that of other weights.
+    if not isinstance(tokenizer, Tokenizer) or not n <= rows < n + (1024 if rows % 128 == 0 else 64):
+        raise utils.InputError(f"{name}: its vocabulary has {n:,} tokens, and the model {rows:,}; take the tokenizer's "
+                               "files of these weights.")
+    if n < rows:
+        print(f"{name}: the table's last {rows - n} of {rows:,} rows stand for no token, and are never drawn")
+        config["n_tokens"] = n
     base = Base(path, config, tokenizer, name or "gpt2", "GPT-2" if "stand_in" in config else "")
     base.notice()
     return base
@@ -116,7 +122,7 @@ def save_result(model: GPT2, base: Base, out: Path, method: str) -> None:
         save_adapter(model, out / "adapter", base.name)
     else:
         base.tokenizer.save(out / "model")
-        save_model(model, out / "model", base.tokenizer.vocab[bpe.END])
+        save_model(model, out / "model", base.tokenizer.end)
 
 
 def load_result(base: Base, out: Path, method: str) -> GPT2:
@@ -163,7 +169,7 @@ def load_data(data: str | None, tokenizer: Tokenizer, block_size: int = 1) -> Da
         except ConnectionError as error:
             print(error)
             return load_data("python", tokenizer, block_size)
-    read, stand_in = SETS.get(data, (lambda: bpe.read_text(data), ""))
+    read, stand_in = SETS.get(data, (lambda: bpe.read_own(data), ""))
     text, name = read(), Path(data).name
     utils.stand_in_notice(name, stand_in)
     if not text:
@@ -230,7 +236,7 @@ def pretrain(folder: Path) -> None:
     print(f"{time.perf_counter() - begun:.0f} s; validation loss {loss:.3f} nats per token "
           f"(uniform {math.log(len(tokenizer.vocab)):.3f})")
     tokenizer.save(folder)
-    save_model(model, folder, tokenizer.vocab[bpe.END])  # config.json comes last
+    save_model(model, folder, tokenizer.end)  # config.json comes last
     print(f"wrote model.safetensors, config.json, vocab.json and merges.txt to {folder}")
 
 

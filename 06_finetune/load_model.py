@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import bpe
 import utils
 from gpt2 import GPT2, generate, read_model, save_model, shrink
 from load import Base, find_base
@@ -128,7 +127,7 @@ def main() -> None:
     print(f"{what}; {sum(p.numel() for p in model.parameters()):,} parameters; {dtype} on {device.type}\n")
     if args.save:
         base.tokenizer.save(args.save)
-        save_model(model, args.save, base.tokenizer.vocab[bpe.END])
+        save_model(model, args.save, base.tokenizer.end)
         print(f"wrote {args.save}, which transformers opens with from_pretrained\n")
     model.requires_grad_(False).to(device)
     if dtype == torch.bfloat16:
@@ -143,7 +142,7 @@ def main() -> None:
     written, start = [], time.perf_counter()
     generator = torch.Generator(device).manual_seed(args.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for i in generate(model, ids, args.length, args.temperature, args.top_k, base.tokenizer.vocab[bpe.END],
+        for i in generate(model, ids, args.length, args.temperature, args.top_k, base.tokenizer.end,
                           not args.no_cache, generator):
             written.append(i)
             print(text.decode(base.tokenizer.decode_bytes([i])), end="", flush=True)

@@ -25,7 +25,6 @@ import torch.nn as nn
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import bpe
 import utils
 from gpt2 import GPT2, generate, read_model, shrink
 from load import MODELS, TEXTS, Base, Data, batches, find_base, load_data, load_result, save_result
@@ -114,7 +113,7 @@ def sample(model: GPT2, base: Base, length: int, dtype: torch.dtype, seed: int, 
     ids = base.tokenizer.encode(prompt, special=False)
     model.eval()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        new = list(generate(model, ids, length, 0.8, 50, stop=base.tokenizer.vocab[bpe.END],
+        new = list(generate(model, ids, length, 0.8, 50, stop=base.tokenizer.end,
                             generator=torch.Generator(device).manual_seed(seed)))
     return base.tokenizer.decode(ids + new)
 

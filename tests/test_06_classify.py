@@ -195,8 +195,8 @@ def test_tables_are_read_as_they_are(tmp_path):
         (tmp_path / "dev.tsv").write_text(f"good\t1\n{bad}\n")
         with pytest.raises(utils.InputError, match=words):
             classify.load_data(str(tmp_path))
-    (tmp_path / "dev.tsv").write_bytes(b"\xff\t1\n")
-    with pytest.raises(utils.InputError, match="dev.tsv is not UTF-8"):
+    (tmp_path / "dev.tsv").write_bytes(b"\x81\t1\n")
+    with pytest.raises(utils.InputError, match="dev.tsv is not UTF-8 .byte 0.; convert it"):
         classify.load_data(str(tmp_path))
     (tmp_path / "dev.tsv").write_text("\n\n")
     with pytest.raises(utils.InputError, match="dev.tsv, line 1"):
@@ -716,3 +716,40 @@ def test_numbers_out_of_range_are_refused_by_argparse(options, tmp_path, capsys)
         call(name, value, "--out", tmp_path)
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {name}: {value} is not in " in error
+
+
+# ---------------------------------------------------------------------------------------------- from Python
+FROM_PYTHON = """import sys; sys.path.append("06_finetune")
+from bert_classify import SCRIPT, Classifier, Path, load_trained, predict, torch
+model, tokenizer, saved = load_trained(Path("06_finetune/outputs/classify"), SCRIPT, Classifier)
+rows = [tokenizer.encode(text, saved["options"]["max_length"], special=False).ids for text in ["not bad", "dull"]]
+p = predict(model, rows, tokenizer.pad, torch.float32).exp()  # (N, K), in the order of saved["labels"]
+"""
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_from_python(small, runs, method, monkeypatch):
+    """The README's five lines say what main() says of the same texts."""
+    readme = (ROOT / "06_finetune" / "README.md").read_text(encoding="utf-8")
+    assert "```python" not in readme or FROM_PYTHON in readme
+    monkeypatch.setitem(sys.modules, "bert_classify", classify)
+    names, out = {}, runs(method)[0]
+    exec(FROM_PYTHON.replace("06_finetune/outputs/classify", str(out)), names)
+    assert names["p"].shape == (2, 2) and torch.allclose(names["p"].sum(1), torch.ones(2))
+    said = call_main(classify, "not bad", "dull", "--out", out)
+    for text, p in zip(("not bad", "dull"), names["p"]):
+        assert f"{names['saved']['labels'][p.argmax()]:>12} {p.max():6.1%}  {text}" in said
+
+
+def test_tables_in_the_encodings_of_windows_are_read_and_said(tmp_path, capsys):
+    text = "".join(f"caf\u00e9 \u2013 {i}\t{'gut' if i % 2 else 'schlecht'}\n" for i in range(20))
+    parts = []
+    for name in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
+        (tmp_path / "a.tsv").write_bytes(text.encode(name))
+        parts.append(classify.load_data(str(tmp_path / "a.tsv")).train.texts)
+        assert (f"is read as {name}" in capsys.readouterr().out) == (name in ("utf-16", "cp1252"))
+    assert all(part == parts[0] for part in parts) and "caf\u00e9 \u2013" in parts[0][0]
+    for data in (b"\x89PNG\r\n\x1a\n\0", "caf\u00e9".encode("utf-16")[:-1], "caf\u00e9 ".encode("latin-1") + b"\x9d"):
+        (tmp_path / "a.tsv").write_bytes(data)
+        with pytest.raises(utils.InputError, match=r"is not UTF-8 .byte \d+.; convert it"):
+            classify.load_data(str(tmp_path / "a.tsv"))

@@ -9,6 +9,7 @@ import math
 import random
 import re
 import shutil
+import sys
 import warnings
 
 import peft
@@ -176,7 +177,7 @@ def spoiled(name):
 @pytest.mark.parametrize("name, words", [
     ("moved", "question q0 has no answer, or it does not stand at answer_start"), ("2.0", "question q0 has no answer"),
     ("no context", "not in the format of SQuAD v1.1 .*context"), ("{", "not in the format"), ("[]", "TypeError"),
-    ("", "not in the format"), (None, "FileNotFoundError"),
+    ("", "not in the format"), (None, "cannot be read"),
 ])
 def test_files_that_are_wrong_get_one_sentence(tmp_path, name, words):
     if name is not None:
@@ -577,3 +578,35 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_loses_nothing(small, runs, tm
     before = digest(tmp_path / "out" / "model" / "model.safetensors")
     assert "smaller --lr" in refused(*options_of(small, "full"), "--lr", 1e30, "--out", tmp_path / "out")
     assert digest(tmp_path / "out" / "model" / "model.safetensors") == before
+
+
+# ---------------------------------------------------------------------------------------------- from Python
+FROM_PYTHON = """import sys; sys.path.append("06_finetune")
+from bert_qa import SCRIPT, Path, Question, Spans, answer, load_trained, make_windows, torch
+model, tokenizer, _ = load_trained(Path("06_finetune/outputs/qa"), SCRIPT, Spans)
+asked = [Question("a", 0, "Alfred was king, and then Mary was queen.", "Who was king?", ["?"], 0)]  # "?": not known
+said, _ = answer(model, asked, make_windows(asked, tokenizer, 128, 32), tokenizer.pad, torch.float32, 30)  # said["a"]
+"""
+
+
+def test_a_model_from_python(small, runs, monkeypatch):
+    """The README's five lines say what main() says to the same question."""
+    readme = (ROOT / "06_finetune" / "README.md").read_text(encoding="utf-8")
+    assert "```python" not in readme or FROM_PYTHON in readme
+    monkeypatch.setitem(sys.modules, "bert_qa", qa)
+    names, out = {}, runs("full")[0]
+    code = FROM_PYTHON
+    for old, new in (("06_finetune/outputs/qa", str(out)), ("128, 32", "24, 6"), ("float32, 30", "float32, 4"),
+                     ("Who was king?", "what is it")):
+        code = code.replace(old, new)
+    exec(code, names)
+    said = call_main(qa, "--question", "what is it", "--context", names["asked"][0].context, "--out", out)
+    assert said.splitlines()[-1].endswith(f"the answer: {names['said']['a']}") and names["said"]["a"]
+
+
+def test_a_file_in_the_encodings_of_windows_is_read_and_said(tmp_path, capsys):
+    text = json.dumps(as_squad([[("a caf\u00e9", [("q?", "caf\u00e9")])]]), ensure_ascii=False)
+    for name in ("utf-8", "utf-16", "cp1252"):
+        (tmp_path / "a.json").write_bytes(text.encode(name))
+        assert qa.read_squad(tmp_path / "a.json")[0].answers == ["caf\u00e9"]
+        assert (f"is read as {name}" in capsys.readouterr().out) == (name != "utf-8")

@@ -417,6 +417,64 @@ def test_experiment_runs(small, tmp_path, monkeypatch):
     assert list(experiment.rows_of("methods", 16))[-1] == "LoRA, rank 16"  # 64 does not fit
 
 
+def test_windows_of_experiment_fit_the_model(small, tmp_path, monkeypatch):
+    """Without --block-size the smaller of 256 and the model's positions, as in train.py."""
+    seen = []
+    monkeypatch.setattr(experiment, "train", lambda options, out: seen.append(options) or in_process(options, out))
+    monkeypatch.setattr(experiment, "rows_of", lambda part, n_embd: {"one": ["--method", "head"]})
+    call_main(experiment, *small[0][:4], "--steps", 1, "--seeds", 1, "--device", "cpu", "--only", "alpha",
+              "--batch-size", 2, "--out", tmp_path)
+    assert [options[options.index("--block-size") + 1] for options in seen] == ["64"]
+
+
+# ---------------------------------------------------------------------------------------------- from Python
+FROM_PYTHON = """import sys; sys.path.append("06_finetune")
+from load_model import generate, load_model
+model, base, _ = load_model("06_finetune/outputs/adapter")  # or .../model, or gpt2
+ids = base.tokenizer.encode("ROMEO:", special=False)  # any text; of a long one the model sees the end
+text = base.tokenizer.decode(ids + list(generate(model, ids, 100, 0.8, 50, base.tokenizer.end)))
+"""
+
+
+def test_a_model_from_python(runs, monkeypatch):
+    """The README's five lines write a text that begins with the prompt, by base and adapter and by a whole model."""
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert "```python" not in readme or FROM_PYTHON in readme
+    monkeypatch.setitem(sys.modules, "load_model", load_model)
+    for method in ("lora", "full"):
+        names, folder = {}, runs[method][0] / ("adapter" if method == "lora" else "model")
+        exec(FROM_PYTHON.replace("06_finetune/outputs/adapter", str(folder)), names)
+        assert names["text"].startswith("ROMEO:") and len(names["text"]) > 40
+
+
+def test_a_folder_whose_table_is_filled_up_or_grew_by_a_token(small, tmp_path, capsys):
+    """Rows without a token are said and never drawn; many of them, or a token without a row, are refused."""
+    tokenizer, ids = load.find_base(str(small[1])).tokenizer, [1, 2, 3]
+    for rows, words in ((401, "last 1 of 401 rows"), (448, "last 48 of 448 rows"), (400, ""), (399, None),
+                        (1500, None)):
+        torch.manual_seed(0)
+        model = gpt2.GPT2({"vocab_size": rows, "n_positions": 64, "n_layer": 1, "n_head": 2, "n_embd": 32}).eval()
+        model.wte.weight.data[400:] *= 20
+        folder = tmp_path / str(rows)
+        gpt2.save_model(model, folder, tokenizer.end)
+        tokenizer.save(folder)
+        capsys.readouterr()
+        if words is None:
+            with pytest.raises(utils.InputError, match=f"vocabulary has 400 tokens, and the model {rows:,};"):
+                load.find_base(str(folder))
+            continue
+        base = load.find_base(str(folder))
+        out = capsys.readouterr().out
+        assert words in out and ("stand for no token, and are never drawn" in out) == bool(words)
+        model = gpt2.read_model(base.path, base.config)
+        assert max(gpt2.generate(model, ids, 40)) < 400 and model.wte.weight.shape == (rows, 32)
+    (tmp_path / "401" / "added_tokens.json").write_text('{"[PAD]": 400}')  # as transformers 4 writes it
+    (tmp_path / "401" / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    base = load.find_base(str(tmp_path / "401"))
+    assert base.tokenizer.vocab["[PAD]"] == 400 and "n_tokens" not in base.config
+    assert base.tokenizer.encode("a[PAD]")[-1] == 400
+
+
 def test_the_model_comes_alone_and_speaks_of_arguments():
     """Another program takes GPT-2, or fine-tunes it: nothing that parses options, fetches or draws comes along."""
     program = f"""if True:
