@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import Data, draw_grid, linear_baseline, load_data, majority_baseline
+from load import Data, draw_grid, linear_baseline, load_data, majority_baseline, run_size
 
 # Shapes: N pictures, B batch, C channels in, M channels out (filters), H height, W width, K classes,
 #         side: of a filter, in pixels
@@ -253,8 +253,8 @@ def main() -> None:
     parser = utils.parser(__doc__, __file__, "seed")
     add = parser.add_argument
     add("--data", help="cifar10, shapes or a folder; without it CIFAR-10, or shapes if that is out of reach")
-    add("--epochs", type=utils.count, default=2, help="passes over the training pictures")
-    add("--batch-size", type=utils.count, default=100, help="pictures per step")
+    add("--epochs", type=utils.count, help="passes over the training pictures: 2, or more where these are few")
+    add("--batch-size", type=utils.count, help="pictures per step: 100, or fewer where there are few in all")
     add("--lr", type=utils.positive, default=0.01, help="peak learning rate, falling linearly to zero")
     args = utils.parse_args(parser)
     torch.manual_seed(args.seed)
@@ -265,13 +265,15 @@ def main() -> None:
 
     data = load_data(args.data)
     x, y, K = data.train_x, data.train_y, len(data.classes)
+    args.epochs, args.batch_size = run_size(len(y), 2, 100, 290, (args.epochs, args.batch_size))
     with torch.enable_grad():
         linear = linear_baseline(data)
 
     g = torch.Generator().manual_seed(args.seed)
     w = init(K, x.shape[-1], (32, 64), g)
     velocity, running = {name: torch.zeros_like(p) for name, p in w.items()}, None
-    print(f"\n{data.label}: {len(y):,} pictures; {sum(p.numel() for p in w.values()):,} weights; loss before training "
+    print(f"\n{data.label}: {len(y):,} pictures, {args.epochs} epochs in batches of {args.batch_size}; "
+          f"{sum(p.numel() for p in w.values()):,} weights; loss before training "
           f"{loss_and_gradients(normalise(x[:500], data), y[:500], w)[0]:.4f}, ln {K} = {math.log(K):.4f}")
     steps, begun, step = args.epochs * math.ceil(len(y) / args.batch_size), time.perf_counter(), 0
     for _ in range(args.epochs):

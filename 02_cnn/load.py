@@ -8,7 +8,7 @@ into memory with no DataLoader; what normalisation is fitted on; and what augmen
     python 02_cnn/load.py --data shapes                 the stand-in: ten classes of drawn shapes
 
 You should see: 45,000 / 5,000 / 10,000 pictures of 10 classes of CIFAR-10. Of `shapes`, 9,000 / 1,000 / 2,000, a linear
-model names 13.8 % of the test pictures correctly, train.py --model simple --epochs 6 99.9 % (seed 0).
+model names 13.8 % of the test pictures correctly, train.py --model simple --epochs 6 --batch-size 1000 99.9 % (seed 0).
 Writes: outputs/samples.png. Left out on purpose: a DataLoader with worker processes, for data that does not fit in RAM.
 """
 
@@ -263,6 +263,18 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ values
     return mean.float(), (share @ values**2 - mean**2).clamp(min=1e-8).sqrt().float()
+
+
+def run_size(n: int, epochs: int, batch_size: int, steps: int, given: tuple = (None, None)) -> tuple[int, int]:
+    """(epochs, batch size) for n training pictures: what is `given`, else by what suits CIFAR-10's 45,000 pictures.
+
+    ## A batch made for 45,000 pictures leaves a few hundred of them a handful of steps. So the batch shrinks with the
+    ## pictures, to 32 at least, and epochs are added until the run has so many steps. With 450 pictures of CIFAR-10 the
+    ## residual network names 53.6 % of the test pictures correctly (300 steps), and 48.5 % after 13 steps of all at
+    ## once (seed 0; a linear model 30.2 %).
+    """
+    batch_size = given[1] or min(batch_size, max(32, batch_size * n // 45_000))
+    return given[0] or max(epochs, math.ceil(steps / math.ceil(n / batch_size))), batch_size
 
 
 def linear_baseline(data: Data, epochs: int = 5, steps: int = 100, seed: int = 0) -> float:

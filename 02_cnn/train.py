@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from load import SIZE, augment, linear_baseline, load_data, majority_baseline
+from load import SIZE, augment, linear_baseline, load_data, majority_baseline, run_size
 
 # Shapes: B batch, N pictures, C channels in, M channels out (filters), H height, W width, K classes
 
@@ -362,15 +362,15 @@ def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], train: tuple[
 
 
 # ---------------------------------------------------------------------------------------------- main
-PRESETS = {
-    "simple": dict(epochs=16, batch_size=1000, lr=0.053, muon_lr=0.17, pad=2, cutout=0, small=0.5),
-    "resnet": dict(epochs=13, batch_size=2000, lr=0.053, muon_lr=0.24, pad=2, cutout=6, small=0.4),
-    "transfer": dict(epochs=3, batch_size=250, lr=1e-3, pad=2, cutout=0, small=0.0),
+PRESETS = {  # epochs and batch size for CIFAR-10's 45,000 pictures, and how many steps a run on fewer of them needs
+    "simple": dict(epochs=16, batch_size=1000, steps=290, lr=0.053, muon_lr=0.17, pad=2, cutout=0, small=0.5),
+    "resnet": dict(epochs=13, batch_size=2000, steps=290, lr=0.053, muon_lr=0.24, pad=2, cutout=6, small=0.4),
+    "transfer": dict(epochs=3, batch_size=250, steps=60, lr=1e-3, pad=2, cutout=0, small=0.0),  # it has learned already
 }
 
 
 def parse_options():
-    """The options' values, those of the model where none was given."""
+    """The options' values, those of the model where none was given; epochs and batch_size are for run_size."""
     parser = utils.parser(__doc__, __file__, "device", "dtype", "seed", "compile", "resume")  # adds --device ... --out
     parser.epilog = "; ".join(f"--model {name}: {', '.join(f'{k} {v}' for k, v in preset.items())}"
                               for name, preset in PRESETS.items())
@@ -378,8 +378,10 @@ def parse_options():
     add("--model", choices=PRESETS, default="resnet", help="the network; decides the defaults of those below")
     add("--data", help="cifar10, shapes or a folder with train/CLASS/* and test/CLASS/*; without it the first, or "
         "shapes if that is out of reach")
-    add("--epochs", type=utils.count, help="passes over the training pictures; the learning rates end at zero")
-    add("--batch-size", type=utils.count, help="pictures per step; smaller learns more per picture, larger runs faster")
+    add("--epochs", type=utils.count, help="passes over the training pictures, more of them where these are few; the "
+        "learning rates end at zero")
+    add("--batch-size", type=utils.count, help="pictures per step, fewer where there are few in all; smaller learns "
+        "more per picture, larger runs faster")
     add("--lr", type=utils.positive, help="peak learning rate of the biases, per picture; 13 times that for the last "
         "layer; transfer: AdamW's, for all layers")
     add("--muon-lr", type=utils.positive, help="Muon's peak learning rate, for 3 x 3 convolutions (not for transfer)")
@@ -396,14 +398,16 @@ def parse_options():
     args = utils.parse_args(parser)
     if args.model != "transfer" and (args.head_only or args.weights):
         raise utils.InputError("--head-only and --weights are for --model transfer alone; leave them out.")
-    vars(args).update({name: value for name, value in PRESETS[args.model].items() if vars(args)[name] is None})
+    vars(args).update({name: value for name, value in PRESETS[args.model].items()
+                       if name not in ("epochs", "batch_size", "steps") and vars(args)[name] is None})
     return args
 
 
-def advise(steps: int, simple: dict[str, float], accuracy: float) -> None:
+def advise(steps: int, needed: int, simple: dict[str, float], accuracy: float) -> None:
     """Say where the network had too few steps, or names fewer pictures correctly than the best of the simple models."""
-    if steps < 200:
-        print(f"{steps} steps are few for a network; try a smaller --batch-size, or more --epochs")
+    if steps < needed:
+        print(f"{steps} steps are few for this network, which needs {needed}; try a smaller --batch-size, or more "
+              "--epochs")
     name = max(simple, key=simple.get)
     if simple[name] > accuracy:
         print(f"{name} is better here, by {simple[name] - accuracy:.1%}; use it, or try more --epochs, more pictures, "
@@ -412,11 +416,13 @@ def advise(steps: int, simple: dict[str, float], accuracy: float) -> None:
 
 def main() -> None:
     args = parse_options()
+    data = load_data(args.data)
+    train_x, train_y, val_x, val_y, test_x, test_y = (part.to(args.device) for part in data[:6])
+    full = {name: PRESETS[args.model][name] for name in ("epochs", "batch_size", "steps")}
+    args.epochs, args.batch_size = run_size(len(train_y), **full, given=(args.epochs, args.batch_size))
     free = ("out", "device", "compile", "resume", "tta")
     options = {name: value for name, value in vars(args).items() if name not in free}
     saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT, options) if args.resume else None
-    data = load_data(args.data)
-    train_x, train_y, val_x, val_y, test_x, test_y = (part.to(args.device) for part in data[:6])
     if saved and (saved["classes"], saved["pictures"]) != (data.classes, len(train_y)):
         raise utils.InputError(f"--resume: {data.name} is not the set it was then; start anew without --resume.")
     K = len(data.classes)
@@ -437,10 +443,12 @@ def main() -> None:
             optimizer.load_state_dict(state)
         history, best = saved["history"], saved["best"]
 
+    steps = args.epochs * math.ceil(len(train_y) / args.batch_size)
     loss, accuracy = evaluate(model, val_x[:1000], val_y[:1000], args.dtype)
     print(f"{data.label}: {len(train_y):,} pictures to train on, {len(val_y):,} to validate, {len(test_y):,} to test\n"
           f"{args.model}: {utils.count_parameters(model):,} trainable parameters; {str(args.dtype)[6:]} on "
-          f"{args.device.type}; {args.epochs * math.ceil(len(train_y) / args.batch_size):,} steps\n"
+          f"{args.device.type}\n{args.epochs} epochs in batches of {args.batch_size:,} (for 45,000 pictures: "
+          f"{full['epochs']}, {full['batch_size']:,}), {steps:,} steps\n"
           f"a batch: {tuple(train_x[: args.batch_size].shape)} {train_x.dtype}, labels "
           f"{[data.classes[k] for k in train_y[:4].tolist()]} ...\nbefore training, or going on: loss {loss:.4f} "
           f"(guessing: ln {K} = {math.log(K):.4f}), accuracy {accuracy:.1%}\n")
@@ -476,7 +484,7 @@ def main() -> None:
         metrics[f"test_accuracy_{views}_views"] = mean
         print(f"mean over {views} views of each picture: {mean:.2%}")
     print(f"{history[-1]['seconds']:.0f} s of training")
-    advise(history[-1]["step"], {"the most frequent class": majority, "the linear model": linear}, accuracy)
+    advise(steps, full["steps"], {"the most frequent class": majority, "the linear model": linear}, accuracy)
     utils.save_metrics(args, SCRIPT, data, model, metrics, history)
     utils.plot_history(args.out / "history.png", history, ["val_accuracy"], f"{args.model} on {data.label}", "epoch",
                        "share of validation pictures named correctly")

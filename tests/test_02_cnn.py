@@ -610,11 +610,11 @@ def test_of_epochs_that_are_correct_equally_often_the_one_with_the_lowest_loss_i
 
 
 def test_advice_names_the_better_baseline_and_is_silent_where_the_network_wins(capsys):
-    train.advise(200, {"the most frequent class": 0.4, "the linear model": 0.6}, 0.6)
+    train.advise(290, 290, {"the most frequent class": 0.4, "the linear model": 0.6}, 0.6)
     assert capsys.readouterr().out == ""
-    train.advise(199, {"the most frequent class": 0.7, "the linear model": 0.6}, 0.65)
+    train.advise(289, 290, {"the most frequent class": 0.7, "the linear model": 0.6}, 0.65)
     few, better = capsys.readouterr().out.splitlines()
-    assert few.startswith("199 steps are few") and better.startswith("the most frequent class is better here, by 5.0%")
+    assert few.startswith("289 steps are few") and better.startswith("the most frequent class is better here, by 5.0%")
 
 
 def draw_arrows(root, train, test=60):
@@ -644,6 +644,38 @@ def test_arrows_are_learned_without_mirroring_alone(tmp_path):
         assert ("the linear model is better here" in out) == (not more)
     assert found[True]["test_accuracy"] > 0.9 and found[True]["test_accuracy_three_views"] > 0.9
     assert found[False]["test_accuracy_six_views"] < 0.7  # an arrow and its mirror image have one answer
+
+
+def test_the_size_of_a_run_follows_the_number_of_pictures():
+    """On CIFAR-10 the presets to the letter; on fewer pictures as many steps at least; what is given stays."""
+    for preset in train.PRESETS.values():
+        full = preset["epochs"], preset["batch_size"]
+        size = partial(load.run_size, epochs=full[0], batch_size=full[1], steps=preset["steps"])
+        assert size(45_000) == size(50_000) == full
+        for n in (9, 54, 162, 450, 1800, 9000, 30_000):
+            epochs, batch_size = size(n)
+            assert 32 <= batch_size <= full[1] and epochs >= full[0]
+            steps = epochs * -(-n // batch_size)
+            assert steps >= preset["steps"] and epochs * n <= max(steps * 32, full[0] * n)  # no more than these need
+        assert size(450, given=(3, 7)) == (3, 7) and size(450, given=(3, None)) == (3, 32)
+        assert size(450, given=(None, 225)) == (-(-preset["steps"] // 2), 225)
+    assert load.run_size(45_000, 2, 100, 290) == (2, 100)  # from_scratch.py
+
+
+def test_a_small_folder_gets_a_run_of_its_size_and_what_was_chosen_is_printed(tmp_path, monkeypatch):
+    fit, steps = train.fit, []
+
+    def few_epochs(model, optimizers, part, val, epochs, batch_size, *rest):
+        steps.append((epochs, batch_size))
+        return fit(model, optimizers, part, val, 1, batch_size, *rest)
+
+    monkeypatch.setattr(train, "fit", few_epochs)
+    data = ["--data", make_folder(tmp_path / "data", n=40), "--model", "simple", "--dtype", "float32"]
+    out = call_main(train, *data, "--out", tmp_path / "o")
+    assert steps == [(97, 32)]  # 72 pictures
+    assert "97 epochs in batches of 32 (for 45,000 pictures: 16, 1,000), 291 steps" in out
+    options = torch.load(tmp_path / "o" / "checkpoint.pt", weights_only=True)["options"]
+    assert (options["epochs"], options["batch_size"]) == (97, 32)  # and so --resume goes on with the same
 
 
 def test_without_flips_no_picture_is_mirrored(monkeypatch):
@@ -703,7 +735,7 @@ def test_a_run_that_was_stopped_goes_on_bit_identically(tmp_path, monkeypatch, m
 
 def test_bad_options_are_one_sentence(tmp_path):
     cases = ((["--epochs", 0], "--epochs: 0 is not in [1, inf)"), (["--small", 2], "--small: 2 is not in [0, 1]"),
-             (["--pad", 17], "--pad: 17 is not in [0, 16]"), (["--resume"], "does not exist"),
+             (["--pad", 17], "--pad: 17 is not in [0, 16]"), ([*small(tmp_path), "--resume"], "does not exist"),
              (["--data", tmp_path / "none"], "give a folder with pictures in train/CLASS/*"),
              (["--model", "simple", "--head-only"], "--head-only and --weights are for --model transfer alone"))
     for options, message in cases:
