@@ -149,7 +149,7 @@ class Tokenizer:
         if added is None:
             added = {END: Added(vocab[END])} if END in vocab else {}
         self.added = {token: some.id for token, some in added.items()}  # token -> id
-        self.vocab, self.merges = vocab | self.added, merges
+        self.made_of, self.vocab, self.merges = vocab, vocab | self.added, merges  # no merge makes an added token
         self.cuts, self.normalize, self.prefix_space, self.whole = cuts, normalize, prefix_space, whole
         self.before, self.after = list(before), list(after)
         self.end = self.vocab.get(END)  # id of what stands between documents, None: nothing does
@@ -208,13 +208,13 @@ class Tokenizer:
                 continue
             part = self.normalize(part) if self.normalize else part
             for a, b, j in self.normal.split(part, special):
-                space = self.prefix_space and j is None and part[a] not in WHITE
+                space = self.prefix_space and j is None and part[a] != " "
                 yield " " * space + part[a:b], j
 
     def encode_piece(self, piece: str) -> list[int]:
         """Ids of one piece: its bytes, merged until no pair in it is in the list."""
         data = utf8(piece)
-        if self.whole and (known := self.vocab.get("".join(SYMBOL[byte] for byte in data))) is not None:
+        if self.whole and (known := self.made_of.get("".join(SYMBOL[byte] for byte in data))) is not None:
             return [known]
         ids = [self.byte_id[byte] for byte in data if self.byte_id[byte] is not None]  # as others do, when one has none
         for _ in self.merge(ids):

@@ -14,6 +14,7 @@ is compared, never run, because one can be written that takes hours on a short t
 
 import functools
 import json
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from bpe import END, GPT2_CUTS, Added, Tokenizer, read_files
-from wordpiece import CLS, LONGEST, SEP, SPECIAL, UNK, WordPiece, read_names
+from wordpiece import CLS, LONGEST, ORDERED, ORDINARY, SEP, SPECIAL, UNK, WordPiece, read_names
 
 LARGEST = 40_000_000  # bytes; Llama 3's 128,256 tokens take 17 million
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -114,7 +115,9 @@ def template(parts: list[dict]) -> tuple[list[int], list[int]]:
 
 def nfc(text: str) -> str:
     """Text in which a letter and its accents are one character where Unicode has one, by the reference's tables."""
-    return unicodedata.normalize("NFC", text)
+    ## The library's tables are those of Unicode 9; wordpiece.py knows which characters came later.
+    parts = re.split(f"((?!{ORDERED.pattern}){ORDINARY.pattern})", text)
+    return "".join(part if i % 2 else unicodedata.normalize("NFC", part) for i, part in enumerate(parts))
 
 
 # ---------------------------------------------------------------------------------------------- the two kinds
@@ -176,6 +179,7 @@ def open_wordpiece(spec: dict, config: dict) -> WordPiece:
         check(step, "decoder", type=["WordPiece"], prefix=["##"], cleanup=None)
     added, ids = tokens(spec, config)
     tokenizer = WordPiece(sorted(ids, key=ids.get), normalizer["lowercase"], normalizer["strip_accents"], added)
+    tokenizer.made_of = spec["model"]["vocab"]
     if template(steps(spec["post_processor"])) != ([tokenizer.cls], [tokenizer.sep]):
         raise Refused("says post_processor other than [CLS] text [SEP], which is not known here; take another model")
     return tokenizer

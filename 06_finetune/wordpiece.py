@@ -172,7 +172,7 @@ class WordPiece:
                  added: dict[str, Added] | None = None):
         self.names, self.lowercase, self.strip = names, lowercase, lowercase if strip is None else strip
         self.max_length: int | None = None  # how many tokens the model was made for, None: not known
-        self.vocab = {name: i for i, name in enumerate(names)}
+        self.vocab = self.made_of = {name: i for i, name in enumerate(names)}  # words are made of all, or of fewer
         for name in SPECIAL:
             if name not in self.vocab:
                 raise utils.InputError(f"the vocabulary has no {name}, which every one of BERT's has; take vocab.txt "
@@ -228,7 +228,7 @@ class WordPiece:
         found, start = [], 0
         while start < len(word) <= LONGEST:
             for end in range(min(len(word), start + self.longest), start, -1):
-                i = self.vocab.get("##" * (start > 0) + word[start:end])
+                i = self.made_of.get("##" * (start > 0) + word[start:end])
                 if i is not None:
                     break
             else:
