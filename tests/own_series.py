@@ -4,8 +4,8 @@
     python tests/own_series.py --data ../shared/own --only day month
 
 series.json is a list of {"name", "file", "lookback", "horizon"}; the two numbers may be missing. The figure is the
-model's test MSE over that of the best of its own baselines: repeat last, one period ago, and NLinear. pytest does not
-collect this file, but runs `main` on series that it makes itself.
+model's test MSE over that of the best of its own baselines: repeat last, one period ago, and NLinear, which learns from
+the rows that the model learns from. pytest does not collect this file, but runs `main` on series that it makes itself.
 """
 
 import argparse
