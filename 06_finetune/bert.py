@@ -28,7 +28,7 @@ import utils
 from bpe import read_own, read_text
 from sentences import POOLINGS, Sentences, mean_pool, read_modules, read_sentences
 from tokenizer_json import open_tokenizer
-from weights import bare_names, open_weights, read_json, save_safetensors
+from weights import bare_names, is_float, open_weights, read_json, save_safetensors
 from wordpiece import SHA256, WordPiece, pad, train_wordpiece
 
 # Shapes: B batch, T time (tokens, padding included), C channels (n_embd), A attention heads, D channels per head
@@ -72,7 +72,7 @@ def put(parent: nn.Module, name: str, module: nn.Module) -> None:
 def new_linear(n_in: int, n_out: int) -> nn.Linear:
     """A linear layer that begins as BERT's do."""
     layer = nn.Linear(n_in, n_out)
-    if not layer.weight.is_meta:  # where there are shapes alone: normal_ would import 900 modules first
+    if not layer.weight.is_meta:  # there are shapes alone, and normal_ would import much
         nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
     return layer
@@ -309,6 +309,7 @@ def read_model(path: Path, config: dict, kind: type = Bert, relabel: bool = Fals
     for name in found | wanted:
         theirs = tuple(found[name].shape) if name in found else "missing"
         ours = tuple(wanted[name][1]) if name in wanted else "missing"
+        theirs = found[name].dtype if theirs == ours and not is_float(found[name]) else theirs
         if theirs != ours and not ("missing" in (theirs, ours) and name.startswith(HEADS)):
             raise utils.InputError(f"{path}: {name!r:.80} is {theirs} in the file and {ours} in a model of this "
                                    "config; take the weights that belong to the config.")

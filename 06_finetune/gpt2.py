@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from weights import bare_names, open_weights, read_json, save_safetensors
+from weights import bare_names, is_float, open_weights, read_json, save_safetensors
 
 # Shapes: B batch, T time (new tokens), S positions that can be seen (S >= T), C channels (n_embd), A attention heads,
 #         D channels per head (C = A * D), V vocabulary, N tokens in a text
@@ -43,7 +43,7 @@ COMMON = {"vocab_size": 50257, "n_positions": 1024, "layer_norm_epsilon": 1e-5} 
 def normal(rows: int, columns: int, std: float) -> Tensor:
     """(rows, columns) normal random numbers; on the meta device, which has shapes alone, none.
 
-    ## There randn would import 900 modules first, and opening a model would take two seconds more.
+    ## There randn first imports much of PyTorch's compiler (torch._refs). Opening a model would be mostly that.
     """
     empty = torch.empty(rows, columns)
     return empty if empty.is_meta else torch.randn(rows, columns) * std
@@ -293,7 +293,7 @@ def read_model(path: Path, config: dict) -> GPT2:
         if short not in needed:
             refuse(f"holds {found[short]!r:.80}, for which a GPT-2 of {layers} layers has no use")
         given, shape = weights[found[short]], tuple(needed[short].shape)
-        if given.shape != shape or not given.is_floating_point():
+        if given.shape != shape or not is_float(given):
             refuse(f"holds {found[short]}, {tuple(given.shape)} of {given.dtype}, where {shape} of floats is needed")
     model.load_state_dict({short: weights[found[short]].float() for short in needed}, assign=True)
     return model.requires_grad_().eval()

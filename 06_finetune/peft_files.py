@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
 from lora import LoRA, adapters, build, install, matches, transposed
-from weights import open_weights, read_json, save_safetensors
+from weights import is_float, open_weights, read_json, save_safetensors
 
 # Options that read_config passes: they are read, or leave y as it is (the kind of layer tells fan_in_fan_out) ...
 FREE = {"r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "base_model_name_or_path",
@@ -29,8 +29,9 @@ FREE = {"r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "base_model_name_or
 # ... or have one of these values; initialisations that change the base's weights (PiSSA, OLoRA ...) are not among them.
 HARMLESS = {"peft_type": ["LORA"], "bias": ["none", "lora_only"], "init_lora_weights": [True, "gaussian", "orthogonal"],
             "use_rslora": [True], "use_dora": [True]}
-# Regular expressions, or lists and dicts of names
-RULES = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+# What names layers: a regular expression, a list of ends of names, or expressions with a number for each
+RULES = {"target_modules": (str, list), "exclude_modules": (str, list), "layers_pattern": (str, list),
+         "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}
 
 
 class DoRA(LoRA):
@@ -122,7 +123,7 @@ def read_config(path: Path) -> dict:
         raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); an adapter's folder holds "
                                "adapter_config.json and adapter_model.safetensors.") from error
     defaults = {"peft_type": None, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "bias": "none",
-                "use_dora": False, **dict.fromkeys((*RULES, "modules_to_save", "layers_to_transform"))}
+                "use_dora": False, **dict.fromkeys((*RULES, "layers_to_transform"))}
     config = {**defaults, **(config if isinstance(config, dict) else {})}
 
     def known(name: str, value: Any) -> bool:
@@ -130,14 +131,12 @@ def read_config(path: Path) -> dict:
             return value == "LORA"
         if name == "layers_to_transform" and value not in (None, []):
             return all(type(i) is int for i in (value if isinstance(value, list) else [value]))
-        if name in (*RULES, "modules_to_save") and value:
-            kinds = dict if name.endswith("k_pattern") or name.startswith("alpha") else (list, str)
-            strings = [value] if isinstance(value, str) else list(value) if isinstance(value, kinds) else [None]
-            plain = isinstance(value, list) and name != "layers_pattern"
-            return isinstance(value, kinds) and all(isinstance(some, str) and some for some in strings) and (
-                plain or name != "modules_to_save" and quick(strings))
-        return name in FREE or not value or any(value is some or value == some and type(value) is type(some)
-                                                for some in HARMLESS.get(name, []))
+        if name in RULES and value:
+            strings = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else [None]
+            names = isinstance(value, list) and name != "layers_pattern"  # and not expressions
+            return isinstance(value, RULES[name]) and all(isinstance(some, str) and some for some in strings) and (
+                names or quick(strings))
+        return name in FREE or not value or repr(value) in map(repr, HARMLESS.get(name, []))
 
     for name, value in config.items():
         if not known(name, value):
@@ -223,7 +222,7 @@ def load_adapter(model: nn.Module, folder: Path | str, prefix: str = "transforme
     wanted = {name.replace(".base_layer.", "."): parameter for name, parameter in ours.items()}
     for name in sorted(wanted.keys() | found.keys()):
         here, there = (tuple(some[name].shape) if name in some else "missing" for some in (wanted, found))
-        if here == there and not found[name].is_floating_point():
+        if here == there and not is_float(found[name]):
             there = found[name].dtype
         if here != there or len(found) < len(tensors):
             raise utils.InputError(f"{folder} is an adapter for another base: {name!r:.200} is {there} in the file and "

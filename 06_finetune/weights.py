@@ -177,6 +177,11 @@ def read_json(path: Path) -> Any:
     return json.loads(data)
 
 
+def is_float(tensor: Tensor) -> bool:
+    """Whether it holds numbers that .float() takes: not those of four bits, of which two are one element."""
+    return tensor.is_floating_point() and tensor.dtype != DTYPES["F4"]
+
+
 def bare_names(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, str]:
     """Bare name -> name in the file at path: without prefix, and without what torch.compile puts before a name.
 

@@ -364,6 +364,9 @@ def without(name):
     (lambda state: {f"distilbert.{name}": t for name, t in state.items()}, {}, ["and missing in"]),
     (lambda state: state | {"embeddings.LayerNorm.bias": torch.ones(17)}, {}, ["LayerNorm.bias", "(17,)", "(16,)"]),
     (dict, {"n_layer": 1}, ["encoder.layer.1", "and missing in"]),
+    (lambda state: state | {"embeddings.LayerNorm.bias": torch.zeros(16, dtype=torch.long)}, {}, ["is torch.int64"]),
+    (lambda state: state | {"embeddings.LayerNorm.bias": torch.zeros(16, dtype=torch.uint8).view(
+        torch.float4_e2m1fn_x2)}, {}, ["is torch.float4_e2m1fn_x2 in the file and (16,) in"]),
     (dict, {"n_layer": 3}, ["39 tensors, too few for 3 layers"]), (dict, {"n_layer": 2**23}, ["too few for 8388608"]),
     (dict, {"n_embd": 32}, ["is (16,) in the file and (32,) in"]),
     (dict, {"n_types": 3}, ["token_type_embeddings", "(2, 16)", "(3, 16)"]),

@@ -587,6 +587,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     for bad, parts in [
         (good | {name: torch.zeros(96, 5)}, [f"{name!r} is (96, 5) in the file and (96, 4) in this model"]),
         (good | {name: torch.zeros(96 * 4)}, [f"{name!r} is (384,) in the file and (96, 4) in this model"]),
+        (good | {name: torch.zeros(96, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, ["is torch.float4_e2m1fn"]),
         (good | {name: torch.zeros(96, 4, dtype=torch.long)}, [f"{name!r} is torch.int64 in the file and (96, 4)"]),
         ({n: t for n, t in good.items() if n != name}, [f"{name!r} is missing in the file and (96, 4) in this model"]),
         (good | {"\x1b[2J": torch.zeros(2)}, [r"'\x1b[2J' is (2,) in the file and missing in this model"]),
