@@ -32,6 +32,8 @@ HARMLESS = {"peft_type": ["LORA"], "bias": ["none", "lora_only"], "init_lora_wei
 # What names layers: a regular expression, a list of ends of names, or expressions with a number for each
 RULES = {"target_modules": (str, list), "exclude_modules": (str, list), "layers_pattern": (str, list),
          "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}
+# Modules that PEFT saves whole for a task, whether a config names them or, as PEFT 0.10's, does not
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
 class DoRA(LoRA):
@@ -142,6 +144,7 @@ def read_config(path: Path) -> dict:
         if not known(name, value):
             raise utils.InputError(f"{path}: {name!r:.80} is {value!r:.80}, which is not supported here; use PEFT for "
                                    "it, or take another adapter.")
+    config["modules_to_save"] = [*(config["modules_to_save"] or []), *HEADS.get(str(config.get("task_type")), [])]
     return config
 
 
@@ -173,7 +176,7 @@ def choose(model: nn.Module, config: dict, prefix: str) -> dict[str, tuple[str, 
     layers, indices = config["layers_pattern"] or r"[^.]*", config["layers_to_transform"]
     layers = "|".join([layers] if isinstance(layers, str) else layers)
     indices = [indices] if isinstance(indices, int) else indices
-    whole, chosen, targets = config["modules_to_save"] or [], {}, config["target_modules"]
+    whole, chosen, targets = config["modules_to_save"], {}, config["target_modules"]
     for name, module in model.named_modules():
         full = prefix + name
         target = hit(full, targets)
@@ -211,7 +214,7 @@ def load_adapter(model: nn.Module, folder: Path | str, prefix: str = "transforme
     except ValueError as error:
         raise utils.InputError(f"{folder}: {error}") from error
     for name, module in model.named_modules():
-        if name and (prefix + name).endswith(tuple(config["modules_to_save"] or [])):  # no dot needed, as in PEFT
+        if name and (prefix + name).endswith(tuple(config["modules_to_save"])):  # no dot needed, as in PEFT
             if isinstance(module, nn.Embedding):  # GPT-2's also makes the scores, which PEFT leaves as they were
                 raise utils.InputError(f"{folder}: modules_to_save holds {name}, a table, which is not supported here; "
                                        "use PEFT for it.")

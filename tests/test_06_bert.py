@@ -18,7 +18,7 @@ from conftest import REAL, ROOT, chapter
 
 import utils
 
-weights, wordpiece, bert = chapter("06_finetune", "weights", "wordpiece", "bert")
+weights, wordpiece, gpt2, bert = chapter("06_finetune", "weights", "wordpiece", "gpt2", "bert")
 transformers = pytest.importorskip("transformers")
 BERT = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
         "intermediate_size": 52, "max_position_embeddings": 19, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
@@ -190,6 +190,19 @@ def test_too_long_a_text_and_uneven_heads_are_refused():
         model(torch.zeros(1, 6, dtype=torch.long))
     with refused("n_embd 8 must be divisible by n_head 3"):
         bert.Bert(config | {"n_head": 3})
+
+
+def test_a_network_without_values_draws_none(monkeypatch):
+    """On the meta device randn and normal_ import torch._refs, which takes longer than all else in opening a model."""
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "randn", fail)
+    monkeypatch.setattr(torch.nn.init, "normal_", fail)
+    with torch.device("meta"):
+        for family in bert.FAMILIES:
+            bert.Classifier({"model_type": family, "n_layer": 1, "n_head": 2, "n_embd": 8})
+        gpt2.GPT2({"n_layer": 1, "n_head": 2, "n_embd": 8})
 
 
 def test_sizes_are_those_of_the_published_models():

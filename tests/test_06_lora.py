@@ -455,7 +455,7 @@ def test_options_of_peft_are_obeyed_both_ways(tmp_path, options, n):
     assert all(close(mine[name], grads[name], 1e-4) for name in mine)
     # ours, written and read by PEFT
     heads = tuple(name for name, module in ours.named_modules() if name and
-                  f"transformer.{name}".endswith(tuple(config["modules_to_save"] or ["-"])))
+                  f"transformer.{name}".endswith(tuple(config["modules_to_save"])))
     peft_files.save_adapter(ours, tmp_path / "ours", "name", heads=heads)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -518,7 +518,7 @@ def test_expressions_that_would_take_long_are_refused_and_the_worst_that_pass_ar
         assert not peft_files.quick([slow]), slow
     assert not peft_files.quick([".*.*.*b"] * 4)
     model = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2)]) for _ in range(100))
-    config = {"target_modules": "all-linear", "exclude_modules": None, "layers_pattern": None, "modules_to_save": None,
+    config = {"target_modules": "all-linear", "exclude_modules": None, "layers_pattern": None, "modules_to_save": [],
               "layers_to_transform": None, "r": 1, "lora_alpha": 1, "alpha_pattern": None,
               "rank_pattern": dict.fromkeys([".*.*.*b", ".*.*.*c", ".*.*.*d", *map(str, range(500))], 2)}
     start = time.process_time()

@@ -485,13 +485,9 @@ def test_the_model_comes_alone_and_speaks_of_arguments():
             if name.split(".")[0] in loud:
                 del sys.modules[name]
         threads, state = torch.get_num_threads(), torch.get_rng_state()
-        import load_model, train, gpt2, bert
+        import load_model, train, gpt2
         assert not [name for name in sys.modules if name.split(".")[0] in loud]
         assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
-        with torch.device("meta"):
-            gpt2.GPT2(dict(vocab_size=5, n_positions=8, n_layer=1, n_head=2, n_embd=8))
-            bert.Classifier(dict(model_type="bert", n_layer=1, n_head=2, n_embd=8))
-        assert "torch._refs" not in sys.modules  # which takes longer to import than a model to open
         try:
             gpt2.GPT2(dict(vocab_size=5, n_positions=8, n_layer=1, n_head=3, n_embd=8))
         except ValueError as error:
