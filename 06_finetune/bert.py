@@ -300,10 +300,10 @@ def read_model(path: Path, config: dict, kind: type = Bert, relabel: bool = Fals
     with torch.device("meta"):
         model = kind(config)
     wanted = {name.removeprefix(prefix): (name, tensor.shape) for name, tensor in model.state_dict().items()}
-    bias = found.get("classifier.bias")
-    if kind is Classifier and relabel and bias is not None and len(bias) != len(config["labels"]):
-        print(f"{path}: its head for {len(bias)} classes is left out; a new one for {len(config['labels'])} is made")
-        del found["classifier.weight"], found["classifier.bias"]
+    if kind is Classifier and relabel and (n := found.get("classifier.bias", torch.empty(0)).numel()) not in (
+            0, len(config["labels"])):
+        print(f"{path}: its head for {n} classes is left out; a new one for {len(config['labels'])} is made")
+        found = {name: tensor for name, tensor in found.items() if not name.startswith("classifier.")}
     if others := {name.split(".")[0] for name in found.keys() - wanted.keys() if name.startswith(TASKS)}:
         print(f"{path}: {', '.join(sorted(others))}, the head of another task, is left out")
     for name in found | wanted:
@@ -421,7 +421,7 @@ def find_bert(name: str | None = None) -> tuple[Path, str]:
     if name not in (None, "stand-in", *FILES):
         if not Path(name).is_dir():
             raise utils.InputError(f"model {name} is no folder; give one with config.json, model.safetensors and "
-                                   f"vocab.txt, or {', '.join(FILES)} or stand-in.")
+                                   f"tokenizer.json or vocab.txt, or {', '.join(FILES)} or stand-in.")
         return Path(name), name
     if name != "stand-in":
         folder, (place, files) = utils.DATA_DIR / (name or "minilm"), FILES[name or "minilm"]

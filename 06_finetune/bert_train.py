@@ -278,7 +278,7 @@ def new_parser(doc: str, script: str, recipes: dict[str, dict], things: str, tar
 
     add("--method", choices=recipes, help="full: every weight; lora: adapters and the head; head: the head alone")
     add("--model", type=place, help=f"{', '.join(FILES)}, stand-in, or a folder with config.json, model.safetensors "
-        "and vocab.txt; without it minilm, or the stand-in if that is out of reach")
+        "and tokenizer.json or vocab.txt; without it minilm, or the stand-in if that is out of reach")
     add("--limit", type=utils.count, help=f"learn from so many {things}, drawn at random")
     add("--epochs", type=utils.count, help=by_method(f"passes over the training {things}", "epochs"))
     add("--batch-size", type=utils.count, help="rows per step; larger is steadier, and learns less per row")

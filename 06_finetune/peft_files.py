@@ -136,8 +136,8 @@ def read_config(path: Path) -> dict:
         if name in RULES and value:
             strings = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else [None]
             names = isinstance(value, list) and name != "layers_pattern"  # and not expressions
-            return isinstance(value, RULES[name]) and all(isinstance(some, str) and some for some in strings) and (
-                names or quick(strings))
+            return isinstance(value, RULES[name]) and len(strings) < 10_000 and all(
+                isinstance(some, str) and some for some in strings) and (names or quick(strings))
         return name in FREE or not value or repr(value) in map(repr, HARMLESS.get(name, []))
 
     for name, value in config.items():
@@ -153,43 +153,47 @@ def quick(patterns: list[str]) -> bool:
 
     ## (a+)+b takes 2^n steps on n letters a. Three repetitions, none of them of a bracket, take n^3 at most.
     """
+    whole = "\n".join(patterns)
+    if len(patterns) > 1000 or len(whole) > 50_000 or re.search(r"\)[*+?{]", whole):
+        return False
     try:
         counts = [len(re.findall(r"[*+{]|(?<![(*+?}])\?", re.compile(pattern).pattern)) for pattern in patterns]
     except (RecursionError, OverflowError, re.error):
         return False
-    whole = "\n".join(patterns)
-    return max(counts) <= 3 and sum(counts) <= 10 and len(whole) < 50_000 and not re.search(r"\)[*+?{]", whole)
+    return max(counts) <= 3 and sum(counts) <= 10
 
 
 def choose(model: nn.Module, config: dict, prefix: str) -> dict[str, tuple[str, int, float]]:
     """Name -> (target, rank, alpha) of each layer that gets an adapter, by PEFT's rules (its tuners_utils.py)."""
-    def hit(name: str, rule: str | list[str] | None) -> str | None:
+    def hit(ends: list[str], rule: str | frozenset) -> str | None:
         if isinstance(rule, str):
-            return rule if re.fullmatch(rule, name) else None
-        return next((end for end in rule or [] if matches(name, end)), None)
+            return rule if re.fullmatch(rule, ends[0]) else None
+        return next((end for end in ends if end in rule), None)
 
-    def setting(name: str, usual: str, patterns: str) -> Any:
-        some, parts = config[patterns] or {}, name.split(".")
-        ends = [".".join(parts[i:]) for i in range(len(parts))]
-        return next((some[key] for key in some if any(re.fullmatch(key, end) for end in ends)), config[usual])
-
-    layers, indices = config["layers_pattern"] or r"[^.]*", config["layers_to_transform"]
-    layers = "|".join([layers] if isinstance(layers, str) else layers)
-    indices = [indices] if isinstance(indices, int) else indices
-    whole, chosen, targets = config["modules_to_save"], {}, config["target_modules"]
+    targets, others = (rule if isinstance(rule, str) else frozenset(rule or ())
+                       for rule in (config["target_modules"], config["exclude_modules"]))
+    layers, indices = config["layers_pattern"] or "[^.]*", config["layers_to_transform"]
+    layers = re.compile(rf"(?:^|.*?\.)(?:{layers if isinstance(layers, str) else '|'.join(layers)})\.(\d+)\.")
+    indices = {indices} if isinstance(indices, int) else set(indices or ())
+    patterns = [([(re.compile(key), value) for key, value in (config[name] or {}).items()], config[usual])
+                for name, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))]
+    chosen = {}
     for name, module in model.named_modules():
-        full = prefix + name
-        target = hit(full, targets)
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            target = full if isinstance(module, nn.Linear) or transposed(module) else None
-        if not name or target is None or hit(full, config["exclude_modules"]) or any(
-                f".{head}." in f".{full}." for head in whole):
+        parts = (prefix + name).split(".")
+        ends = [".".join(parts[i:]) for i in range(len(parts))]  # the whole name first
+        target = hit(ends, targets)
+        if targets == "all-linear":
+            target = ends[0] if isinstance(module, nn.Linear) or transposed(module) else None
+        if not name or target is None or hit(ends, others) or any(
+                f".{head}." in f".{ends[0]}." for head in config["modules_to_save"]):
             continue
-        if indices and isinstance(targets, list) and full not in targets:
-            layer = re.match(rf"(?:^|.*?\.)(?:{layers})\.(\d+)\.", full)
+        if indices and isinstance(targets, frozenset) and ends[0] not in targets:
+            layer = layers.match(ends[0])
             if not layer or int(layer[1]) not in indices:
                 continue
-        chosen[name] = target, setting(full, "r", "rank_pattern"), setting(full, "lora_alpha", "alpha_pattern")
+        rank, alpha = (next((value for rule, value in rules if any(map(rule.fullmatch, ends))), usual)
+                       for rules, usual in patterns)
+        chosen[name] = target, rank, alpha
     return chosen
 
 

@@ -24,7 +24,8 @@ NEW = ["transformers==5.24.0"]  # what it needs besides is there, if tests/requi
 WRITERS = [  # what is written, by what
     *(("GPT-2", with_) for with_ in (OLD, NEW)), *(("GPT-2 and [PAD]", with_) for with_ in (OLD, NEW)),
     *(("BERT classifier", with_) for with_ in (OLD, NEW)), *(("DistilBERT", with_) for with_ in (OLD, NEW)),
-    *((kind, [f"peft=={version}", *with_]) for kind in ("LoRA", "LoRA SEQ_CLS", "LoRA patterns", "LoRA regex", "DoRA SEQ_CLS")
+    *((kind, [f"peft=={version}", *with_])
+      for kind in ("LoRA", "LoRA SEQ_CLS", "LoRA patterns", "LoRA regex", "DoRA SEQ_CLS")
       for version, with_ in (("0.3.0", OLD), ("0.10.0", OLD), ("0.21.2", NEW))),
     *((kind, [f"sentence-transformers=={version}", *with_]) for kind in ("[CLS], Dense", "mean and max")
       for version, with_ in (("2.7.0", OLD), ("6.2.0", NEW))),
