@@ -11,13 +11,17 @@ the rows that the model learns from. pytest does not collect this file, but runs
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "tests")]
+import utils
+from conftest import call_main, chapter
+
+train = chapter("03_lstm", "train")
 NAIVE = "repeat last", "one period ago", "NLinear"
 
 
@@ -25,11 +29,11 @@ def measure(path: Path, entry: dict, out: Path, more: list[str]) -> dict:
     """Train on one file: {"ratio", "best", "seconds", "epoch"}, or {"error"} where train.py refused."""
     sizes = [word for name in ("lookback", "horizon") if name in entry for word in (f"--{name}", str(entry[name]))]
     begun = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "03_lstm" / "train.py"), "--data", str(path), "--device", "cpu",
-                           "--out", str(out), *sizes, *more], capture_output=True, text=True)
-    seconds = time.perf_counter() - begun
-    if done.returncode:
-        return {"error": (done.stderr.strip() or "no message").splitlines()[-1], "seconds": seconds}
+    try:
+        call_main(train, "--data", path, "--device", "cpu", "--out", out, *sizes, *more)
+    except utils.InputError as error:
+        return {"error": str(error), "seconds": time.perf_counter() - begun}
+    seconds = time.perf_counter() - begun  # without the imports
     metrics = json.loads((out / "metrics.json").read_text())["metrics"]
     mse, best = min((figures["mse"], name) for name, figures in metrics["others"].items() if name.startswith(NAIVE))
     return {"ratio": metrics["test_mse"] / mse, "best": best, "seconds": seconds, "epoch": metrics["best_epoch"],
