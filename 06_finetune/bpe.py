@@ -180,6 +180,8 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write vocab.json and merges.txt in GPT-2's format, byte for byte the originals if those were read."""
         merges = "".join(line + "\n" for line in ["#version: 0.2", *map(" ".join, self.merges)])
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            (Path(folder) / name).unlink(missing_ok=True)  # what another tokenizer left there would count for this one
         for name, text in ("vocab.json", json.dumps(self.vocab)), ("merges.txt", merges):
             utils.write_atomically(Path(folder) / name, lambda file: file.write(text.encode()))
 

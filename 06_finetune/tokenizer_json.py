@@ -24,7 +24,7 @@ import utils
 from bpe import END, GPT2_CUTS, Added, Tokenizer, read_files
 from wordpiece import CLS, LONGEST, ORDERED, ORDINARY, SEP, SPECIAL, UNK, WordPiece, read_names
 
-LARGEST = 40_000_000  # bytes; Llama 3's 128,256 tokens take 17 million
+LARGEST = 25_000_000  # bytes; Llama 3's 128,256 tokens take 17 million
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -47,8 +47,9 @@ def check(part: dict, place: str, **known: list | tuple | None) -> None:
     """Raise Refused for a setting in part that has none of its known values (None: any will do) or is not known."""
     for key, value in part.items():
         if key not in known or known[key] is not None and value not in known[key]:
-            raise Refused(f"says {place} {part.get('type', '')} {key} {json.dumps(value):.100}, which is not known "
-                          "here; take another model")
+            kind = "" if key == "type" else f" {part.get('type', '')!s:.40}"
+            raise Refused(f"says {place}{kind} {key:.40} {json.dumps(value):.100}, which is not known here; take "
+                          "another model")
 
 
 def steps(part: dict | None) -> list[dict]:
@@ -60,11 +61,12 @@ def steps(part: dict | None) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- what files say
 def read_json(path: Path) -> dict:
-    """An object from a JSON file. Raises Refused."""
+    """An object from a JSON file. Raises utils.InputError."""
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, RecursionError, TypeError, ValueError) as error:
-        raise Refused(f"can't be read as JSON, or was cut short ({type(error).__name__}); download it again") from error
+        raise utils.InputError(f"{path} can't be read as JSON, or was cut short ({type(error).__name__}); download it "
+                               "again.") from error
 
 
 def entries(spec: dict, config: dict) -> list[dict]:
@@ -85,6 +87,8 @@ def tokens(spec: dict, config: dict) -> tuple[dict[str, Added], dict[str, int]]:
     vocab, added = spec["model"]["vocab"], {}
     for entry in entries(spec, config):
         token, i = entry["content"], entry["id"]
+        if not token or not isinstance(token, str):
+            raise Refused("has an added token without text; download it again")
         if i is not None or token not in added:
             i = vocab.get(token, len(vocab.keys() | added.keys())) if i is None else i
             added[token] = Added(i, *(bool(entry.get(flag)) for flag in Added._fields[1:]))
@@ -130,8 +134,8 @@ def open_bpe(spec: dict, config: dict) -> Tokenizer:
     cutters = steps(spec.get("pre_tokenizer"))
     kinds = [step["type"] for step in cutters]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"], ["Digits", "ByteLevel"]):
-        raise Refused(f"says pre_tokenizer {', '.join(map(str, kinds)) or None}, which is not known here; take another "
-                      "model")
+        raise Refused(f"says pre_tokenizer {', '.join(map(str, kinds)) or 'none':.100}, which is not known here; take "
+                      "another model")
     prefix = {key: config[key] for key in ["add_prefix_space"] if key in config}
     last = {"use_regex": True, "add_prefix_space": True} | cutters[-1] | prefix
     check(last, "pre_tokenizer", type=None, trim_offsets=None, use_regex=[kinds[0] != "Split"],
@@ -146,22 +150,22 @@ def open_bpe(spec: dict, config: dict) -> Tokenizer:
     for step in steps(spec.get("decoder")):
         check(step, "decoder", type=["ByteLevel"], add_prefix_space=None, trim_offsets=None, use_regex=None)
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    strange = next((token for left, right in merges for token in (left, right, left + right)
-                    if token not in model["vocab"]), None)
-    if strange is not None:
-        raise Refused(f"has merges that name {strange[:40]!r}, which its vocabulary lacks; download it again")
     added, ids = tokens(spec, config)
     role = {key: ids[token["content"] if isinstance(token, dict) else token] for key in ROLES
             if (token := config.get(key))}
+    role = {key: ids[END] for key in ("bos_token", "eos_token") if END in ids} | role  # as in GPT-2
     before, after = template(steps(spec.get("post_processor")))
     check({key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config}, "setting",
           add_bos_token=(False, True), add_eos_token=(False, True))
     if "add_bos_token" in config or "add_eos_token" in config:
         before = [role["bos_token"]] if config.get("add_bos_token") else []
         after = [role["eos_token"]] if config.get("add_eos_token") else []
-    tokenizer = Tokenizer(model["vocab"], merges, added, cuts, nfc if spec.get("normalizer") else None,
-                          last["add_prefix_space"], before, after, model.get("ignore_merges", False))
-    tokenizer.end = role.get("eos_token", ids.get(END))
+    try:
+        tokenizer = Tokenizer(model["vocab"], merges, added, cuts, nfc if spec.get("normalizer") else None,
+                              last["add_prefix_space"], before, after, model.get("ignore_merges", False))
+    except KeyError as error:
+        raise Refused(f"has merges that name {str(error)[:40]}, which its vocabulary lacks; download it again") from error
+    tokenizer.end = role.get("eos_token")
     return tokenizer
 
 
@@ -194,11 +198,12 @@ def open_tokenizer(folder: Path | str) -> Tokenizer | WordPiece:
     folder, config = Path(folder), {}
     names = [name for name in FILES if (folder / name).is_file()]
     path = folder / next((name for name in names if name in FILES[:2]), "vocab.txt")
+    where = f"{path} or tokenizer_config.json" if "tokenizer_config.json" in names else path
     try:
         for name in names:
             if (size := (folder / name).stat().st_size) > LARGEST:
-                raise Refused(f"stands beside or is {name} of {size:,} bytes, more than any tokenizer known here; take "
-                              "another model")
+                raise utils.InputError(f"{folder / name} has {size:,} bytes, more than any tokenizer known here; take "
+                                       "another model.")
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if name in names:
                 config |= {key: value for key, value in read_json(folder / name).items()
@@ -209,16 +214,20 @@ def open_tokenizer(folder: Path | str) -> Tokenizer | WordPiece:
         kind = spec["model"].get("type") or ("BPE" if "merges" in spec["model"] else "WordPiece")
         check({"type": kind}, "model", type=["BPE", "WordPiece"])
         tokenizer = (open_bpe if kind == "BPE" else open_wordpiece)(spec, config)
-        longest = config.get("model_max_length")
-        tokenizer.max_length = int(longest) if longest and longest < 1e9 else None
+        longest = config.get("model_max_length", 1e30)
+        if type(longest) not in (int, float) or not longest >= 1:
+            check({"model_max_length": longest}, "setting")
+        tokenizer.max_length = int(longest) if longest < 1e9 else None
         read = {name: (folder / name).read_bytes() for name in names}
     except Refused as error:
-        raise utils.InputError(f"{path} {error}.") from error
+        said = "".join(c if c.isprintable() else "?" for c in str(error))
+        raise utils.InputError(f"{where} {said}.") from error
     except utils.InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise utils.InputError(f"{path} or its tokenizer_config.json is not of the form that the tokenizers library "
-                               f"writes ({type(error).__name__} {str(error)[:60]!r}); download both again.") from error
+        what = f"{type(error).__name__}: {ascii(str(error)[:60])}"
+        raise utils.InputError(f"{where} is not of the form that the tokenizers library writes ({what}); download it "
+                               "again.") from error
     tokenizer.save = functools.partial(save, read)
     return tokenizer
 

@@ -212,8 +212,11 @@ class WordPiece:
 
     def save(self, folder: Path | str) -> None:
         """Write vocab.txt, and in tokenizer_config.json whether capitals go."""
-        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase}
+        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase,
+                  **({} if self.strip == self.lowercase else {"strip_accents": self.strip})}
         lines = "".join(name + "\n" for name in self.names)
+        for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+            (Path(folder) / name).unlink(missing_ok=True)  # what another tokenizer left there would count for this one
         for name, text in ("vocab.txt", lines), ("tokenizer_config.json", json.dumps(config)):
             utils.write_atomically(Path(folder) / name, lambda file: file.write(text.encode()))
 
