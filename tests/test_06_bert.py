@@ -509,6 +509,20 @@ def test_a_prompt_and_lower_case_come_before_the_text(tmp_path):
     assert not close(one, bert.embed(model, tokenizer, ["C D"]), 0.01)
 
 
+@torch.no_grad()
+def test_added_tokens_stay_whole(tmp_path):
+    theirs, text = make_theirs(), "[E1] a covid b"
+    save(theirs, tmp_path, vocab=True)
+    fast = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    fast.add_tokens(["[E1]", "covid"])
+    fast.save_pretrained(tmp_path)
+    model, tokenizer, _ = bert.open_bert(tmp_path, "x")
+    ids = fast(text)["input_ids"]
+    assert tokenizer.encode(text).ids == ids and ids[1] == 31 and ids[3] == 32
+    mean = theirs(torch.tensor([ids])).last_hidden_state.mean(1)
+    assert close(bert.embed(model, tokenizer, [text]), F.normalize(mean, dim=-1))
+
+
 @pytest.mark.parametrize("file, edit, words", [
     ("modules.json", [], ["its modules are"]), ("modules.json", {"a": 1}, ["TypeError"]),
     ("modules.json", [{"type": "a.Transformer", "path": ""}] * 2, ["'Transformer, Transformer'"]),

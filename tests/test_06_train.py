@@ -447,6 +447,15 @@ def test_a_model_from_python(runs, monkeypatch):
         assert names["text"].startswith("ROMEO:") and len(names["text"]) > 40
 
 
+def test_texts_in_the_encodings_of_windows_are_read_and_said(small, tmp_path, capsys):
+    tokenizer, text, found = load.find_base(str(small[1])).tokenizer, "Caf\u00e9 \u2013 na\u00efve.\r\n" * 40, []
+    for name in ("utf-8", "utf-16", "cp1252"):
+        (tmp_path / "a.txt").write_bytes(text.encode(name))
+        found.append(load.load_data(str(tmp_path / "a.txt"), tokenizer).train)
+        assert (f"is read as {name}" in capsys.readouterr().out) == (name != "utf-8")
+    assert all(torch.equal(some, found[0]) for some in found)
+
+
 def test_a_folder_whose_table_is_filled_up_or_grew_by_a_token(small, tmp_path, capsys):
     """Rows without a token are said and never drawn; many of them, or a token without a row, are refused."""
     tokenizer, ids = load.find_base(str(small[1])).tokenizer, [1, 2, 3]
