@@ -164,7 +164,8 @@ def open_bpe(spec: dict, config: dict) -> Tokenizer:
         tokenizer = Tokenizer(model["vocab"], merges, added, cuts, nfc if spec.get("normalizer") else None,
                               last["add_prefix_space"], before, after, model.get("ignore_merges", False))
     except KeyError as error:
-        raise Refused(f"has merges that name {str(error)[:40]}, which its vocabulary lacks; download it again") from error
+        name = str(error)[:40]
+        raise Refused(f"has merges that name {name}, which its vocabulary lacks; download it again") from error
     tokenizer.end = role.get("eos_token")
     return tokenizer
 

@@ -13,8 +13,8 @@ import utils
 bpe, wordpiece, tokenizer_json = chapter("06_finetune", "bpe", "wordpiece", "tokenizer_json")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors = (
-    getattr(tokenizers, name) for name in "AddedToken Regex decoders models normalizers pre_tokenizers processors".split())
+AddedToken, Regex, decoders, models = tokenizers.AddedToken, tokenizers.Regex, tokenizers.decoders, tokenizers.models
+normalizers, pre_tokenizers, processors = tokenizers.normalizers, tokenizers.pre_tokenizers, tokenizers.processors
 
 STRINGS = 100_000
 PYDOCS = bpe.read_text("pydocs")[:60_000]
