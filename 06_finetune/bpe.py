@@ -294,7 +294,7 @@ def read_files(vocab_path: Path | str, merges_path: Path | str, named: Iterable[
     wrong |= {symbol for pair in merges for symbol in pair} - needed
     if wrong:
         raise utils.InputError(f"{vocab_path} and {merges_path} don't fit each other: {min(wrong)!r} is in one of "
-                               f"them only; {advice[:-1]}, or name it in tokenizer_config.json if it is an added token.")
+                               f"them only; {advice[:-1]}, or name an added token in tokenizer_config.json.")
     return vocab, merges
 
 

@@ -209,6 +209,11 @@ def open_tokenizer(folder: Path | str) -> Tokenizer | WordPiece:
             if name in names:
                 config |= {key: value for key, value in read_json(folder / name).items()
                            if value is not None or key == "strip_accents"}
+        if "added_tokens.json" in names and "added_tokens_decoder" not in config:  # transformers before 4.34
+            special = {entry["content"] for entry in entries({}, config)}
+            config["added_tokens_decoder"] = {
+                i: {"content": token, "special": token in special, "normalized": token not in special}
+                for token, i in read_json(folder / "added_tokens.json").items()}
         spec = read_json(path) if path.name == "tokenizer.json" else read_old(path, config)
         check({key: config[key] for key in ("split_special_tokens", "truncation_side") if key in config}, "setting",
               split_special_tokens=[False], truncation_side=["right"])

@@ -183,6 +183,18 @@ def test_a_folder_of_ours_with_settings_goes_through_transformers_and_back(kind,
             assert ours.end == theirs.eos_token_id
 
 
+def test_a_folder_as_transformers_wrote_it_before_4_34(tmp_path):
+    bpe.Tokenizer(*bpe.train_bpe(PYDOCS[:20_000], 400)).save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 401, "[SEP]": 400}')
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<pad>", "eos_token": "<|endoftext|>"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    ours, theirs = tokenizer_json.open_tokenizer(tmp_path), in_transformers(tmp_path)
+    assert ours.added == {bpe.END: 399, "<pad>": 401, "[SEP]": 400}
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.encode(text, special=False) == theirs(text, split_special_tokens=True)["input_ids"]
+
+
 def test_a_tokenizer_of_another_kind_does_not_outlive_the_one_that_is_written_over_it(learned, tmp_path):
     make("llama3", learned).save(str(tmp_path / "tokenizer.json"))
     bpe.Tokenizer(*bpe.train_bpe(PYDOCS[:2_000], 270)).save(tmp_path)
