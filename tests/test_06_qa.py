@@ -560,12 +560,12 @@ def test_a_run_with_stand_ins_says_so(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--device", "abacus"], "abacus"), (["--dev", "no.json"], "no.json is not in"),
+    (["--device", "abacus"], "abacus"), (["--dev", "no.json"], "no.json cannot be read"),
     (["--lora-alpha", 8, "--method", "full"], "are for --method lora, not for full"),
     (["--stride", 21], "too few for windows"), (["--max-length", 8], "too few for windows"),
     (["--question", "q?"], "--question and --context go together"), (["--context", "c"], "go together"),
     (["--model", "nowhere"], "no folder"),
-    (["--data", "templates"], "--dev goes with --data PATH"), (["--data", "no.json"], "no.json is not in"),
+    (["--data", "templates"], "--dev goes with --data PATH"), (["--data", "no.json"], "no.json cannot be read"),
     (["--lora-targets", "attention"], "LoRA target"), (["--resume"], "does not exist"),
     (["--method", "lora", "--lora-targets", "q_lin", "qa_outputs"], "side of qa_outputs"),
 ])
