@@ -183,6 +183,11 @@ def open_wordpiece(spec: dict, config: dict) -> WordPiece:
     for step in steps(spec.get("decoder")):
         check(step, "decoder", type=["WordPiece"], prefix=["##"], cleanup=None)
     added, ids = tokens(spec, config)
+    wide = next((name for name, some in added.items()
+                 if some.normalized and (some.lstrip or some.rstrip or len(name.split()) != 1)), None)
+    if wide is not None:
+        raise Refused(f"has the token {wide[:40]!r} with white space in it or around it, looked for in normalized "
+                      "text, which is not known here; take another model")
     tokenizer = WordPiece(sorted(ids, key=ids.get), normalizer["lowercase"], normalizer["strip_accents"], added)
     tokenizer.made_of = spec["model"]["vocab"]
     if template(steps(spec["post_processor"])) != ([tokenizer.cls], [tokenizer.sep]):

@@ -246,6 +246,14 @@ def test_what_a_tokenizer_json_of_bert_may_not_say_is_named(learned, tmp_path, p
     refused(tmp_path, json.dumps(spec), words)
 
 
+@pytest.mark.parametrize("token", [{"content": "new york"}, {"content": "xyzzy", "rstrip": True}])
+def test_a_normalized_token_of_bert_that_reaches_beyond_a_word_is_named(learned, tmp_path, token):
+    spec = json.loads(make("bert", learned).to_str())
+    last = max(*spec["model"]["vocab"].values(), *(entry["id"] for entry in spec["added_tokens"]))
+    spec["added_tokens"].append({"id": last + 1, "normalized": True, "special": False} | token)
+    refused(tmp_path, json.dumps(spec), f"has the token '{token['content']}' with white space")
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "7", "{}", '{"a":' * 50_000])
 def test_what_is_no_tokenizer_json(tmp_path, text):
     refused(tmp_path, text, "tokenizer.json (can't be read|is not of the form)")
