@@ -672,6 +672,19 @@ def test_what_no_line_can_follow_is_learned_on_top_of_the_linear_model(tmp_path,
     assert float(re.search(r"as validation has it: ([\d.]+)", text)[1]) >= 0.5
 
 
+def test_the_script_for_ones_own_tables_runs_a_sample_beside_its_peers(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setitem(sys.modules, "catboost", None)  # it may be there, and takes half a minute
+    import own_tables
+
+    write_csv(tmp_path / "t.csv", small_table("classes", N=60, signal=2.0, missing=0.02))
+    (tmp_path / "tables.json").write_text(json.dumps([{"name": "sample", "file": "t.csv", "target": "y"}]))
+    own_tables.compare(tmp_path, write=tmp_path / "rows.json")
+    row, text = json.loads((tmp_path / "rows.json").read_text())["sample"], capsys.readouterr().out
+    assert row["ratio"] < 1.1 and all(0 < row[score] <= 1 for score in ("network", "linear", "HistGradientBoosting"))
+    assert f"{row['HistGradientBoosting']:13.4f}" in text and "1 tables; loss beside the linear model's: at" in text
+
+
 def test_figures_of_numbers_are_in_the_units_of_the_table(tmp_path):
     """A target a thousand times as large has an error a thousand times as large, and the same R^2."""
     runs = []
