@@ -115,17 +115,17 @@ class Attention(nn.Module):
         if kv is not None:
             kv[:, :, :, t : t + T] = torch.stack([k, v])  # keys as turned: nobody has to turn them again
             k, v = kv[:, :, :, : t + T].to(q.dtype)  # (B, G, S, D) each, S = t + T
-        G, S, past = k.shape[1], t + T, torch.ones(T, t + T, dtype=torch.bool, device=x.device).tril(t)
+        G, seen = k.shape[1], lambda: torch.ones(T, t + T, dtype=torch.bool, device=x.device).tril(t)  # (T, S)
         if self.keep_weights or q.requires_grad and q.dtype == torch.bfloat16 and not q.is_cuda:
             ## Spelled out to look at the weights, and where a CPU learns in bfloat16: there the fused one is slower.
             weights = q.unflatten(1, (G, -1)) @ k.unsqueeze(2).mT * self.D**-0.5  # (B, G, A / G, T, S)
-            weights = weights.masked_fill(~past, -torch.inf).softmax(-1)
+            weights = weights.masked_fill(~seen(), -torch.inf).softmax(-1)
             self.weights = weights.detach().flatten(1, 2) if self.keep_weights else None  # (B, A, T, S)
             y = (weights @ v.unsqueeze(2)).flatten(1, 2)  # (B, A, T, D)
         elif T == 1:  # the queries of a group are like A / G tokens that see the same, so no key is repeated
             y = F.scaled_dot_product_attention(q.view(B, G, -1, self.D), k, v).view(B, -1, 1, self.D)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, None if T == S else past, is_causal=T == S, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, seen() if t else None, is_causal=not t, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -246,9 +246,9 @@ def read_config(path: Path) -> dict:
         for key, value in found.pop(name, {}).items():
             key = "rope_type" if key == "type" else key
             check(key, found.setdefault(key, value) == value, f"to be as in {name}")
-    even = type(A) is type(C) is int and A > 0 and C % A == 0
-    found = {"rope_type": "default", "rope_theta": 1e4, "tie_word_embeddings": False, "num_key_value_heads": kind ==
-             "llama" and A, "head_dim": 128 if kind == "qwen3" else even and C // A} | found
+    width = C // A if type(A) is type(C) is int and A > 0 and C % A == 0 else None
+    found = {"rope_type": "default", "rope_theta": 1e4, "tie_word_embeddings": False, "num_key_value_heads":
+             A if kind == "llama" else None, "head_dim": 128 if kind == "qwen3" else width} | found
     scaling = list(LLAMA3)[1:] if found["rope_type"] == "llama3" else []
     fixed = FIXED | {"rope_type": "llama3" if scaling else "default"}
     for name, value in fixed.items():

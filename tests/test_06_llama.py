@@ -312,6 +312,8 @@ def test_configs_that_are_taken(tmp_path):
             "original_max_position_embeddings": 8192}
     path.write_text(json.dumps(hub | {"rope_scaling": meta}))
     assert llama.read_config(path)["scaling"] == llama.LLAMA3
+    path.write_text(json.dumps({n: v for n, v in make_config("qwen 3").items() if n != "head_dim"}))
+    assert llama.read_config(path)["head_size"] == transformers.Qwen3Config().head_dim  # 128, whatever the width
 
 
 @pytest.mark.parametrize("shape", SHAPES)
