@@ -37,6 +37,7 @@ SIZES = {  # Radford et al. 2019, table 2; the heads are in OpenAI's hparams.jso
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 COMMON = {"vocab_size": 50257, "n_positions": 1024, "layer_norm_epsilon": 1e-5}  # the same in all four
+PREFIX, TARGETS = "transformer.", ["c_attn"]  # before names in transformers; what makes queries and values, for LoRA
 
 
 # ---------------------------------------------------------------------------------------------- the network
@@ -132,16 +133,17 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of all that a model has read so far, for texts of up to n_positions tokens.
+    """Keys and values of all that a model (GPT2 or Llama) has read so far, for texts of up to n tokens, or n_positions.
 
     ## Without it the whole text would pass through all layers for every new token, though the keys and values of the
     ## earlier ones can't have changed: no position sees a later one. So they are kept, and only the new token computed.
     """
 
-    def __init__(self, model: "GPT2", B: int = 1):
-        c, w = model.config, model.wte.weight
-        D = c["n_embd"] // c["n_head"]
-        self.kv = torch.zeros(c["n_layer"], 2, B, c["n_head"], c["n_positions"], D, dtype=w.dtype, device=w.device)
+    def __init__(self, model: nn.Module, B: int = 1, n: int | None = None):
+        c, w = model.config, next(model.parameters())  # the table of tokens
+        heads, D = c.get("n_kv_head", c["n_head"]), c.get("head_size", c["n_embd"] // c["n_head"])
+        shape = c["n_layer"], 2, B, heads, n or c["n_positions"], D
+        self.kv = torch.empty(shape, dtype=w.dtype, device=w.device)  # memory is taken when it is written
         self.length = 0  # tokens read
 
 
@@ -170,9 +172,10 @@ class GPT2(nn.Module):
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """What the last block says of each token: ids (B, T) -> (B, T, C). With a cache, ids go on where it ends."""
         t, T = cache.length if cache else 0, ids.shape[1]
-        if t + T > self.config["n_positions"]:
-            raise utils.InputError(f"{t + T} tokens are more than the {self.config['n_positions']} positions of this "
-                                   "model; shorten the text (or make block_size smaller).")
+        n = cache.kv.shape[4] if cache else self.config["n_positions"]
+        if t + T > n:
+            raise utils.InputError(f"{t + T} tokens are more than the {n} positions of this model or its cache; "
+                                   "shorten the text (or make block_size smaller).")
         positions = torch.arange(t, t + T, device=ids.device)
         ## The sum that runs through the network stays in float32, whatever the matrices are in: it collects 2 n_layer
         ## small terms, and bfloat16 has two to three digits.
@@ -193,6 +196,12 @@ class GPT2(nn.Module):
         """Scores (..., V) from hidden (..., C), with the token embedding as last layer (Press & Wolf 2017)."""
         return F.linear(hidden, self.wte.weight)
 
+    def scores(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Scores of what comes after ids (1, T): (V,), or fewer where the last rows of the table stand for no token."""
+        return self.logits(self.hidden(ids, cache)[0, -1])[: self.config.get("n_tokens")]
+
+    top = property(lambda self: [self.h[-1], self.ln_f])  # the last block and the norm after it
+
     def forward(self, ids: Tensor, cache: Cache | None = None, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or, with targets (B, T), the mean loss in nats per token, ()."""
         if targets is None:
@@ -207,14 +216,16 @@ class GPT2(nn.Module):
         return F.cross_entropy(self.logits(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def shrink(model: GPT2, dtype: torch.dtype = torch.bfloat16) -> GPT2:
-    """Keep the frozen matrices in dtype: half the memory, and nothing to convert at each step. Returns the model.
+def shrink(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Keep the frozen weights of all but LayerNorm in dtype: half the memory, and nothing to convert at each step.
+    Returns the model.
 
     ## Not for weights that are trained: an update below 1/512 of its weight would be rounded away.
     """
     for layer in model.modules():
-        if isinstance(layer, (Conv1D, nn.Embedding)) and not layer.weight.requires_grad:
-            layer.weight.data = layer.weight.data.to(dtype)
+        w = layer._parameters.get("weight")
+        if w is not None and not w.requires_grad and not isinstance(layer, nn.LayerNorm):
+            w.data = w.data.to(dtype)
     for p in model.parameters():
         if p.dtype != dtype and not p.requires_grad:
             p.data = p.data.clone()  # the last small views of the file's memory map: now it can be closed
@@ -227,14 +238,19 @@ TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "
 HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")  # of transformers' classifiers on GPT-2
 
 
-def read_config(path: Path) -> dict:
-    """Our config from a config.json of GPT-2's. Raises utils.InputError for another kind of model."""
+def read_settings(path: Path) -> dict:
+    """What a model's config.json says. Raises utils.InputError for what is no JSON."""
     try:
         found = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
                                "config.json, model.safetensors and the tokenizer's files.") from error
-    found = found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(path: Path) -> dict:
+    """Our config from a config.json of GPT-2's. Raises utils.InputError for another kind of model."""
+    found = read_settings(path)
 
     def check(name: str, right: bool, expected: str) -> None:
         if not right:
@@ -257,8 +273,9 @@ def read_config(path: Path) -> dict:
     return config | {name: found[name] for name in ("stand_in",) if name in found}
 
 
-def read_model(path: Path, config: dict) -> GPT2:
-    """GPT-2 with the weights of a file or folder, in float32. Raises utils.InputError for tensors that don't fit.
+def read_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> GPT2:
+    """GPT-2 with the weights of a file or folder, the matrices in dtype, all else in float32. Raises utils.InputError
+    for tensors that don't fit.
 
     ## The network is built without memory (the meta device) and then takes the file's tensors as they are: those are
     ## views of a memory map, so that nothing is read or copied before it is used. Copied is only what has to be
@@ -274,7 +291,7 @@ def read_model(path: Path, config: dict) -> GPT2:
     with torch.device("meta"):
         model = GPT2(config)
     ## transformers saves the same tensors under "transformer.", and older files hold each layer's causal mask.
-    found = bare_names(weights, "transformer.", path)
+    found = bare_names(weights, PREFIX, path)
     masks = {f"h.{i}.attn.{name}" for i in range(layers) for name in ("bias", "masked_bias")}
     found = {short: name for short, name in found.items() if short not in masks}
     ## lm_head.weight is wte.weight once more. A writer that leaves out doubles (safetensors' save_model) keeps the name
@@ -295,7 +312,8 @@ def read_model(path: Path, config: dict) -> GPT2:
         given, shape = weights[found[short]], tuple(needed[short].shape)
         if given.shape != shape or not is_float(given):
             refuse(f"holds {found[short]}, {tuple(given.shape)} of {given.dtype}, where {shape} of floats is needed")
-    model.load_state_dict({short: weights[found[short]].float() for short in needed}, assign=True)
+    model.load_state_dict({short: weights[found[short]].to(dtype if t.dim() > 1 else torch.float32)
+                           for short, t in needed.items()}, assign=True)
     return model.requires_grad_().eval()
 
 
@@ -307,6 +325,11 @@ def save_model(model: GPT2, folder: Path, end: int | None) -> None:
     c = {name: value for name, value in model.config.items() if name not in ("dropout", "n_tokens")}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", **c,
               "n_ctx": c["n_positions"], "bos_token_id": end, "eos_token_id": end}
+    save_folder(model, folder, config)
+
+
+def save_folder(model: nn.Module, folder: Path, config: dict) -> None:
+    """Write model.safetensors and config.json."""
     data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
     if path.exists() and path.read_bytes() != data:
         path.unlink()  # so that a kill between the two writes leaves no folder with new weights and an old config
@@ -331,27 +354,26 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch
 
 
 @torch.inference_mode()
-def generate(model: GPT2, ids: list[int], length: int, temperature: float = 1.0, top_k: int | None = None,
+def generate(model: nn.Module, ids: list[int], length: int, temperature: float = 1.0, top_k: int | None = None,
              stop: int | None = None, cache: bool = True, generator: torch.Generator | None = None) -> Iterator[int]:
-    """Yield up to `length` ids that continue ids (at least one), until `stop` is drawn.
+    """Yield up to `length` ids with which a GPT2 or Llama continues ids (at least one), until `stop` is drawn.
 
     The cache changes the speed and, by rounding, the last digits of the scores.
 
-    ## Position embeddings end at n_positions. When they are used up, the later half of the text becomes the whole
-    ## memory and moves to position 0: once in n_positions / 2 tokens, half a text is read again.
+    ## Positions end at n_positions. When they are used up, the later half of the text becomes the whole memory and
+    ## moves to position 0: once in n_positions / 2 tokens, half a text is read again.
     """
-    n, device = model.config["n_positions"], model.wte.weight.device
+    n, device = model.config["n_positions"], next(model.parameters()).device
     text, memory = list(ids), None
     start = max(0, len(text) - n)
     for _ in range(length):
         if len(text) - start > n:
             start, memory = len(text) - max(1, n // 2), None
         if cache and memory is None:
-            memory = Cache(model)
+            memory = Cache(model, n=min(n, len(text) - start + length))
         new = text[start + (memory.length if cache else 0) :]
-        hidden = model.hidden(torch.tensor([new], device=device), memory)  # (1, T, C)
-        logits = model.logits(hidden[0, -1])[: model.config.get("n_tokens")]  # (V,), or fewer
-        text.append(draw(logits.float(), temperature, top_k, generator))
+        scores = model.scores(torch.tensor([new], device=device), memory)  # (V,), or fewer
+        text.append(draw(scores.float(), temperature, top_k, generator))
         if text[-1] == stop:
             return
         yield text[-1]

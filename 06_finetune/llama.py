@@ -1,18 +1,13 @@
 """Llama by hand, named as in its weight files, and its relatives SmolLM2, Qwen 2.5 and Qwen 3.
 
 You learn here: what changed in language models since GPT-2. It is little: this file has the functions of gpt2.py in the
-same order, and each change has a section with its paper and what it buys.
+same order, or takes them from there, and each change has a section with its paper and what it buys.
 
-    python 06_finetune/llama.py    sizes and memory of five models
+    from llama import generate, read_model; model = read_model(Path("data/smollm2"))
 
-You should see: SmolLM2-135M 134,515,008, Llama-2-7B 6,738,415,616, Llama-3.2-1B 1,235,814,400, Qwen2.5-0.5B
-494,032,768, Qwen3-0.6B 596,049,920 parameters. Writes: nothing; `save_model` writes folders that transformers opens.
-Left out on purpose: sliding windows, YaRN, quantised weights; a config with them is refused by the setting's name.
-"""
-import json
+Left out: sliding windows, YaRN, quantised weights (refused). `save_model` writes folders that transformers opens."""
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from gpt2 import GPT2, draw
-from weights import bare_names, open_weights, read_json, save_safetensors
+from gpt2 import GPT2, Cache, generate as generate, read_settings, save_folder
+from weights import bare_names, open_weights
 
 # Shapes: B batch, T time (new tokens), S positions that can be seen (S >= T), C channels, D channels per head, V words,
 #         A heads of queries, G heads of keys and values (A is a multiple of G), H inner channels of the MLP
@@ -33,14 +28,8 @@ NAMES = {"vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "
          "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_head": "num_attention_heads",
          "n_kv_head": "num_key_value_heads", "head_size": "head_dim"}  # ours: what config.json calls it
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # in transformers
-LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
-SIZES = {name: dict(zip(("model_type", "tied", "theta", "scaling", "epsilon", *NAMES), values)) for name, *values in (
-    ("SmolLM2-135M", "llama", True, 1e5, None, 1e-5, 49152, 8192, 30, 576, 1536, 9, 3, 64),
-    ("Llama-2-7B", "llama", False, 1e4, None, 1e-5, 32000, 4096, 32, 4096, 11008, 32, 32, 128),
-    ("Llama-3.2-1B", "llama", True, 5e5, LLAMA3, 1e-5, 128256, 131072, 16, 2048, 8192, 32, 8, 64),
-    ("Qwen2.5-0.5B", "qwen2", True, 1e6, None, 1e-6, 151936, 32768, 24, 896, 4864, 14, 2, 64),
-    ("Qwen3-0.6B", "qwen3", True, 1e6, None, 1e-6, 151936, 40960, 28, 1024, 3072, 16, 8, 128))}
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]  # of the rope_type
+PREFIX, TARGETS = "", ["q_proj", "v_proj"]  # as in gpt2.py
 
 
 # ---------------------------------------------------------------------------------------------- RMSNorm
@@ -92,7 +81,8 @@ class Attention(nn.Module):
     """Causal self-attention in which A / G heads of queries share a head of keys and values: (B, T, C) -> (B, T, C).
 
     ## Ainslie et al. 2023. Each new token reads the keys and values of the whole text. With G heads of them for A heads
-    ## of queries, the cache is smaller by G / A: main() prints it. G = A is GPT-2's, G = 1 Shazeer's of 2019.
+    ## of queries, the cache is smaller by G / A: SmolLM2's takes 22.5 KiB per token in bfloat16, not 67.5. G = A is
+    ## GPT-2's attention, and G = 1 that of Shazeer 2019.
     """
 
     def __init__(self, c: dict):
@@ -110,14 +100,14 @@ class Attention(nn.Module):
         """kv (2, B, G, n, D): keys and values of the t tokens before x, to which those of x are added."""
         B, T, _ = x.shape
         q, k, v = (layer(x).view(B, T, -1, self.D) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (rotate(x.transpose(1, 2), *turn) for x in (self.q_norm(q), self.k_norm(k)))
+        q, k = (rotate(x.transpose(1, 2), *turn).to(v.dtype) for x in (self.q_norm(q), self.k_norm(k)))
         v = v.transpose(1, 2)  # (B, G, T, D), as k; q is (B, A, T, D)
         if kv is not None:
             kv[:, :, :, t : t + T] = torch.stack([k, v])  # keys as turned: nobody has to turn them again
             k, v = kv[:, :, :, : t + T].to(q.dtype)  # (B, G, S, D) each, S = t + T
         G, seen = k.shape[1], lambda: torch.ones(T, t + T, dtype=torch.bool, device=x.device).tril(t)  # (T, S)
         if self.keep_weights or q.requires_grad and q.dtype == torch.bfloat16 and not q.is_cuda:
-            ## Spelled out to look at the weights, and where a CPU learns in bfloat16: there the fused one is slower.
+            ## Spelled out to look at the weights, and, as in gpt2.py, where a CPU learns in bfloat16.
             weights = q.unflatten(1, (G, -1)) @ k.unsqueeze(2).mT * self.D**-0.5  # (B, G, A / G, T, S)
             weights = weights.masked_fill(~seen(), -torch.inf).softmax(-1)
             self.weights = weights.detach().flatten(1, 2) if self.keep_weights else None  # (B, A, T, S)
@@ -160,21 +150,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Cache:
-    """Keys and values of all that a model has read so far, for texts of up to n tokens, or of n_positions."""
-
-    def __init__(self, model: "Llama", B: int = 1, n: int | None = None):
-        c, w = model.config, model.model.embed_tokens.weight
-        shape = c["n_layer"], 2, B, c["n_kv_head"], n or c["n_positions"], c["head_size"]
-        self.kv = torch.empty(shape, dtype=w.dtype, device=w.device)  # memory is taken when it is written
-        self.length = 0  # tokens read
-
-
 class Llama(nn.Module):
     """Touvron et al. 2023: token ids (B, T) -> logits (B, T, V), the scores of each position's next token.
 
-    config: as in SIZES, and n_tokens where later rows of the table only fill it up, and are never drawn. The weights
-    are all float32, bfloat16 or float16.
+    config: what read_config returns, and n_tokens where later rows of the table only fill it up, and are never drawn.
+    Weights may be float32, bfloat16 or float16; where they are not all the same, torch.autocast is needed.
     """
 
     def __init__(self, config: dict):
@@ -215,6 +195,16 @@ class Llama(nn.Module):
         return self.lm_head(hidden) if self.lm_head else F.linear(hidden, self.model.embed_tokens.weight)
 
     forward, loss = GPT2.forward, GPT2.loss
+    top = property(lambda self: [self.model.layers[-1], self.model.norm])  # as in gpt2.py
+
+    def scores(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """As GPT2.scores: (1, T) -> (V,). A single token is multiplied by PyTorch's own product, not oneDNN's."""
+        onednn = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = onednn and ids.shape[1] > 1
+        try:
+            return GPT2.scores(self, ids, cache)
+        finally:
+            torch.backends.mkldnn.enabled = onednn
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -227,12 +217,7 @@ HARMLESS = (r"_\w+|\w+_token_id|\w+_version|architectures|(torch_)?dtype|initial
 
 def read_config(path: Path) -> dict:
     """Our config from a config.json of Llama's or Qwen's. Raises utils.InputError for another kind of model."""
-    try:
-        found = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise utils.InputError(f"{path} can't be read as JSON ({type(error).__name__}); a model's folder holds "
-                               "config.json, model.safetensors and the tokenizer's files.") from error
-    found = {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    found = {name: value for name, value in read_settings(path).items() if value is not None}
 
     def check(name: str, right: bool, expected: str) -> None:
         if not right:
@@ -249,7 +234,7 @@ def read_config(path: Path) -> dict:
     width = C // A if type(A) is type(C) is int and A > 0 and C % A == 0 else None
     found = {"rope_type": "default", "rope_theta": 1e4, "tie_word_embeddings": False, "num_key_value_heads":
              A if kind == "llama" else None, "head_dim": 128 if kind == "qwen3" else width} | found
-    scaling = list(LLAMA3)[1:] if found["rope_type"] == "llama3" else []
+    scaling = LLAMA3 if found["rope_type"] == "llama3" else []
     fixed = FIXED | {"rope_type": "llama3" if scaling else "default"}
     for name, value in fixed.items():
         check(name, found.get(name, value) == value, repr(value))
@@ -308,53 +293,8 @@ def save_model(model: Llama, folder: Path, end: int | None) -> None:
     """Write model.safetensors and config.json, which transformers' from_pretrained reads too; end: the id of a text's
     end, if there is one."""
     c, dtype = model.config, model.model.embed_tokens.weight.dtype
-    config = {"architectures": [CLASSES[c["model_type"]]], "model_type": c["model_type"], "eos_token_id": end,
-              **{name: c[ours] for ours, name in NAMES.items()}, "rope_theta": c["theta"], "rope_scaling": c["scaling"],
-              "rms_norm_eps": c["epsilon"], "tie_word_embeddings": c["tied"], "torch_dtype": str(dtype)[6:]}
-    data, path = json.dumps(config, indent=1).encode(), folder / "config.json"
-    if path.exists() and path.read_bytes() != data:
-        path.unlink()  # so that a kill between the two writes leaves no folder with new weights and an old config
-    save_safetensors(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    utils.write_atomically(path, lambda file: file.write(data))
-
-
-# ---------------------------------------------------------------------------------------------- writing text
-@torch.inference_mode()
-def generate(model: Llama, ids: list[int], length: int, temperature: float = 1.0, top_k: int | None = None,
-             stop: int | None = None, cache: bool = True, generator: torch.Generator | None = None) -> Iterator[int]:
-    """Yield up to `length` ids that continue ids (at least one), until `stop` is drawn.
-
-    Raises utils.InputError when n_positions tokens are read, where gpt2.py begins again with the later half.
-    """
-    text, device, onednn = list(ids), model.model.embed_tokens.weight.device, torch.backends.mkldnn.enabled
-    memory = Cache(model, n=min(len(text) + length, model.config["n_positions"])) if cache else None
-    for _ in range(length):
-        new = text[memory.length :] if cache else text
-        ## One token uses each weight once, so the time is that of reading them: half as many bytes in bfloat16. There
-        ## PyTorch's own product of a matrix and one row may be twice as fast as oneDNN's.
-        torch.backends.mkldnn.enabled = onednn and len(new) > 1
-        try:
-            hidden = model.hidden(torch.tensor([new], device=device), memory)  # (1, T, C)
-            logits = model.logits(hidden[0, -1])[: model.config.get("n_tokens")]  # (V,), or fewer
-        finally:
-            torch.backends.mkldnn.enabled = onednn
-        text.append(draw(logits.float(), temperature, top_k, generator))
-        if text[-1] == stop:
-            return
-        yield text[-1]
-
-
-# ---------------------------------------------------------------------------------------------- as a script
-def main() -> None:
-    utils.parser(__doc__, __file__).parse_args()
-    print("              layers  heads  of keys  channels     parameters  bfloat16  cache, KiB per token")
-    for name, c in SIZES.items():
-        with torch.device("meta"):
-            n = utils.count_parameters(Llama(c))
-        kib = 2 * c["n_layer"] * c["n_kv_head"] * c["head_size"] * 2 / 1024
-        print(f"{name:14}{c['n_layer']:6}{c['n_head']:7}{c['n_kv_head']:9}{c['n_embd']:10}{n:15,}{n * 2 / 1e9:7.2f} GB"
-              f"{kib:8.1f}, or {kib * c['n_head'] / c['n_kv_head']:.1f} without groups")
-
-
-if __name__ == "__main__":
-    utils.run(main)
+    save_folder(model, folder, {
+        "architectures": [CLASSES[c["model_type"]]], "model_type": c["model_type"], "eos_token_id": end,
+        **{name: c[ours] for ours, name in NAMES.items()}, "rope_theta": c["theta"], "rms_norm_eps": c["epsilon"],
+        "rope_scaling": c["scaling"] and {"rope_type": "llama3", **c["scaling"]}, "tie_word_embeddings": c["tied"],
+        "torch_dtype": str(dtype)[6:]})

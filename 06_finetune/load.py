@@ -1,9 +1,10 @@
-"""What fine-tuning starts from: a pre-trained GPT-2, its vocabulary, and a text that it has not been trained on.
+"""What fine-tuning starts from: a pre-trained model, its vocabulary, and a text that it has not been trained on.
 
 You learn here: what is in a pre-trained model's files, tensor by tensor; how a sentence becomes tokens; and, where
 GPT-2 can't be downloaded, how such files come to be: a small GPT-2 is pre-trained on the spot.
 
     python 06_finetune/load.py                               GPT-2 (downloaded once, 550 MB) and Tiny Shakespeare
+    python 06_finetune/load.py --model smollm2               a Llama with 134,515,008 parameters (270 MB)
     python 06_finetune/load.py --model stand-in              the small one, pre-trained here on Python's manual
     python 06_finetune/load.py --model DIR --data a.txt      your own files
 
@@ -17,17 +18,21 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import bpe
+import gpt2
+import llama
 import utils
 from bpe import Tokenizer
-from gpt2 import COMMON, GPT2, SIZES, read_config, read_model, save_model
+from gpt2 import COMMON, GPT2, SIZES, save_model
 from peft_files import load_adapter, save_adapter
 from tokenizer_json import open_tokenizer
 from weights import open_weights
@@ -36,6 +41,14 @@ from weights import open_weights
 
 GPT2_URL = bpe.URL + "model.safetensors"
 GPT2_SHA256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_URL = f"https://huggingface.co/{SMOLLM2}/resolve/12fd25f77366fa6b3b4b768ec3050bf629380bac/"
+## These files were never at hand where this was written: their hashes are those that several other public projects pin
+## for this commit. If one is wrong, the correct file is refused, but no wrong file is used.
+SMOLLM2_SHA256 = {"model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+                  "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
+                  "tokenizer_config.json": "4ec77d44f62efeb38d7e044a1db318f6a939438425312dfa333b8382dbad98df",
+                  "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a"}
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -47,14 +60,20 @@ SENTENCE = "To be, or not to be: that is the question."  # what main() encodes s
 
 class Base(NamedTuple):
     path: Path  # of the weights: a file, or a folder with config.json
+    module: ModuleType  # gpt2 or llama, which knows the network
     config: dict  # of the network
     tokenizer: Tokenizer
     name: str  # by which find_base finds it again
     stand_in: str = ""  # "GPT-2" where it is one pre-trained here, or was fine-tuned from that
+    note: str = ""  # what has to be said beside its figures
 
     @property
     def label(self) -> str:
-        return self.name + ", stand-in" * bool(self.stand_in and self.name != "stand-in")
+        return self.name + ", stand-in" * bool(self.stand_in and self.name != "stand-in") + self.note
+
+    def read(self, dtype: torch.dtype = torch.float32, path: Path | None = None) -> nn.Module:
+        """The network, with the base's weights, or with those at path, its matrices in dtype."""
+        return self.module.read_model(path or self.path, self.config, dtype)
 
     def notice(self) -> None:
         """Say in a box that this is no GPT-2, where it is none."""
@@ -74,34 +93,64 @@ class Data(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- models
-MODELS = ("gpt2, stand-in, or a folder with config.json, model.safetensors and tokenizer.json (or vocab.json and "
-          "merges.txt) of any size; without it gpt2, or the stand-in if that is out of reach")
+MODELS = ("gpt2, smollm2, stand-in, or a folder with config.json, model.safetensors and tokenizer.json (or vocab.json "
+          "and merges.txt) of any size; without it gpt2, or the stand-in if that is out of reach")
+
+
+def find_smollm2(folder: Path) -> str:
+    """Download what is missing in folder, and return what has to be said where a whole model other than the published
+    lies there, such as one in a smaller format unpacked again. Raises ConnectionError and utils.InputError."""
+    try:
+        for name, sha256 in SMOLLM2_SHA256.items():
+            utils.download([SMOLLM2_URL + name], folder / name, sha256)
+    except utils.InputError:
+        if not (folder / "config.json").exists():  # downloaded last
+            raise
+        print(f"smollm2: {folder} holds other files than those published (a hash differs), and is used as it is")
+        return ", not the published weights"
+    except ConnectionError as error:
+        raise ConnectionError(f"{error} Offline: --model stand-in.") from error
+    return ""
+
+
+def open_config(path: Path) -> tuple[ModuleType, dict]:
+    """The module that knows the network of a config.json, and the network's config. Raises utils.InputError."""
+    kind = gpt2.read_settings(path).get("model_type")
+    if kind not in ["gpt2", *llama.CLASSES]:
+        raise utils.InputError(f"{path}: model_type is {kind!r:.60}, and gpt2, {', '.join(llama.CLASSES)} are known; "
+                               "take another model.")
+    module = gpt2 if kind == "gpt2" else llama
+    return module, module.read_config(path)
 
 
 def find_base(name: str | None = None) -> Base:
-    """A pre-trained GPT-2: gpt2, stand-in, or a folder; None is gpt2, or the stand-in where that can't be reached.
+    """A pre-trained model: gpt2, smollm2, stand-in, or a folder; None is gpt2, or the stand-in if that is out of reach.
 
     Raises ConnectionError, and utils.InputError for what doesn't fit together."""
+    note = ""
     if name in (None, "gpt2"):
         path = utils.DATA_DIR / "gpt2" / "model.safetensors"
         here = path.exists()
         try:
             utils.download([GPT2_URL], path, GPT2_SHA256)
-            config, tokenizer = COMMON | SIZES["gpt2"], bpe.load_gpt2()
+            module, config, tokenizer = gpt2, COMMON | SIZES["gpt2"], bpe.load_gpt2()
         except ConnectionError as error:
             if name or here:  # asked for by name, or half there: never replaced by something else
                 raise ConnectionError(f"{error} Offline: --model stand-in.") from error
             print(error)
             return find_base("stand-in")
     else:
-        path = utils.DATA_DIR / "gpt2-stand-in" if name == "stand-in" else Path(name).resolve()
+        path = {"stand-in": utils.DATA_DIR / "gpt2-stand-in", "smollm2": utils.DATA_DIR / "smollm2"}.get(
+            name, Path(name).resolve())
         if name == "stand-in" and not (path / "config.json").exists():
             pretrain(path)
+        if name == "smollm2":
+            note = find_smollm2(path)
         if not path.is_dir():
             raise utils.InputError(f"{name} is no folder; give one with config.json, model.safetensors and "
-                                   "tokenizer.json (or vocab.json and merges.txt), or gpt2, or stand-in.")
-        name = name if name == "stand-in" else str(path)  # absolute: an adapter's config names its base
-        config, tokenizer = read_config(path / "config.json"), open_tokenizer(path)
+                                   "tokenizer.json (or vocab.json and merges.txt), or gpt2, smollm2, or stand-in.")
+        name = name if name in ("stand-in", "smollm2") else str(path)  # absolute: an adapter's config names its base
+        (module, config), tokenizer = open_config(path / "config.json"), open_tokenizer(path)
     n, rows = len(tokenizer.vocab), config["vocab_size"]
     ## Some tables are filled up to a round number, as 50,304: such sizes are fast on a GPU. No text has those rows. But
     ## where many are left over, the tokenizer is likely that of other weights.
@@ -111,25 +160,26 @@ def find_base(name: str | None = None) -> Base:
     if n < rows:
         print(f"{name}: the table's last {rows - n} of {rows:,} rows stand for no token, and are never drawn")
         config["n_tokens"] = n
-    base = Base(path, config, tokenizer, name or "gpt2", "GPT-2" if "stand_in" in config else "")
+    base = Base(path, module, config, tokenizer, name or "gpt2", "GPT-2" if "stand_in" in config else "", note)
     base.notice()
     return base
 
 
-def save_result(model: GPT2, base: Base, out: Path, method: str) -> None:
+def save_result(model: nn.Module, base: Base, out: Path, method: str) -> None:
     """Write what train.py's method has trained: out/adapter, or a whole model to out/model."""
-    if method == "lora":
-        save_adapter(model, out / "adapter", base.name)
+    if method == "lora":  # PEFT looks for the base at this name on the hub, or in this folder
+        name = base.name if base.name != "smollm2" else str(base.path) if base.note else SMOLLM2
+        save_adapter(model, out / "adapter", name, base.module.PREFIX)
     else:
         base.tokenizer.save(out / "model")
-        save_model(model, out / "model", base.tokenizer.end)
+        base.module.save_model(model, out / "model", base.tokenizer.end)
 
 
-def load_result(base: Base, out: Path, method: str) -> GPT2:
+def load_result(base: Base, out: Path, method: str) -> nn.Module:
     """The model that save_result wrote, from its files: base and adapter, or the whole."""
-    model = read_model(base.path if method == "lora" else out / "model", base.config)
+    model = base.read(path=None if method == "lora" else out / "model")
     if method == "lora":
-        load_adapter(model, out / "adapter")
+        load_adapter(model, out / "adapter", base.module.PREFIX)
     return model.eval()
 
 
@@ -249,7 +299,7 @@ def main() -> None:
     base = find_base(args.model)
 
     # the model: what is in its files
-    weights, model = open_weights(base.path), read_model(base.path, base.config)
+    weights, model = open_weights(base.path), base.read()
     print(f"\n{base.name}: {base.config}\n")
     for name, tensor in weights.items():
         print(f"  {name:28} {str(tensor.dtype).removeprefix('torch.'):8} {tuple(tensor.shape)}")

@@ -1,10 +1,10 @@
-"""Use a fine-tuned GPT-2: base and adapter, or a whole model; let it write, and look at what its heads look at.
+"""Use a fine-tuned model: base and adapter, or a whole model; let it write, and look at what its heads look at.
 
 You learn here: what is kept of a fine-tuning, and how it goes back into its base; how sampling turns scores into text;
 how tokens become characters while they arrive; how to read attention.
 
     python 06_finetune/load_model.py --prompt "ROMEO:"            what train.py left in outputs/
-    python 06_finetune/load_model.py --model gpt2                 a model without fine-tuning, for comparison
+    python 06_finetune/load_model.py --model gpt2                 a model without fine-tuning (gpt2, smollm2)
     python 06_finetune/load_model.py --model my_adapter/          an adapter in PEFT's format
     python 06_finetune/load_model.py --save merged/               write base and adapter as one model
 
@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from gpt2 import GPT2, generate, read_model, save_model, shrink
-from load import Base, find_base
+from gpt2 import generate, shrink
+from load import SMOLLM2, Base, find_base
 from lora import merge, remove
 from peft_files import load_adapter, read_config
 from train import SCRIPT
@@ -39,7 +40,7 @@ def newest(outputs: Path) -> Path:
     return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))
 
 
-def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str]:
+def load_model(name: str, base_name: str | None = None) -> tuple[nn.Module, Base, str]:
     """(model, its base with the tokenizer, what it is in words) for an adapter's folder, a model's, or a name.
 
     base_name: for an adapter whose config names a base that is not to be found here. Raises utils.InputError.
@@ -49,18 +50,17 @@ def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str
         if base_name:
             raise utils.InputError(f"a base is for an adapter, and {name} is none; leave it out.")
         base = find_base(name)
-        return read_model(base.path, base.config), base, f"{base.label}, without adapter"
-    ## An adapter is a fraction of a model, and its config names the rest. The hub's name for GPT-2 has its owner before
-    ## it.
+        return base.read(), base, f"{base.label}, without adapter"
+    ## An adapter is a fraction of a model, and its config names the rest, for example as the hub does.
     named = read_config(config_path).get("base_model_name_or_path")
-    base_name = base_name or str(named).removeprefix("openai-community/")
-    if base_name not in ("gpt2", "stand-in") and not Path(base_name).is_dir():
+    base_name = base_name or {"openai-community/gpt2": "gpt2", SMOLLM2: "smollm2"}.get(str(named), str(named))
+    if base_name not in ("gpt2", "smollm2", "stand-in") and not Path(base_name).is_dir():
         raise utils.InputError(f"{name} is an adapter for {named!r}, and {base_name} is not here; give the folder of "
                                "its base (--base).")
     base = find_base(base_name)
-    model = read_model(base.path, base.config)
-    config = load_adapter(model, name)
-    ## Merged, the adapter costs nothing more: what is written is an ordinary GPT-2 from here on.
+    model = base.read()
+    config = load_adapter(model, name, base.module.PREFIX)
+    ## Merged, the adapter costs nothing more: what is written is an ordinary model from here on.
     merge(model)
     remove(model)
     return model.eval(), base, f"{base.label} with the adapter {name} (rank {config['r']}) merged into it"
@@ -68,20 +68,21 @@ def load_model(name: str, base_name: str | None = None) -> tuple[GPT2, Base, str
 
 # ---------------------------------------------------------------------------------------------- attention
 @torch.inference_mode()
-def attention_weights(model: GPT2, ids: Tensor) -> Tensor:
+def attention_weights(model: nn.Module, ids: Tensor) -> Tensor:
     """Every head's weights for ids (1, T): (layers, A, T, T); row t is a distribution over what position t looks at."""
-    for block in model.h:
-        block.attn.keep_weights = True
+    layers = [layer for layer in model.modules() if hasattr(layer, "keep_weights")]
+    for layer in layers:
+        layer.keep_weights = True
     model.hidden(ids)
-    for block in model.h:
-        block.attn.keep_weights = False
-    return torch.cat([block.attn.weights.float().cpu() for block in model.h])
+    for layer in layers:
+        layer.keep_weights = False
+    return torch.cat([layer.weights.float().cpu() for layer in layers])
 
 
 def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, path: Path) -> None:
     """Heatmaps of one layer's heads: weights (layers, A, T, T), one row per token, one column per token looked at.
 
-    ## Many heads of a trained GPT-2 rest on the first token, which carries nothing of interest: weights have to sum to
+    ## Many heads of a trained model rest on the first token, which carries nothing of interest: weights have to sum to
     ## 1, and a head that finds nothing to do has to put them somewhere (the attention sink, Xiao et al. 2023).
     """
     A, T = weights.shape[1], min(len(tokens), 40)
@@ -105,7 +106,7 @@ def draw_attention(weights: Tensor, tokens: list[str], layer: int, title: str, p
 def main() -> None:
     parser = utils.parser(__doc__, __file__, "device", "dtype", "seed")
     add = parser.add_argument
-    add("--model", help="gpt2, stand-in, or a folder of a model or an adapter; without it, what train.py wrote last")
+    add("--model", help="gpt2, smollm2, stand-in, or the folder of a model or adapter; without it, train.py's last")
     add("--base", help="an adapter's base, where it is not what its config names")
     add("--prompt", default="\n", help="the text to continue")
     add("--length", type=utils.count, default=200, help="tokens to write at most")
@@ -119,15 +120,15 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device, dtype = args.device, args.dtype
     model, base, what = load_model(args.model or str(newest(args.out)), args.base)
-    if args.layer >= len(model.h):
-        raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {len(model.h) - 1}.")
+    if args.layer >= base.config["n_layer"]:
+        raise utils.InputError(f"--layer {args.layer}: this model has the layers 0 to {base.config['n_layer'] - 1}.")
     ids = base.tokenizer.encode(args.prompt, special=False)
     if not ids:
         raise utils.InputError("--prompt is empty; give at least one character, such as a line break.")
     print(f"{what}; {sum(p.numel() for p in model.parameters()):,} parameters; {dtype} on {device.type}\n")
     if args.save:
         base.tokenizer.save(args.save)
-        save_model(model, args.save, base.tokenizer.end)
+        base.module.save_model(model, args.save, base.tokenizer.end)
         print(f"wrote {args.save}, which transformers opens with from_pretrained\n")
     model.requires_grad_(False).to(device)
     if dtype == torch.bfloat16:

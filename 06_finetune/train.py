@@ -1,10 +1,10 @@
-"""Fine-tune a pre-trained GPT-2 on a text of your own: all of it, its last block, or low-rank adapters (LoRA).
+"""Fine-tune a pre-trained model on a text of your own: all of it, its last block, or low-rank adapters (LoRA).
 
 You learn here: what changes when training starts from somebody else's weights; how adapters train a quarter of a
 percent of GPT-2's parameters; and how a batch that does not fit is taken in parts.
 
     python 06_finetune/train.py                                         GPT-2 and Tiny Shakespeare, LoRA
-    python 06_finetune/train.py --method full                           every weight
+    python 06_finetune/train.py --method full --model smollm2           every weight of a Llama
     python 06_finetune/train.py --model stand-in --data my_novel.txt    without GPT-2's weights; any UTF-8 text
     torchrun --nproc_per_node=2 06_finetune/train.py                    two processes, for example on two GPUs
 
@@ -26,7 +26,6 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import utils
-from gpt2 import GPT2, generate, read_model, shrink
 from load import MODELS, TEXTS, Base, Data, batches, find_base, load_data, load_result, save_result
 from lora import add_lora
 from memory import load_trainable, peak_memory, trainable_state
@@ -37,16 +36,16 @@ SCRIPT = "06_finetune/train.py"
 
 
 # ---------------------------------------------------------------------------------------------- model
-# Method -> AdamW's peak learning rate for the stand-in and for GPT-2: the first was the best of a few tried by the loss
-# after 300 steps on Tiny Shakespeare (seed 0), the second is a usual one, not measured here.
+# Method -> AdamW's peak learning rate for the stand-in and for others: the first was the best of a few tried by the
+# loss after 300 steps on Tiny Shakespeare (seed 0), the second is a usual one, not measured here.
 LR = {"lora": (1e-2, 1e-3), "full": (1e-3, 5e-5), "head": (3e-3, 3e-4)}
-LORA = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ["c_attn"]}
+LORA = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": None}  # the last: the network's own, if none are given
 
 
-def freeze(model: GPT2, method: str, dropout: float, dtype: torch.dtype, lora_rank: int, lora_alpha: float,
-           lora_targets: list[str]) -> None:
-    """Freeze what the method leaves alone, and add adapters where it is LoRA. Raises utils.InputError as add_lora does.
-
+def freeze(model: nn.Module, method: str, dropout: float, lora_rank: int, lora_alpha: float, lora_targets: list[str]
+           ) -> None:
+    """Freeze what the method leaves alone, and add adapters where it is LoRA. Raises utils.InputError as add_lora does,
+    and for dropout in a network that has none.
 
     ## full: every weight. Per parameter AdamW takes four numbers (weight, gradient, two averages): 2 GB for GPT-2.
     ## head: the last block and the norm after it. What lies below is used as it is, and needs no gradients at all. The
@@ -58,22 +57,20 @@ def freeze(model: GPT2, method: str, dropout: float, dtype: torch.dtype, lora_ra
             add_lora(model, lora_rank, lora_alpha, dropout, lora_targets)
         except ValueError as error:
             raise utils.InputError(str(error)) from error
-        if dtype == torch.bfloat16:
-            ## What is frozen need not be more precise than what it is multiplied with. (Not with `head`, which writes
-            ## the frozen weights out again: they stay as they were.)
-            shrink(model)
         return
     if method == "head":
         model.requires_grad_(False)
-        model.h[-1].requires_grad_()
-        model.ln_f.requires_grad_()
-    for layer in model.modules():
-        if isinstance(layer, nn.Dropout):
-            layer.p = dropout
+        for part in model.top:
+            part.requires_grad_()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Dropout)]
+    if dropout and not layers:
+        raise utils.InputError(f"{type(model).__name__} has no dropout layers; leave dropout at 0, or take LoRA's own.")
+    for layer in layers:
+        layer.p = dropout
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-def make_optimizers(model: GPT2, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
     """One AdamW for all that is trained. Its group keeps the `peak` rate."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [torch.optim.AdamW([{"params": trained, "peak": lr}], lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
@@ -92,7 +89,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batch_size: int = 4) -> float:
+def evaluate(model: nn.Module, ids: Tensor, block_size: int, dtype: torch.dtype, batch_size: int = 4) -> float:
     """Mean loss in nats per token on ids (N,): windows of block_size one after another, every token counted once."""
     training, total = model.training, 0.0
     model.eval()  # no dropout
@@ -107,19 +104,19 @@ def evaluate(model: GPT2, ids: Tensor, block_size: int, dtype: torch.dtype, batc
     return total / (len(ids) - 1)
 
 
-def sample(model: GPT2, base: Base, length: int, dtype: torch.dtype, seed: int, prompt: str = "\n") -> str:
+def sample(model: nn.Module, base: Base, length: int, dtype: torch.dtype, seed: int, prompt: str = "\n") -> str:
     """`length` tokens drawn at temperature 0.8 from the 50 likeliest, after a prompt; the same seed, the same luck."""
-    device = model.wte.weight.device
+    device = next(model.parameters()).device
     ids = base.tokenizer.encode(prompt, special=False)
     model.eval()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        new = list(generate(model, ids, length, 0.8, 50, stop=base.tokenizer.end,
-                            generator=torch.Generator(device).manual_seed(seed)))
+        new = list(base.module.generate(model, ids, length, 0.8, 50, stop=base.tokenizer.end,
+                                        generator=torch.Generator(device).manual_seed(seed)))
     return base.tokenizer.decode(ids + new)
 
 
-def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val: Tensor, steps: int, batch_size: int,
-        block_size: int, eval_every: int, seed: int, dtype: torch.dtype, warmup: int = 20,
+def fit(model: nn.Module, optimizers: list[torch.optim.Optimizer], train: Tensor, val: Tensor, steps: int,
+        batch_size: int, block_size: int, eval_every: int, seed: int, dtype: torch.dtype, warmup: int = 20,
         micro_batch_size: int = 4, first_step: int = 0, seconds: float = 0.0, forward: nn.Module | None = None,
         shard: slice = slice(None)) -> Iterator[dict]:
     """Train on windows of train (N,); after every eval_every steps, and the last, evaluate on val and yield a row.
@@ -145,7 +142,7 @@ def fit(model: GPT2, optimizers: list[torch.optim.Optimizer], train: Tensor, val
             loss = torch.zeros((), device=x.device)
             for a, b in zip(x.split(micro_batch_size), y.split(micro_batch_size)):
                 ## Mixed precision: what is trained, and its updates, stay in float32; autocast gives the matrix
-                ## products bfloat16 copies. (With LoRA the frozen ones are bfloat16 as it is: `shrink`.)
+                ## products bfloat16 copies. (With LoRA the frozen ones are bfloat16 as it is: see main.)
                 with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                     part = forward(a, targets=b) * (len(a) / len(x))  # ()
                 part.backward()
@@ -184,9 +181,9 @@ def parse_options():
     add("--block-size", type=utils.count, help="tokens in a window; without it 256, or the model's n_positions if less")
     add("--lora-rank", type=utils.count, help="r: rank of each change; parameters grow with it (default: 8)")
     add("--lora-alpha", type=utils.positive, help="the change counts alpha / r times (default: 16)")
-    add("--lora-targets", nargs="+", help="ends of names: c_attn (default) attn.c_proj mlp.c_fc mlp.c_proj")
+    add("--lora-targets", nargs="+", help="ends of layers' names (c_attn; Llama: q_proj v_proj); a wrong one lists all")
     add("--dropout", type=utils.share, default=0.0, help="share zeroed; helps where a small text is read many times")
-    add("--lr", type=utils.positive, help=f"AdamW's peak learning rate; without it, for stand-in and GPT-2: {LR}")
+    add("--lr", type=utils.positive, help=f"AdamW's peak learning rate; without it, for stand-in and others: {LR}")
     add("--warmup", type=utils.count, default=20, help="steps over which the learning rate rises from zero")
     add("--eval-every", type=utils.count, default=100, help="steps between evaluations on all of validation")
     add("--patience", type=utils.count, default=3, help="evaluations without a new best that end it (early stopping)")
@@ -199,7 +196,7 @@ def parse_options():
     return args
 
 
-def report(args, base: Base, text: Data, model: GPT2, before: float, history: list, best: dict) -> None:
+def report(args, base: Base, text: Data, model: nn.Module, before: float, history: list, best: dict) -> None:
     """Print and write what the best weights reach, beside guessing and the start."""
     label, memory = f"{base.label}, on {text.label}", peak_memory(args.device)
     ## A token is a unit of the tokenizer's own choosing, so losses per token can't be compared between vocabularies.
@@ -236,6 +233,7 @@ def main() -> None:
         raise utils.InputError(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes.")
     base = find_base(args.model)
     args.block_size = args.block_size or min(256, base.config["n_positions"])
+    args.lora_targets = args.lora_targets or base.module.TARGETS
     text = load_data(args.data, base.tokenizer, args.block_size)
     train, val = text.train.to(args.device), text.val.to(args.device)
     free = ("out", "device", "compile", "resume", "micro_batch_size", "activation_checkpointing")
@@ -244,8 +242,10 @@ def main() -> None:
     saved = utils.load_checkpoint(args.out / "checkpoint.pt", SCRIPT, options) if args.resume else None
 
     torch.manual_seed(args.seed)
-    model = read_model(base.path, base.config)
-    freeze(model, args.method, args.dropout, args.dtype, *(vars(args)[name] for name in LORA))
+    ## What is frozen need not be more precise than what it is multiplied with. (Not so with `head`, which writes the
+    ## frozen weights out again: they stay as they were.)
+    model = base.read(args.dtype if args.method == "lora" else torch.float32)
+    freeze(model, args.method, args.dropout, *(vars(args)[name] for name in LORA))
     model.checkpointing = args.activation_checkpointing
     optimizers = make_optimizers(model.to(args.device), args.lr or LR[args.method][not base.stand_in])
     torch.manual_seed(args.seed + rank)  # all ranks have the same adapters by now, and need different dropout
@@ -259,7 +259,7 @@ def main() -> None:
     print(f"a window:     {base.tokenizer.decode(x[0, :16].tolist())!r}\n"
           f"its targets:  {base.tokenizer.decode(y[0, :16].tolist())!r}")
     ## Unlike in all other chapters the model knows something already, and the loss before training is below ln V. If it
-    ## is not, vocab.json and merges.txt are likely those of other weights.
+    ## is not, the tokenizer's files are likely those of other weights.
     V, before = base.config["vocab_size"], evaluate(model, val, args.block_size, args.dtype)
     print(f"before training: loss {before:.4f}; guessing uniformly, ln {V}: {math.log(V):.4f}; it writes:\n"
           f"{sample(model, base, 60, args.dtype, args.seed)}\n")

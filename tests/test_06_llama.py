@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REAL, call_main, chapter
+from conftest import REAL, chapter
 
 import utils
 
@@ -29,6 +29,17 @@ SHAPES = {
     "qwen 2": ("Qwen2", {"tie_word_embeddings": True, "num_hidden_layers": 3}),
     "qwen 2, untied, two channels a head": ("Qwen2", {"num_attention_heads": 12, "num_key_value_heads": 4}),
     "qwen 3": ("Qwen3", {"head_dim": 6}), "qwen 3, tied": ("Qwen3", {"head_dim": 14, "tie_word_embeddings": True})}
+# What read_config says of models on the hub, and their parameters
+SIZES = {name: dict(zip(("model_type", "tied", "theta", "scaling", "epsilon", *llama.NAMES), values))
+         for name, *values in (
+    ("SmolLM2-135M", "llama", True, 1e5, None, 1e-5, 49152, 8192, 30, 576, 1536, 9, 3, 64),
+    ("Llama-2-7B", "llama", False, 1e4, None, 1e-5, 32000, 4096, 32, 4096, 11008, 32, 32, 128),
+    ("Llama-3.2-1B", "llama", True, 5e5, {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                          "original_max_position_embeddings": 8192},
+     1e-5, 128256, 131072, 16, 2048, 8192, 32, 8, 64),
+    ("Qwen2.5-0.5B", "qwen2", True, 1e6, None, 1e-6, 151936, 32768, 24, 896, 4864, 14, 2, 64),
+    ("Qwen3-0.6B", "qwen3", True, 1e6, None, 1e-6, 151936, 40960, 28, 1024, 3072, 16, 8, 128))}
+PARAMETERS = dict(zip(SIZES, (134515008, 6738415616, 1235814400, 494032768, 596049920)))
 
 
 def make_theirs(shape, attention="sdpa", **changes):
@@ -141,7 +152,7 @@ def test_attention_weights_equal_transformers(pair, shape):
 @pytest.mark.parametrize("T", [1, 9])
 def test_learning_in_bfloat16_is_spelled_out_and_computes_the_same(T):
     """On a CPU, with gradients, attention takes another path than without."""
-    model = llama.Llama(llama.SIZES["SmolLM2-135M"] | {"n_layer": 1, "vocab_size": 50}).eval()
+    model = llama.Llama(SIZES["SmolLM2-135M"] | {"n_layer": 1, "vocab_size": 50}).eval()
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     model.bfloat16()
     ids = torch.randint(50, (2, T))
@@ -150,7 +161,7 @@ def test_learning_in_bfloat16_is_spelled_out_and_computes_the_same(T):
 
 
 def test_a_score_depends_on_the_distance_of_two_tokens_alone():
-    config = llama.SIZES["Llama-3.2-1B"]
+    config = SIZES["Llama-3.2-1B"]
     f, torch_seed = llama.frequencies(config).double(), torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64, generator=torch_seed, dtype=torch.float64)
 
@@ -163,17 +174,18 @@ def test_a_score_depends_on_the_distance_of_two_tokens_alone():
     assert not close((turned(q, 8) * k).sum(), scores[0], 1e-3)
 
 
-@pytest.mark.parametrize("name", llama.SIZES)
+@pytest.mark.parametrize("name", SIZES)
 def test_frequencies_and_parameters_of_the_published_sizes_equal_transformers(name):
-    c = llama.SIZES[name]
+    c = SIZES[name]
     family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[c["model_type"]]
     config = getattr(transformers, family + "Config")(
         **{theirs: c[ours] for ours, theirs in llama.NAMES.items()}, tie_word_embeddings=c["tied"],
-        rope_parameters=(c["scaling"] or {"rope_type": "default"}) | {"rope_theta": c["theta"]})
+        rope_parameters={"rope_type": "llama3" if c["scaling"] else "default", "rope_theta": c["theta"]} |
+        (c["scaling"] or {}))
     with torch.device("meta"):
         ours, theirs = llama.Llama(c), getattr(transformers, family + "ForCausalLM")(config)
     assert ours.state_dict().keys() | {"lm_head.weight"} == theirs.state_dict().keys()
-    assert utils.count_parameters(ours) == theirs.num_parameters()
+    assert utils.count_parameters(ours) == theirs.num_parameters() == PARAMETERS[name]
     module = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
     rotary = getattr(module, family + "RotaryEmbedding")(config)
     assert torch.allclose(ours.frequencies, rotary.inv_freq, rtol=1e-6, atol=0)
@@ -290,7 +302,7 @@ def test_configs_that_are_refused(tmp_path, text, words):
 def test_configs_that_are_taken(tmp_path):
     """Those of the hub, as far as they differ from what transformers 5 writes."""
     path = tmp_path / "config.json"
-    size = {theirs: llama.SIZES["SmolLM2-135M"][ours] for ours, theirs in llama.NAMES.items() if ours != "head_size"}
+    size = {theirs: SIZES["SmolLM2-135M"][ours] for ours, theirs in llama.NAMES.items() if ours != "head_size"}
     hub = {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
            "eos_token_id": [2, 3], "hidden_act": "silu", "initializer_range": 0.04, "is_llama_config": True,
            "mlp_bias": False, "model_type": "llama", "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
@@ -298,20 +310,20 @@ def test_configs_that_are_taken(tmp_path):
            "torch_dtype": "bfloat16", "transformers.js_config": {"dtype": "q4"}, "transformers_version": "4.42.3",
            "use_cache": True, "_name_or_path": "x"} | size
     path.write_text(json.dumps(hub))
-    assert llama.read_config(path) == llama.SIZES["SmolLM2-135M"]
+    assert llama.read_config(path) == SIZES["SmolLM2-135M"]
     path.write_text(json.dumps(hub | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768,
                                       "max_window_layers": 21, "use_mrope": False, "num_attention_heads": 18,
                                       "layer_types": ["full_attention"] * 30}))
-    assert llama.read_config(path) == llama.SIZES["SmolLM2-135M"] | {"model_type": "qwen2", "n_head": 18,
+    assert llama.read_config(path) == SIZES["SmolLM2-135M"] | {"model_type": "qwen2", "n_head": 18,
                                                                      "head_size": 32}
     old = {name: value for name, value in hub.items() if name not in (
         "num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias")}
     path.write_text(json.dumps(old))  # the first Llama's
-    assert llama.read_config(path) == llama.SIZES["SmolLM2-135M"] | {"n_kv_head": 9, "theta": 1e4, "tied": False}
+    assert llama.read_config(path) == SIZES["SmolLM2-135M"] | {"n_kv_head": 9, "theta": 1e4, "tied": False}
     meta = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
             "original_max_position_embeddings": 8192}
     path.write_text(json.dumps(hub | {"rope_scaling": meta}))
-    assert llama.read_config(path)["scaling"] == llama.LLAMA3
+    assert llama.read_config(path)["scaling"] == SIZES["Llama-3.2-1B"]["scaling"]
     path.write_text(json.dumps({n: v for n, v in make_config("qwen 3").items() if n != "head_dim"}))
     assert llama.read_config(path)["head_size"] == transformers.Qwen3Config().head_dim  # 128, whatever the width
 
@@ -427,15 +439,17 @@ def test_greedy_texts_equal_transformers(pair, shape):
         assert list(llama.generate(ours, prompt, 20, 0, stop=stop)) == expected[: expected.index(stop)]
 
 
-def test_a_text_ends_with_a_sentence_where_the_positions_end(pair):
-    ours, _ = pair("llama")
-    text = []
-    with refused("49 tokens", "48 positions"):
-        text.extend(token for token in llama.generate(ours, [1] * 40, 20))
-    stream = llama.generate(ours, [1] * 40, 20, cache=False)
-    assert len([next(stream) for _ in range(9)]) == 9  # the ninth is drawn from the last position
-    with refused("49 tokens"):
-        next(stream)
+def test_a_text_longer_than_the_positions_goes_on_from_its_later_half(pair):
+    """As with GPT-2: what is forgotten is forgotten by transformers too, which reads the same half anew."""
+    ours, theirs = pair("llama")
+    prompt = some_ids(ours, B=1, T=60)[0].tolist()
+    expected = their_greedy(theirs, prompt[-48:], 1)  # of a long prompt its end
+    text = prompt + expected
+    expected += their_greedy(theirs, text[-24:], 25)
+    text = prompt + expected
+    expected += their_greedy(theirs, text[-24:], 4)
+    for cache in (True, False):
+        assert list(llama.generate(ours, prompt, 30, temperature=0, cache=cache)) == expected
     assert list(llama.generate(ours, [1], 0)) == [] and len(list(llama.generate(ours, [1] * 40, 9))) == 9
 
 
@@ -461,7 +475,7 @@ def test_smollm2_scores_and_200_greedy_tokens_equal_transformers():
     folder, prompt = REAL / "smollm2", [504, 3575, 282, 4649, 314]
     ours = llama.read_model(folder, None, torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert ours.config | {"epsilon": 1e-5} == llama.SIZES["SmolLM2-135M"]
+    assert ours.config | {"epsilon": 1e-5} == SIZES["SmolLM2-135M"]
     new = list(llama.generate(ours, prompt, 200, temperature=0))
     ids = torch.tensor([prompt + new])
     logits = theirs(ids).logits
@@ -471,18 +485,12 @@ def test_smollm2_scores_and_200_greedy_tokens_equal_transformers():
     assert close(ours(ids), logits, 1e-4) and close(read_in_pieces(ours, ids, [100, 1, 1, 103]), logits, 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- as a script
-def test_the_script_shows_sizes_and_caches():
-    out = call_main(llama)
-    found = re.findall(r"^(\S+) .* ([\d,]{9,}) .* (\S+), or (\S+) without groups$", out, re.MULTILINE)
-    assert [name for name, *_ in found] == list(llama.SIZES)
-    doc = " ".join(llama.__doc__.split())
-    assert ", ".join(f"{name} {count}" for name, count, *_ in found) + " parameters" in doc
-    for (_, _, kib, whole), c in zip(found, llama.SIZES.values()):
-        with torch.device("meta"):
-            cache = llama.Cache(llama.Llama(c | {"n_positions": 1}).bfloat16())
-        assert cache.kv.nbytes / 1024 == float(kib)
-        assert float(whole) == pytest.approx(float(kib) * c["n_head"] / c["n_kv_head"])
+# ---------------------------------------------------------------------------------------------- claims
+def test_groups_make_the_cache_as_small_as_it_is_said_to_be():
+    with torch.device("meta"):
+        one, all_heads = (llama.Cache(llama.Llama(SIZES["SmolLM2-135M"] | change).bfloat16(), n=1).kv.nbytes / 1024
+                          for change in ({"n_layer": 30}, {"n_kv_head": 9}))
+    assert f"{one} KiB per token in bfloat16, not {all_heads}" in " ".join(llama.Attention.__doc__.split())
 
 
 def test_it_is_imported_without_argparse_requests_and_matplotlib(monkeypatch):

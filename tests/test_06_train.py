@@ -1,6 +1,8 @@
 """Chapter 06, load, train, load_model and experiment, against transformers, peft, and what fine-tuning promises."""
 
 import contextlib
+import hashlib
+import http.server
 import io
 import json
 import math
@@ -14,14 +16,15 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, call_main, chapter, digest, refusal, run_script
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import REAL, ROOT, call_main, chapter, digest, refusal, run_script, serving
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import utils
 
-bpe, gpt2, weights, load, lora, train, load_model, experiment = chapter(
-    "06_finetune", "bpe", "gpt2", "weights", "load", "lora", "train", "load_model", "experiment"
+bpe, gpt2, weights, load, lora, train, load_model, experiment, llama = chapter(
+    "06_finetune", "bpe", "gpt2", "weights", "load", "lora", "train", "load_model", "experiment", "llama"
 )
 FOLDER = ROOT / "06_finetune"
 T = 32
@@ -506,3 +509,206 @@ def test_the_model_comes_alone_and_speaks_of_arguments():
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- SmolLM2 and relatives
+@pytest.fixture(scope="module")
+def tiny(small, tmp_path_factory):
+    """As small: a tiny Llama as transformers writes it, in bfloat16 and with a tokenizer.json, like SmolLM2."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    vocab, merges = bpe.train_bpe(bpe.read_text("pydocs")[:40_000], 398)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([bpe.END, "<|im_start|>", "<|im_end|>"])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.token_to_id("<|im_end|>")))
+    torch.nn.init.constant_(model.model.norm.weight, 8.0)  # as in small
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    return ["--model", folder, *small[0][2:]], folder
+
+
+ALL = ["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def llama_runs(tiny, tmp_path_factory):
+    made = {}
+    for method, more in (("lora", ["--lora-targets", *ALL, "--dropout", 0.1, "--lr", 3e-2]), ("full", ["--lr", 5e-3]),
+                         ("head", ["--lr", 1e-2])):
+        out = tmp_path_factory.mktemp(method)
+        made[method] = out, [*tiny[0], *STEPS, "--method", method, *more]
+        call_main(train, *made[method][1], "--out", out)
+    return made
+
+
+def test_a_llama_is_fine_tuned_in_every_way_and_opens_in_transformers_and_peft(tiny, llama_runs):
+    ids = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
+    before = weights.open_weights(tiny[1])
+    for method, (out, _) in llama_runs.items():
+        metrics = json.loads((out / "metrics.json").read_text())["metrics"]
+        assert metrics["val_loss"] < metrics["before_val_loss"] - 0.3, method
+        result = out / ("adapter" if method == "lora" else "model")
+        base = AutoModelForCausalLM.from_pretrained(tiny[1], dtype=torch.float32)
+        if method == "lora":
+            reference = PeftModel.from_pretrained(base, result).eval()
+        else:
+            reference = AutoModelForCausalLM.from_pretrained(result).eval()
+            after = weights.open_weights(result)
+            changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
+            top = {"model.norm.weight"} | {name for name in before if name.startswith("model.layers.1.")}
+            assert changed == (top if method == "head" else before.keys())
+        tokenizer = AutoTokenizer.from_pretrained(tiny[1] if method == "lora" else result)
+        found = load.find_base(str(tiny[1]))
+        for model in (load_model.load_model(str(result))[0], load.load_result(found, out, method)):
+            with torch.no_grad():
+                assert (model(ids) - reference(ids).logits).abs().max() < 1e-4, method
+        text = "if x == 1234:\n    return"
+        assert found.tokenizer.encode(text) == tokenizer(text)["input_ids"]
+
+
+def test_a_step_of_lora_on_a_llama_equals_peft(tiny, tmp_path):
+    """The same A, the same batches, AdamW with the same rates: what is learned is the same, by ours and by theirs."""
+    options = [*tiny[0], "--steps", 3, "--eval-every", 3, "--device", "cpu", "--dtype", "float32", "--warmup", 1]
+    call_main(train, *options, "--out", tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny[1], dtype=torch.float32)
+    peft = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])).train()
+    ours = load.find_base(str(tiny[1]))
+    torch.manual_seed(0)
+    model = ours.read()
+    train.freeze(model, "lora", 0.0, 8, 16.0, llama.TARGETS)
+    theirs = {name.replace(".default", ""): p for name, p in peft.named_parameters() if p.requires_grad}
+    for name, layer in lora.adapters(model).items():
+        theirs[f"base_model.model.{name}.lora_A.weight"].data.copy_(layer.lora_A)
+    text = load.load_data(str(tiny[0][3]), ours.tokenizer, T)
+    optimizer = torch.optim.AdamW(theirs.values(), betas=(0.9, 0.99))
+    for step, (x, y) in zip(range(3), load.batches(text.train, T, 8, 0)):
+        optimizer.param_groups[0]["lr"] = 1e-3 * train.schedule(step, 3, 1)
+        F.cross_entropy(peft(x).logits.flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = weights.open_weights(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == theirs.keys() and len(found) == 8
+    for name, tensor in found.items():
+        assert (tensor - theirs[name]).abs().max() < 1e-4 and tensor.abs().max() > 1e-3, name
+
+
+def test_a_llama_stopped_resumes_bit_identically_and_with_checkpointing_learns_the_same(tiny, llama_runs, tmp_path):
+    out, options = llama_runs["lora"]
+    stop_by_ctrl_c([*options, "--out", tmp_path])
+    call_main(train, *options, "--out", tmp_path, "--resume")
+    name = "adapter/adapter_model.safetensors"
+    assert digest(tmp_path / name) == digest(out / name)
+    histories = []
+    for more in ([], ["--activation-checkpointing", "--micro-batch-size", 3]):
+        call_main(train, *tiny[0], "--method", "full", "--steps", 3, "--dtype", "float32", "--device", "cpu", *more,
+                  "--out", tmp_path)
+        histories += json.loads((tmp_path / "metrics.json").read_text())["history"]
+    assert histories[0]["val_loss"] == pytest.approx(histories[1]["val_loss"], abs=1e-4)
+
+
+def test_load_model_writes_with_a_llama_draws_and_saves(tiny, llama_runs, tmp_path):
+    options = ["--prompt", "The ", "--length", 70, "--dtype", "float32", "--device", "cpu", "--layer", 1]
+    adapter, merged = llama_runs["lora"][0] / "adapter", tmp_path / "merged"
+    texts = [call_main(load_model, *options, "--out", tmp_path, *more) for more in (
+        ["--model", adapter, "--save", merged], ["--model", adapter, "--no-cache"], ["--model", merged])]
+    written = [re.search(r"The .*?(?=\n[\d.,]+ tokens per second)", text, re.S)[0] for text in texts]
+    assert len(set(written)) == 1 and len(written[0]) > 20
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+    AutoModelForCausalLM.from_pretrained(merged)
+    assert "tokens per second" in call_main(load_model, *options[:4], "--dtype", "bfloat16", "--device", "cpu",
+                                            "--model", adapter, "--out", tmp_path)
+    ids = torch.arange(20)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(merged, attn_implementation="eager")
+    with torch.no_grad():
+        expected = torch.cat(theirs(ids, output_attentions=True).attentions)
+    found = load_model.attention_weights(load_model.load_model(str(merged))[0], ids)
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
+    assert "layers 0 to 1" in refusal(load_model, *options, "--layer", 2, "--model", merged, "--out", tmp_path)
+    assert load_model.load_model(str(adapter), str(tiny[1]))[1].module is llama
+
+
+def test_what_does_not_suit_a_llama_gets_one_sentence(tiny, small, tmp_path):
+    for options, words in (
+            (["--lora-targets", "c_attn"], "'c_attn' is no layer's name; choose from self_attn.q_proj"),
+            (["--method", "full", "--dropout", 0.1], "Llama has no dropout"),
+            (["--block-size", 65], "max_position_embeddings"), (["--lora-rank", 17], "rank 17 is above")):
+        assert words in refusal(train, *tiny[0], *options, "--out", tmp_path)
+    assert "'q_proj' is no layer's name" in refusal(train, *small[0], "--lora-targets", "q_proj", "--out", tmp_path)
+    folder, config = shutil.copytree(tiny[1], tmp_path / "other"), json.loads((tiny[1] / "config.json").read_text())
+    for kind, words in (("mistral", "'mistral', and gpt2, llama, qwen2, qwen3 are known"), ([1], "[1]"), (None, "None"),
+                        ("gpt2", "n_layer is None"), ("qwen3", "lacks layers.0.self_attn.q_norm.weight")):
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        assert words in refusal(train, "--model", folder, *tiny[0][2:], "--out", tmp_path), kind
+    gpt = json.loads((small[1] / "config.json").read_text()) | {"vocab_size": config["vocab_size"]}
+    (folder / "config.json").write_text(json.dumps(gpt))
+    assert "too few for 2 layers" in refusal(train, "--model", folder, *tiny[0][2:], "--out", tmp_path)
+
+
+@pytest.fixture
+def hub(tiny, tmp_path, monkeypatch):
+    """A server in the hub's place that has the tiny Llama as SmolLM2, and an empty DATA_DIR; what it serves."""
+    served = {"/" + name: (tiny[1] / name).read_bytes() for name in load.SMOLLM2_SHA256}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = served.get(self.path, b"")
+            self.send_response(200 if data else 404)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    monkeypatch.setattr(load, "SMOLLM2_SHA256",
+                        {name: hashlib.sha256(served["/" + name]).hexdigest() for name in load.SMOLLM2_SHA256})
+    monkeypatch.setattr(utils, "DATA_DIR", tmp_path)
+    with serving(Handler) as address:
+        monkeypatch.setattr(load, "SMOLLM2_URL", address)
+        yield served
+
+
+def test_smollm2_is_downloaded_once_and_another_in_its_place_is_named(hub, small, tmp_path, capsys):
+    base, folder = load.find_base("smollm2"), tmp_path / "smollm2"
+    assert {path.name for path in folder.iterdir()} == set(load.SMOLLM2_SHA256) and base.label == "smollm2"
+    sent = dict(hub)
+    hub.clear()
+    assert load.find_base("smollm2").config == base.config  # from the disk
+    train_it = ["--model", "smollm2", *small[0][2:], "--steps", 1, "--device", "cpu", "--out", tmp_path / "out"]
+    named = []
+    for change in (False, True):
+        if change:
+            (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>" }')
+        capsys.readouterr()
+        assert ("not the published weights" in call_main(train, *train_it)) == change
+        named.append(json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text()))
+        assert load_model.load_model(str(tmp_path / "out" / "adapter"))[1].module is llama
+    assert [config["base_model_name_or_path"] for config in named] == [load.SMOLLM2, str(folder)]
+    (folder / "config.json").unlink()  # half there: never used
+    with pytest.raises(utils.InputError, match="tokenizer_config.json is not the expected file"):
+        load.find_base("smollm2")
+    shutil.rmtree(folder)
+    with pytest.raises(ConnectionError, match="--model stand-in"):
+        load.find_base("smollm2")
+    hub |= sent | {"/model.safetensors": b"other"}
+    with pytest.raises(utils.InputError, match="wrong hash"):
+        load.find_base("smollm2")
+    assert not (folder / "config.json").exists()
+
+
+@pytest.mark.real("smollm2/model.safetensors")
+@pytest.mark.real("tinyshakespeare.txt")
+def test_smollm2_on_tiny_shakespeare_has_the_loss_that_transformers_has():
+    base = load.find_base("smollm2")
+    ids = torch.tensor(base.tokenizer.encode((REAL / "tinyshakespeare.txt").read_text()[-1500:]))
+    theirs, n = AutoModelForCausalLM.from_pretrained(REAL / "smollm2", dtype=torch.float32).eval(), len(ids) - 1
+    with torch.no_grad():
+        loss = sum(F.cross_entropy(theirs(ids[i : i + 256][: n - i][None]).logits[0], ids[i + 1 : i + 257],
+                                   reduction="sum").item() for i in range(0, n, 256)) / n
+    assert 300 < n < 512 and 3 < loss < 4.5
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        assert train.evaluate(base.read(dtype), ids, 256, dtype) == pytest.approx(loss, abs=tolerance)
