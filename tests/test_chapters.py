@@ -8,7 +8,9 @@ import lines
 import results
 from conftest import ROOT
 
-LINES = 8550  # of code: 7,803 when issue 23 was done, and what reading people's own files has added since
+# Of code: 7,803 when issue 23 was done; since then reading people's own files and tables (+ 890), folders of today with
+# their tokenizers (+ 600) and Llama's family (+ 200). More needs a reason as good.
+LINES = 9500
 
 
 def test_without_their_teaching_comments_the_scripts_still_run(tmp_path):
@@ -55,10 +57,10 @@ def test_all_six_chapters_fit_into_one_program(tmp_path):
 import torch
 found = {folder: chapter(folder, *names.split()) for folder, names in {
     "01_basics": "load train", "02_cnn": "load train", "03_lstm": "load train", "04_tabular": "load train",
-    "05_transformer": "load train", "06_finetune": "load train gpt2 lora bert"}.items()}
+    "05_transformer": "load train", "06_finetune": "load train gpt2 llama lora bert"}.items()}
 for folder, modules in found.items():
     assert all(f"/{folder}/" in module.__file__.replace("\\\\", "/") for module in modules), folder
-assert len({module for modules in found.values() for module in modules}) == 15
+assert len({module for modules in found.values() for module in modules}) == 16
 assert not loud & sys.modules.keys()
 pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 assert cnn.ResNet(10, torch.zeros(3), torch.ones(3))(pictures).shape == (2, 10)
