@@ -168,7 +168,7 @@ def find_base(name: str | None = None) -> Base:
 def save_result(model: nn.Module, base: Base, out: Path, method: str) -> None:
     """Write what train.py's method has trained: out/adapter, or a whole model to out/model."""
     if method == "lora":  # PEFT looks for the base at this name on the hub, or in this folder
-        name = base.name if base.name != "smollm2" else str(base.path) if base.note else SMOLLM2
+        name = base.name if base.name != "smollm2" else str(base.path.resolve()) if base.note else SMOLLM2
         save_adapter(model, out / "adapter", name, base.module.PREFIX)
     else:
         base.tokenizer.save(out / "model")
@@ -302,7 +302,7 @@ def main() -> None:
     weights, model = open_weights(base.path), base.read()
     print(f"\n{base.name}: {base.config}\n")
     for name, tensor in weights.items():
-        print(f"  {name:28} {str(tensor.dtype).removeprefix('torch.'):8} {tuple(tensor.shape)}")
+        print(f"  {name:{max(map(len, weights))}} {str(tensor.dtype).removeprefix('torch.'):8} {tuple(tensor.shape)}")
     print(f"{len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} numbers; parameters of the "
           f"network: {utils.count_parameters(model):,}\n")
 

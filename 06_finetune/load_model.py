@@ -53,7 +53,9 @@ def load_model(name: str, base_name: str | None = None) -> tuple[nn.Module, Base
         return base.read(), base, f"{base.label}, without adapter"
     ## An adapter is a fraction of a model, and its config names the rest, for example as the hub does.
     named = read_config(config_path).get("base_model_name_or_path")
-    base_name = base_name or {"openai-community/gpt2": "gpt2", SMOLLM2: "smollm2"}.get(str(named), str(named))
+    known = {"openai-community/gpt2": "gpt2", **dict.fromkeys([SMOLLM2, str((utils.DATA_DIR / "smollm2").resolve())],
+                                                              "smollm2")}
+    base_name = base_name or known.get(str(named), str(named))
     if base_name not in ("gpt2", "smollm2", "stand-in") and not Path(base_name).is_dir():
         raise utils.InputError(f"{name} is an adapter for {named!r}, and {base_name} is not here; give the folder of "
                                "its base (--base).")

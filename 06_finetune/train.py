@@ -216,7 +216,7 @@ def report(args, base: Base, text: Data, model: nn.Module, before: float, histor
     print(f"{history[-1]['seconds']:.0f} s of training, {memory / 1e9:.2f} GB of memory at most (0: not known)\n\n"
           f"it writes:\n{sample(after, base, 200, args.dtype, args.seed)}\n")
     utils.save_metrics(args, SCRIPT, text._replace(stand_in=base.stand_in or text.stand_in), after, metrics, history,
-                       model=base.name, parameters=sum(p.numel() for p in after.parameters()))
+                       model=base.name + base.note, parameters=sum(p.numel() for p in after.parameters()))
     utils.plot_history(args.out / "history.png", [{"step": 0, "val_loss": before}, *history],
                        ["train_loss", "val_loss"], f"{args.method}: {label}", y="nats per token")
     print(f"wrote adapter/ or model/, checkpoint.pt, metrics.json and history.png to {args.out}")

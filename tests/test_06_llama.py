@@ -160,6 +160,23 @@ def test_learning_in_bfloat16_is_spelled_out_and_computes_the_same(T):
     assert close(model.requires_grad_()(ids).float(), fused.float(), 0.02 * fused.abs().max().item())
 
 
+@pytest.mark.parametrize("shape", ["llama", "qwen 2", "qwen 3"])
+def test_autocast_computes_what_float32_does_and_nearly_its_gradients(pair, shape):
+    """As train.py does: weights in float32, matrix products in bfloat16; with a cache too."""
+    ours, _ = pair(shape)
+    ids = some_ids(ours)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = ours(ids[:, :-1], targets=ids[:, 1:])
+            pieces = read_in_pieces(ours, ids, [9, 1, 10])
+        gradients = torch.autograd.grad(loss, list(ours.parameters()))
+        found.append((torch.cat([g.flatten() for g in gradients]), loss, pieces))
+    (g, loss, pieces), (h, other, rounded) = found
+    assert torch.cosine_similarity(g, h, 0) > 0.97 and close(other, loss, 0.03) and h.dtype == torch.float32
+    assert torch.cosine_similarity(pieces.flatten(), rounded.float().flatten(), 0) > 0.99
+
+
 def test_a_score_depends_on_the_distance_of_two_tokens_alone():
     config = SIZES["Llama-3.2-1B"]
     f, torch_seed = llama.frequencies(config).double(), torch.Generator().manual_seed(0)

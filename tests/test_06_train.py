@@ -686,7 +686,9 @@ def test_smollm2_is_downloaded_once_and_another_in_its_place_is_named(hub, small
         capsys.readouterr()
         assert ("not the published weights" in call_main(train, *train_it)) == change
         named.append(json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text()))
-        assert load_model.load_model(str(tmp_path / "out" / "adapter"))[1].module is llama
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["model"].endswith("weights") == change
+        _, found, what = load_model.load_model(str(tmp_path / "out" / "adapter"))
+        assert found.name == "smollm2" and found.module is llama and ("not the published" in what) == change
     assert [config["base_model_name_or_path"] for config in named] == [load.SMOLLM2, str(folder)]
     (folder / "config.json").unlink()  # half there: never used
     with pytest.raises(utils.InputError, match="tokenizer_config.json is not the expected file"):
