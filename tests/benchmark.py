@@ -375,7 +375,7 @@ def forecasting(horizon: int = 96, steps: int = 40) -> None:
     data = lstm_load.load_data("station", T, horizon)
     inputs, targets = lstm_load.windows(data.train, T, horizon)
     C, shape = inputs.shape[2], {name: recipe[name] for name in ("segment", "hidden", "dropout")}
-    config = dict(channels=C, horizon=horizon, lookback=T, norms=recipe["norm"], linear=False)
+    config = dict(channels=C, horizon=horizon, lookback=T, norms=recipe["norm"], line="none")
     model = lstm_train.build("segment", config | shape)
     lstm_train.set_dtype(model, utils.pick_dtype(torch.device("cpu")))
     peer = UsualSegRNN(C, horizon, **shape)
