@@ -47,8 +47,8 @@ MODELS = {
                     batch_size=32, lr=2e-3),
 }
 ONLY = {"segment": "segment", "line": "segment", "teacher_forcing": "seq2seq"}  # options of one model alone
+MARGIN = 0.03  # a net has to validate better than the blend under it by this share, or the blend alone is the model
 PENALTIES = (1e-5, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # of ridge, as shares of the inputs' mean square
-LINE_SHARE = 0.3  # of the straight line in a blend, whatever the rolling origins say
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -292,7 +292,7 @@ class NLinear(nn.Module):
         ## forecasters is one itself: what was chosen from 26 is in the end a single matrix.
         ##     A later origin counts more, because it was solved for more rows, as the answer will be. One where even
         ## the best forecaster errs far counts less, or a single wild year would decide. And a part goes to the straight
-        ## line without being asked, because few origins are easily mistaken.
+        ## line without being asked: few origins are easily mistaken, and many rows leave it little to be helped with.
         """
         T, n, N = self.lookback, self.lookback + self.horizon, len(rows)
         few = n > 400 or rows.numel() > 10**6  # solving takes time
@@ -307,8 +307,9 @@ class NLinear(nn.Module):
                 products = (S @ D).flatten(1) @ D.flatten(1).T / S[-1, -1]  # D (K, n + 1, P), products (K, K)
                 G = G + i**2 * (b - a) / products.diag().min().clamp(min=1e-12).sqrt() * products
             utils.progress(i, len(origins) - 1, begun, "a blend of lines", "solutions", len(A))
-        shares = (1 - LINE_SHARE) * mix(G)
-        shares[-len(PENALTIES)] += LINE_SHARE
+        line_share = 0.5 if few or N > 5000 else 0.3
+        shares = (1 - line_share) * mix(G)
+        shares[-len(PENALTIES)] += line_share
         solve = lambda rows: torch.tensordot(shares, candidates(moments(rows, n), T, period), 1).float()  # noqa: E731
         self.weight.copy_(solve(rows[:end]))
         return solve(rows)
@@ -587,11 +588,11 @@ def main() -> None:
 
     before = evaluate(model.line if blend else untrained, val, T, P)["mse"]
     print(f"{args.model}: {utils.count_parameters(model):,} parameters; {str(args.dtype)[6:]} on {args.device.type}; "
-          f"{steps:,} steps\nbefore training: validation MSE {before:.4f} (repeating the window's level: "
-          f"{evaluate(level, val, T, P)['mse']:.4f})\n")
+          f"{steps:,} steps\nbefore training: validation MSE {before:.4g} (repeating the window's level: "
+          f"{evaluate(level, val, T, P)['mse']:.4g})\n")
     how = (args.epochs, args.batch_size, args.lr, args.seed, args.loss, args.weight_decay, args.grad_clip,
            args.teacher_forcing or 0.0, args.per_epoch)
-    history, best = [], {"epoch": 0, "val_mse": before if blend else math.inf}
+    history, best = [], {"epoch": 0, "val_mse": (1 - MARGIN) * before if blend else math.inf}
     start = copy.deepcopy(model.state_dict())
     for row in fit(model, train, val, T, P, *how):
         history.append(row)
@@ -637,7 +638,8 @@ def main() -> None:
     print(f"{history[-1]['seconds']:.0f} s of training")
     advise(best["epoch"], steps, min((table[name]["mse"], name) for name in baselines), ours["mse"])
     utils.save_metrics(args, SCRIPT, data, model, {f"test_{name}": value for name, value in ours.items()} | {
-        "val_mse": best["val_mse"], "best_epoch": best["epoch"], "others": dict(zip(table, others))}, history)
+        "val_mse": best["val_mse"] if best["epoch"] else before, "best_epoch": best["epoch"],
+        "others": dict(zip(table, others))}, history)
     utils.plot_history(args.out / "history.png", history, [f"train_{args.loss}", f"val_{args.loss}"],
                        f"{args.model}, {P} rows ahead, on {label}", "epoch", args.loss.upper())
     print(f"wrote model.pt, metrics.json and history.png to {args.out}")
