@@ -44,9 +44,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """(mean loss in nats, share of correct answers) on all of x (N, I), y (N,)."""
     model.eval()  # makes no difference to these two layers, but to dropout and batch norm it does
     logits = model(x)  # (N, K)
-    loss = F.cross_entropy(logits, y)
-    correct = logits.argmax(1) == y  # (N,)
-    return loss.item(), correct.float().mean().item()
+    return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
 
 
 def batches(x: Tensor, y: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,6 +122,8 @@ def main() -> None:
     loss, accuracy = evaluate(model, *test)  # the test part is used here, once: it chose nothing
     metrics = best | {"test_loss": loss, "test_accuracy": accuracy} | baselines(data)
     print(f"\n{data.label}", *(f"{name} {v:.2%}" for name, v in metrics.items() if "accuracy" in name), sep="\n    ")
+    if accuracy < metrics["linear_accuracy"]:
+        print("the linear model is better here: use it, or try more --epochs")
     utils.save_metrics(args, SCRIPT, data, model, metrics, history)
     utils.plot_history(args.out / "history.png", history, ["train_loss", "val_loss"], data.label, "epoch", "loss, nats")
     utils.stand_in_notice(data.name, data.stand_in)

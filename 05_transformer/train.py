@@ -296,6 +296,8 @@ def report(args, data: Data, model: GPT, history: list[dict], best: dict, baseli
     print(f"\n{'':24}nats per character   perplexity   bits per character   ({data.label}, validation)")
     for name, nats in (baselines | {f"GPT, step {best['step']}": best["val_loss"]}).items():
         print(f"{name:24}{nats:18.4f}{math.exp(min(nats, 700)):13.3f}{nats / math.log(2):21.4f}")
+    if (simple := min(baselines, key=baselines.get)) and baselines[simple] < best["val_loss"]:
+        print(f"the {simple} model is better here: try more --steps, or more text")
     print(f"{history[-1]['seconds']:.0f} s of training\n\nit writes:\n"
           f"{decode(generate(model, data.val[None, :1].to(args.device), 400)[0], data.vocab)}\n")
     utils.save_metrics(args, SCRIPT, data, model, metrics, history)

@@ -393,6 +393,9 @@ def main() -> None:
     for name, (on_val, on_test) in table.items():
         print(f"{name:18}{on_val['accuracy']:10.2%}{on_test['accuracy']:16.2%}{on_test['precision']:12.2%}"
               f"{on_test['recall']:9.2%}{on_test['f1']:8.2%}")
+    simple = max(list(table)[:2], key=lambda name: table[name][1]["accuracy"])
+    if table[simple][1]["accuracy"] > table[args.method][1]["accuracy"]:
+        print(f"the {simple} is better here: use it, or try --method full, more --epochs or more texts")
     p, guess = results[args.method][1].exp().max(-1)
     print("\nthe most confident mistakes:")
     for i in torch.where(guess != test_y, p, 0).topk(min(5, int((guess != test_y).sum()))).indices.tolist():

@@ -450,6 +450,8 @@ def main() -> None:
     print(f"\n{'':18}validation EM       F1     test EM       F1   ({args.model}, on {data.label})")
     for name, (on_val, on_test) in table.items():
         print(f"{name:18}{on_val['em']:13.2f}{on_val['f1']:9.2f}{on_test['em']:12.2f}{on_test['f1']:9.2f}")
+    if table["word overlap"][1]["f1"] > table[args.method][1]["f1"]:
+        print("word overlap is better here: try --method full, more --epochs or more questions")
     print("\nwrong answers on the test set:")
     said = answers[args.method][1]
     wrong = [q for q in data.test if not evaluate(said, [q])["em"]]

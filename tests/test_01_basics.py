@@ -233,6 +233,11 @@ def test_a_batch_can_be_learned_by_heart():
     assert train.evaluate(model, x, y)[1] == 1.0 and train.evaluate(model, x, y)[0] < 0.01
 
 
+def test_a_linear_model_that_wins_is_said(tmp_path):
+    text = call_main(train, "--data", "typeset", "--epochs", 1, "--lr", 1e-6, "--out", tmp_path)
+    assert "the linear model is better here: use it, or try more --epochs" in text
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, few_digits):
     out = tmp_path_factory.mktemp("trained")

@@ -388,7 +388,7 @@ def test_resume_refuses_other_options_and_other_text(trained, tmp_path):
     assert "a run with --data pydocs" in refusal(train, *RUN, "--data", text, *again)
     assert (trained[0] / "checkpoint.pt").read_bytes() == before
     small = ["--data", text, *SMALL[2:], "--steps", 2, "--dtype", "float32", "--out", tmp_path / "o"]
-    call_main(train, *small)
+    assert "the bigram model is better here: try more --steps" in call_main(train, *small)
     text.write_text("abcdefghi" * 100)
     assert "not the text it was" in refusal(train, *small, "--resume")
 
